@@ -1,0 +1,273 @@
+"""`compress MODEL ...` and its sister commands.
+
+Progress goes to stderr; stdout has the result and nothing else. Exit codes: 0 met, 1 our error,
+2 usage, 3 the constraint cannot be met, 130 stopped with Ctrl-C.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import compressor
+from compressor.cli.progress import ProgressDisplay
+from compressor.errors import CompressorError, ConfigError, InterruptedRunError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_NOT_MET, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+# Two apps, because `compress MODEL` needs no command word: `main` looks at the first word.
+run_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+commands = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+EPILOG = """Other commands, each with its own --help:
+
+compress inspect MODEL      channel groups, and which are locked and why
+
+compress measure M.onnx     times a model, or two against each other
+
+compress targets            device profiles
+
+compress report RUN         the result of a run, or what an unfinished one has
+"""
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Trained network (state_dict).")]
+Target = Annotated[
+    str | None, typer.Option(help="Device profile: a name from `compress targets`, or a path.")
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(metavar="PKG.MOD:FUNC", help="Function that builds a state_dict's network."),
+]
+ArchArg = Annotated[
+    list[str] | None,
+    typer.Option(metavar="K=V", help="Keyword argument of that function; may be repeated."),
+]
+Data = Annotated[
+    Path | None, typer.Option(help="Images: an .npz, or a folder of class folders.")
+]
+InputShape = Annotated[
+    str | None, typer.Option(metavar="C,H,W", help="Shape of one input, where there is no data.")
+]
+Trust = Annotated[
+    bool | None, typer.Option("--trust", help="Read a pickled module; runs code from the file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@run_app.command(epilog=EPILOG)
+def run(
+    model: Model,
+    target: Target = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Must be this many times faster than the original.")
+    ] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(metavar="12ms", help="Or: must not take longer than this.")
+    ] = None,
+    data: Data = None,
+    arch: Arch = None,
+    arch_arg: ArchArg = None,
+    trials: Annotated[int | None, typer.Option(help="Plans to measure. Default 60.")] = None,
+    time_budget: Annotated[
+        str | None, typer.Option(metavar="30m", help="Begin no new trial after this long.")
+    ] = None,
+    search: Annotated[str | None, typer.Option(help="Strategy. Default bocr.")] = None,
+    clusters: Annotated[
+        int | None, typer.Option(help="Clusters channel groups start in. Default 3.")
+    ] = None,
+    importance: Annotated[
+        str | None, typer.Option(help="How channels are ranked: l1, l2. Default l1.")
+    ] = None,
+    min_keep_ratio: Annotated[
+        float | None, typer.Option(help="Floor of every group's width. Default 0.1.")
+    ] = None,
+    fine_tune_epochs: Annotated[
+        int | None, typer.Option(help="Passes over the fit split at the end. Default 10.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak rate of fine-tuning. Default 0.02.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step of fine-tuning. Default 64.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Resize and crop image files to this side.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Subtracted after scaling to 0..1.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Divided by after that.")
+    ] = None,
+    input_shape: InputShape = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random draw. Default 0.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Empty folder for the run. Default runs/MODEL-TARGET.")
+    ] = None,
+    trust: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Makes MODEL faster on a device and proves it.
+
+    Any option may stand in a `compress.toml` beside the model, under the option's name.
+
+    Example: compress model.pt --arch net:make --data images/ --target host-cpu --speedup 2
+    """
+    flags = _given(locals(), drop=("model", "as_json", "arch_arg"))
+    if arch_arg:
+        flags["arch_args"] = dict(_key_value(item) for item in arch_arg)
+
+    def work() -> int:
+        config = compressor.load_config(model, flags)
+        with ProgressDisplay(config.trials) as display:
+            result = compressor.compress(
+                config, on_trial=display.on_trial, on_progress=display.on_progress
+            )
+        if as_json:
+            _print(json.dumps(compressor.to_json(result), indent=2))
+        else:
+            _print(compressor.text_report(result))
+        return 0 if result.verdict is compressor.Verdict.MET else EXIT_NOT_MET
+
+    _exit(work)
+
+
+@commands.command()
+def inspect(
+    model: Model,
+    arch: Arch = None,
+    arch_arg: ArchArg = None,
+    data: Data = None,
+    input_shape: InputShape = None,
+    trust: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lists channel groups and why some are locked, before hours are spent."""
+    flags = _given(locals(), drop=("model", "as_json", "arch_arg")) | {"target": "host-cpu"}
+    if arch_arg:
+        flags["arch_args"] = dict(_key_value(item) for item in arch_arg)
+
+    def work() -> int:
+        loaded, groups = compressor.inspect_model(compressor.load_config(model, flags))
+        if as_json:
+            rows = [
+                {"name": g.name, "channels": g.n_channels, "locked_because": g.locked_because}
+                for g in groups
+            ]
+            _print(json.dumps(rows, indent=2))
+        else:
+            paper = compressor.cost(loaded.module, loaded.example_input)
+            _print(compressor.groups_report(groups, paper))
+        return 0
+
+    _exit(work)
+
+
+@commands.command()
+def measure(
+    onnx_file: Annotated[Path, typer.Argument(metavar="M.onnx", help="Model to time.")],
+    target: Annotated[str, typer.Option(help="Device profile.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Original to compare with; itself where not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Times one ONNX model, or two in the same rounds with the ratio's interval."""
+
+    def work() -> int:
+        for path in filter(None, (onnx_file, against)):
+            if not path.is_file():
+                raise ConfigError(f"No ONNX file at {path}.")
+        device = compressor.load_target(target)
+        pair = compressor.compare_latency(against or onnx_file, onnx_file, device)
+        if as_json:
+            _print(compressor.latency_json(pair))
+        else:
+            _print(compressor.latency_report(pair, is_pair=against is not None))
+        return 0
+
+    _exit(work)
+
+
+@commands.command()
+def targets(
+    name: Annotated[str | None, typer.Argument(help="Show only this profile.")] = None,
+) -> None:
+    """Lists device profiles and what they run."""
+
+    def work() -> int:
+        names = [name] if name else compressor.target_names()
+        _print(compressor.targets_report([compressor.load_target(each) for each in names]))
+        return 0
+
+    _exit(work)
+
+
+@commands.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Shows the result of a run, or the trials of one that was stopped."""
+
+    def work() -> int:
+        _print(compressor.folder_report(run_folder, as_json=as_json))
+        return 0
+
+    _exit(work)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the `compress` command."""
+    words = list(sys.argv[1:] if args is None else args)
+    names = {c.name or c.callback.__name__ for c in commands.registered_commands if c.callback}
+    app = commands if words and words[0] in names else run_app
+    app(args=words or ["--help"], prog_name="compress")
+
+
+def _exit(work: Callable[[], int]) -> None:
+    """Runs `work` and ends the process with its exit code."""
+    try:
+        code = work()
+    except InterruptedRunError as err:
+        typer.echo(f"\n{err}", err=True)
+        code = EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        typer.echo("\nStopped before anything was written.", err=True)
+        code = EXIT_INTERRUPTED
+    except CompressorError as err:
+        typer.echo(f"error: {err}", err=True)
+        code = EXIT_USAGE if isinstance(err, ConfigError) else EXIT_ERROR
+    raise typer.Exit(code)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _given(flags: dict[str, Any], *, drop: Sequence[str]) -> dict[str, object]:
+    """The flags that were given; lists of numbers are split at commas."""
+    given: dict[str, object] = {}
+    for name, value in flags.items():
+        if value is None or name in drop:
+            continue
+        if name in ("mean", "std", "input_shape"):
+            value = [part.strip() for part in value.split(",")]
+        given[name] = value
+    return given
+
+
+def _key_value(item: str) -> tuple[str, object]:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise typer.BadParameter(f"expected KEY=VALUE, got {item!r}", param_hint="--arch-arg")
+    try:
+        return key, json.loads(value)  # numbers and true/false; anything else is a string
+    except json.JSONDecodeError:
+        return key, value

@@ -1,0 +1,98 @@
+"""Trained CNN in, measured-faster ONNX out.
+
+    config = load_config(Path("model.pt"), {"target": "host-cpu", "speedup": 2.0})
+    result = compress(config)
+
+Names are imported when they are first used, so that `compress --help` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compressor.config import Config, load_config
+    from compressor.errors import CompressorError
+    from compressor.export import export_onnx
+    from compressor.graph import channel_groups, cost
+    from compressor.latency.onnxruntime import compare_latency
+    from compressor.latency.targets import load_target, target_names
+    from compressor.model_io import load_model
+    from compressor.pipeline import (
+        compress,
+        folder_report,
+        inspect_model,
+        load_compressed,
+        prune,
+    )
+    from compressor.report import (
+        groups_report,
+        latency_json,
+        latency_report,
+        targets_report,
+        text_report,
+    )
+    from compressor.run_folder import read_result, to_json
+    from compressor.values import Plan, Progress, Result, Trial, Verdict
+
+__all__ = [
+    "CompressorError",
+    "Config",
+    "Plan",
+    "Progress",
+    "Result",
+    "Trial",
+    "Verdict",
+    "channel_groups",
+    "compare_latency",
+    "compress",
+    "cost",
+    "export_onnx",
+    "folder_report",
+    "groups_report",
+    "inspect_model",
+    "latency_json",
+    "latency_report",
+    "load_compressed",
+    "load_config",
+    "load_model",
+    "load_target",
+    "prune",
+    "read_result",
+    "target_names",
+    "targets_report",
+    "text_report",
+    "to_json",
+]
+
+_HOMES = {
+    "compressor.config": ("Config", "load_config"),
+    "compressor.errors": ("CompressorError",),
+    "compressor.export": ("export_onnx",),
+    "compressor.graph": ("channel_groups", "cost"),
+    "compressor.latency.onnxruntime": ("compare_latency",),
+    "compressor.latency.targets": ("load_target", "target_names"),
+    "compressor.model_io": ("load_model",),
+    "compressor.pipeline": (
+        "compress",
+        "folder_report",
+        "inspect_model",
+        "load_compressed",
+        "prune",
+    ),
+    "compressor.report": (
+        "groups_report",
+        "latency_json",
+        "latency_report",
+        "targets_report",
+        "text_report",
+    ),
+    "compressor.run_folder": ("read_result", "to_json"),
+    "compressor.values": ("Plan", "Progress", "Result", "Trial", "Verdict"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'compressor' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

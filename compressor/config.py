@@ -1,0 +1,194 @@
+"""Flags and `compress.toml` -> one validated Config.
+
+`compress.toml` beside the model, or else in the current folder, holds any flag under the flag's
+own name; a flag on the command line wins. Paths in the file are relative to the file.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from compressor.errors import ConfigError, unknown_name
+from compressor.values import MAX_LATENCY, SPEEDUP, Constraint
+
+CONFIG_FILE = "compress.toml"
+PATH_KEYS = ("data",)
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def _seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("expected a number with a unit, like 12ms, 90s, 30m or 2h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _milliseconds(value: object) -> object:
+    seconds = _seconds(value)
+    return seconds * 1000 if isinstance(value, str) and isinstance(seconds, float) else value
+
+
+def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
+    if any(value <= 0 for value in values):
+        raise ValueError("every value must be above 0")
+    return values
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Milliseconds = Annotated[float, BeforeValidator(_milliseconds), Field(gt=0)]
+
+
+class Config(BaseModel):
+    """Everything a run was asked for. Field names are the flags, with `_` for `-`.
+
+    Attributes:
+        model: The trained network.
+        target: Name of a device profile, or the path of one.
+        data: Images to fit, search and test with.
+        arch: "package.module:factory" that builds the network of a state_dict.
+        arch_args: Keyword arguments of the factory.
+        trust: Read a pickled module although that runs code from the file.
+        input_shape: `(c, h, w)`; only needed where there is no data to take it from.
+        image_size: Side in pixels that image files are resized and cropped to.
+        mean: Per channel, subtracted after scaling uint8 to [0, 1].
+        std: Per channel, divided by after that.
+        speedup: The compressed model must be this many times faster.
+        max_latency: Or it must not take longer than this, in milliseconds.
+        trials: Plans to measure.
+        time_budget: Seconds after which no new trial is begun.
+        search: Strategy.
+        clusters: Clusters that channel groups start in.
+        importance: How channels are ranked.
+        min_keep_ratio: No group goes below this share of its channels.
+        fine_tune_epochs: Passes over the fit split at the end.
+        learning_rate: Peak rate of fine-tuning.
+        batch_size: Images per step of fine-tuning.
+        seed: Decides splits, proposals and training order.
+        out: Folder that the run leaves its files in; made if missing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Path
+    target: str
+    data: Path | None = None
+    arch: str | None = None
+    arch_args: dict[str, int | float | bool | str] = Field(default_factory=dict)
+    trust: bool = False
+    input_shape: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    image_size: int | None = Field(default=None, ge=1, le=8192)
+    mean: tuple[float, ...] = ()
+    std: Annotated[tuple[float, ...], AfterValidator(_positive)] = ()
+    speedup: float | None = Field(default=None, gt=1, le=1000)
+    max_latency: Milliseconds | None = None
+    trials: int = Field(default=60, ge=1, le=100_000)
+    time_budget: Seconds | None = None
+    search: Literal["bocr"] = "bocr"
+    clusters: int = Field(default=3, ge=1)
+    importance: Literal["l1", "l2"] = "l1"
+    min_keep_ratio: float = Field(default=0.1, gt=0, le=1)
+    fine_tune_epochs: int = Field(default=10, ge=0)
+    learning_rate: float = Field(default=0.02, gt=0)
+    batch_size: int = Field(default=64, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    out: Path | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.speedup is not None and self.max_latency is not None:
+            raise ValueError("give either speedup or max-latency, not both")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}")
+        return self
+
+    @property
+    def constraint(self) -> Constraint:
+        """The latency limit.
+
+        Raises:
+            ConfigError: None was given.
+        """
+        if self.speedup is not None:
+            return Constraint(SPEEDUP, self.speedup)
+        if self.max_latency is not None:
+            return Constraint(MAX_LATENCY, self.max_latency)
+        raise ConfigError("How fast must it be? Give --speedup 2 or --max-latency 12ms.")
+
+    def as_toml(self) -> dict[str, object]:
+        """Every setting that is not None, under its flag's name, for `config.toml`."""
+        settings = self.model_dump(mode="json", exclude_none=True)
+        return {key.replace("_", "-"): value for key, value in settings.items()}
+
+
+def load_config(model: Path, flags: Mapping[str, object]) -> Config:
+    """`compress.toml` where there is one, overridden by `flags`.
+
+    Args:
+        model: The model file; `compress.toml` is looked for beside it first.
+        flags: Field name -> value, only of the flags that were given.
+
+    Raises:
+        ConfigError: An unknown key, a value out of range, or contradicting constraints.
+    """
+    settings: dict[str, object] = {}
+    found = [p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if p.is_file()]
+    if found:
+        settings = _read(found[0])
+    if {"speedup", "max_latency"} & flags.keys():
+        settings.pop("speedup", None)
+        settings.pop("max_latency", None)
+    settings |= dict(flags)
+    settings["model"] = model
+    known = sorted(Config.model_fields)
+    for key in settings:
+        if key not in known:
+            names = [name.replace("_", "-") for name in known]
+            where = f"key in {found[0]}" if found else "setting"
+            raise ConfigError(unknown_name(where, key.replace("_", "-"), names))
+    if "target" not in settings:
+        raise ConfigError("For which device? Give --target host-cpu; `compress targets` has all.")
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as err:
+        faults = "; ".join(_fault(dict(fault)) for fault in err.errors())
+        where = f" (flags and {found[0]})" if found else ""
+        raise ConfigError(f"{faults}{where}.") from err
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as err:
+        raise ConfigError(f"{path} cannot be read: {err}.") from err
+    settings: dict[str, object] = {key.replace("-", "_"): v for key, v in content.items()}
+    for key in PATH_KEYS:
+        value = settings.get(key)
+        if isinstance(value, str):
+            settings[key] = path.parent / value
+    return settings
+
+
+def _fault(fault: dict[str, object]) -> str:
+    location = fault["loc"]
+    assert isinstance(location, tuple)
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if not location:
+        return message
+    flag = str(location[0]).replace("_", "-")
+    return f"--{flag}: {message} (got {fault['input']!r})"

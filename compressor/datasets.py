@@ -1,0 +1,268 @@
+"""Images -> three splits (fit, search, test) that share no image; labels checked at the border.
+
+Two kinds of source:
+
+* an `.npz` with `images` and `labels`, or `fit_images`, `fit_labels`, `search_...`, `test_...`
+  (`train_` is read as `fit_`). Images are `(n, c, h, w)`: uint8, scaled here by `mean` and
+  `std`; or float32, which the model takes as they are.
+* a folder of class folders, or a folder holding `train` or `fit`, `search` or `val`, and `test`
+  folders of class folders. Files are what Pillow reads.
+
+A search split that is not given is cut from fit, and a test split too, by `seed` and by class.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from compressor.errors import DataError
+from compressor.values import Data, Split
+
+SPLITS = ("fit", "search", "test")
+ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
+HELD_OUT_SHARE = 0.2  # of every class, for a split that is not given
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+MAX_BYTES = 8 * 2**30  # images are held in memory as uint8
+
+_Arrays = dict[str, tuple[Tensor, Tensor]]
+
+
+def load_data(
+    source: Path,
+    *,
+    image_size: int | None = None,
+    n_channels: int | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    seed: int = 0,
+) -> Data:
+    """The three splits of `source`.
+
+    Args:
+        source: An `.npz` file or a folder; see the module's text.
+        image_size: Side in pixels that image files are resized and centre-cropped to.
+        n_channels: 1 for grey, 3 for colour; how image files are read. Default 3.
+        mean: Per channel, after scaling uint8 to [0, 1]; empty for none.
+        std: Per channel; as long as `mean`.
+        seed: Decides which images are held out where the source has no such split.
+
+    Raises:
+        DataError: Nothing there, unreadable, empty classes, labels out of range, mixed sizes.
+    """
+    if not source.exists():
+        raise DataError(f"No data at {source}; expected an .npz file or a folder (--data).")
+    if source.is_dir():
+        arrays, class_names = _read_folder(source, image_size, n_channels or 3)
+    elif source.suffix == ".npz":
+        arrays, class_names = _read_npz(source)
+    else:
+        raise DataError(f"--data must be an .npz file or a folder of images; got {source}.")
+    if len(mean) != len(std):
+        raise DataError(f"mean and std must be equally long; got mean={mean} and std={std}.")
+    generator = np.random.default_rng(seed)
+    for name in ("test", "search"):
+        if name not in arrays:
+            arrays["fit"], arrays[name] = _hold_out(*arrays["fit"], generator, source)
+    n_classes = len(class_names)
+    for name, (images, labels) in arrays.items():
+        _check(source, name, images, labels, n_classes, arrays["fit"][0], mean)
+    splits = {name: Split(*arrays[name], tuple(mean), tuple(std)) for name in SPLITS}
+    _check_disjoint(source, splits)
+    return Data(**splits, class_names=class_names, fingerprint=_fingerprint(splits))
+
+
+def _read_npz(source: Path) -> tuple[_Arrays, tuple[str, ...]]:
+    try:
+        with np.load(source, allow_pickle=False) as archive:
+            found = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, BadZipFile, EOFError) as err:
+        raise DataError(f"{source} cannot be read as .npz: {err}.") from err
+    if "images" in found and "labels" in found:
+        found = {"fit_images": found["images"], "fit_labels": found["labels"]}
+    arrays: _Arrays = {}
+    for key, images in found.items():
+        split, _, what = key.rpartition("_")
+        name = ALIASES.get(split, split)
+        if what != "images" or name not in SPLITS:
+            continue
+        if f"{split}_labels" not in found:
+            raise DataError(f"{source} has {key} but no {split}_labels.")
+        arrays[name] = _to_tensors(source, key, images, found[f"{split}_labels"])
+    if "fit" not in arrays:
+        raise DataError(
+            f"{source} needs the arrays images and labels, or fit_images and fit_labels; "
+            f"it has {sorted(found) or 'none'}."
+        )
+    n_classes = int(arrays["fit"][1].max()) + 1 if len(arrays["fit"][1]) else 0
+    return arrays, tuple(str(label) for label in range(n_classes))
+
+
+def _to_tensors(
+    source: Path, key: str, images: np.ndarray, labels: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
+        raise DataError(
+            f"{source}: {key} must be uint8 or float32 of shape (n, c, h, w); "
+            f"got {images.dtype} of shape {images.shape}."
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{source}: the labels of {key} must be {len(images)} integers; "
+            f"got {labels.dtype} of shape {labels.shape}."
+        )
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def _read_folder(
+    source: Path, image_size: int | None, n_channels: int
+) -> tuple[_Arrays, tuple[str, ...]]:
+    children = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    named = {ALIASES.get(p.name, p.name): p for p in children}
+    if "fit" not in named:
+        named = {"fit": source}
+    named = {name: named[name] for name in SPLITS if name in named}
+    class_names = tuple(p.name for p in sorted(named["fit"].iterdir()) if p.is_dir())
+    if not class_names:
+        raise DataError(
+            f"{named['fit']} must hold one folder per class; it holds no folder. "
+            f"Expected {source}/<class>/*.png or {source}/train/<class>/*.png."
+        )
+    convert = _reader(image_size, n_channels)
+    return {name: _read_classes(p, class_names, convert) for name, p in named.items()}, class_names
+
+
+def _reader(image_size: int | None, n_channels: int) -> Callable[[Path], np.ndarray]:
+    def read(path: Path) -> np.ndarray:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("L" if n_channels == 1 else "RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as err:
+            raise DataError(f"{path} cannot be read as an image: {err}.") from err
+        if image_size is not None:
+            scale = image_size / min(image.size)
+            width, height = (max(image_size, round(side * scale)) for side in image.size)
+            left, top = (width - image_size) // 2, (height - image_size) // 2
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            image = image.crop((left, top, left + image_size, top + image_size))
+        pixels = np.asarray(image, dtype=np.uint8)
+        return pixels[None] if n_channels == 1 else pixels.transpose(2, 0, 1)
+
+    return read
+
+
+def _read_classes(
+    folder: Path, class_names: Sequence[str], read: Callable[[Path], np.ndarray]
+) -> tuple[Tensor, Tensor]:
+    files: Mapping[str, list[Path]] = {
+        name: sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        for name in class_names
+        if (folder / name).is_dir()
+    }
+    strange = {p.name for p in folder.iterdir() if p.is_dir()} - set(class_names)
+    if strange:
+        raise DataError(f"{folder} has classes that the fit split lacks: {sorted(strange)}.")
+    empty = [name for name in class_names if not files.get(name)]
+    if empty:
+        raise DataError(f"{folder} has no image of class {', '.join(empty)}.")
+    paths = [path for name in class_names for path in files[name]]
+    labels = [label for label, name in enumerate(class_names) for _ in files[name]]
+    first = read(paths[0])
+    if first.nbytes * len(paths) > MAX_BYTES:
+        raise DataError(
+            f"{folder}: {len(paths)} images of {first.shape} need "
+            f"{first.nbytes * len(paths) / 2**30:.1f} GiB in memory; the limit is "
+            f"{MAX_BYTES / 2**30:.0f} GiB. Use fewer images or a smaller --image-size."
+        )
+    images = np.empty((len(paths), *first.shape), dtype=np.uint8)
+    for row, path in enumerate(paths):
+        image = read(path)
+        if image.shape != first.shape:
+            raise DataError(
+                f"Images must be of one size: {paths[0]} is {first.shape}, {path} is "
+                f"{image.shape} (c, h, w). Give --image-size to resize and crop them."
+            )
+        images[row] = image
+    return torch.from_numpy(images), torch.tensor(labels)
+
+
+def _hold_out(
+    images: Tensor, labels: Tensor, generator: np.random.Generator, source: Path
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(rest, held out); `HELD_OUT_SHARE` of every class, at least one image of each."""
+    taken = []
+    for label in labels.unique():
+        rows = generator.permutation(np.flatnonzero(labels.numpy() == label.item()))
+        n_taken = max(1, round(HELD_OUT_SHARE * len(rows)))
+        if n_taken >= len(rows):
+            raise DataError(
+                f"{source}: class {label.item()} has {len(rows)} images left; at least 2 are "
+                f"needed to hold one out. Add images or give the splits yourself."
+            )
+        taken.append(rows[:n_taken])
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    if taken:
+        held_out[torch.from_numpy(np.concatenate(taken))] = True
+    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+
+
+def _check(
+    source: Path,
+    name: str,
+    images: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    fit_images: Tensor,
+    mean: Sequence[float],
+) -> None:
+    where = f"{source}, {name} split"
+    if not len(labels):
+        raise DataError(f"{where}: no images.")
+    if images.shape[1:] != fit_images.shape[1:] or images.dtype != fit_images.dtype:
+        raise DataError(
+            f"{where}: images are {images.dtype} {tuple(images.shape[1:])}, those of the fit "
+            f"split {fit_images.dtype} {tuple(fit_images.shape[1:])}."
+        )
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= n_classes:
+        raise DataError(
+            f"{where}: labels must lie in 0..{n_classes - 1} (the classes of the fit split); "
+            f"they run from {lowest} to {highest}."
+        )
+    if images.is_floating_point() and not images.isfinite().all():
+        raise DataError(f"{where}: images hold NaN or infinity.")
+    if mean and len(mean) not in (1, images.shape[1]):
+        raise DataError(
+            f"mean and std must have 1 or {images.shape[1]} values, one per channel; "
+            f"got mean={tuple(mean)}."
+        )
+
+
+def _check_disjoint(source: Path, splits: Mapping[str, Split]) -> None:
+    """No image in two splits: accuracy on an image the model was fitted to proves nothing."""
+    seen = {name: _digests(split.images) for name, split in splits.items()}
+    for one, other in (("fit", "test"), ("search", "test"), ("fit", "search")):
+        n_shared = len(seen[one] & seen[other])
+        if n_shared > 0.01 * len(splits[other]):  # a few duplicates are usual in real data
+            raise DataError(
+                f"{source}: {n_shared} of {len(splits[other])} images of the {other} split are "
+                f"also in the {one} split; the splits must not overlap."
+            )
+
+
+def _digests(images: Tensor) -> set[bytes]:
+    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.numpy()}
+
+
+def _fingerprint(splits: Mapping[str, Split]) -> str:
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        digest.update(f"{name} {tuple(splits[name].images.shape)}".encode())
+        digest.update(np.ascontiguousarray(splits[name].images.numpy()).data)
+        digest.update(splits[name].labels.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""A model's answers + data -> accuracy with its standard error; and do two models agree.
+
+Whatever answers is a function from images `(batch, c, h, w)` to logits `(batch, n_classes)`: a
+torch module in eval mode, or a session of any runtime.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.errors import EquivalenceError
+from compressor.values import Accuracy, Split
+
+Predict = Callable[[Tensor], Tensor]
+
+# Float32 sums in another order differ by about 1e-6 of the largest term a layer; deep networks
+# and other kernels (Winograd) reach 1e-4. A wrong channel shows at 1e-1.
+TOLERANCE = 1e-3
+
+
+def accuracy(predict: Predict, split: Split, *, batch_size: int) -> Accuracy:
+    """Top-1 accuracy on all of `split`.
+
+    Args:
+        predict: Images to logits.
+        split: Labelled images.
+        batch_size: Every call gets exactly this many; the last batch is padded.
+    """
+    n_right = 0
+    with torch.inference_mode():
+        for images, labels in split.batches(batch_size):
+            n_missing = batch_size - len(images)
+            if n_missing:
+                images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
+            guesses = predict(images)[: len(labels)].argmax(dim=1)
+            n_right += int((guesses == labels).sum())
+    return Accuracy(n_right / len(split), len(split))
+
+
+def check_agree(what: str, expected: Predict, got: Predict, images: Tensor) -> float:
+    """Largest absolute difference of two models' outputs on `images`, which must be small.
+
+    Args:
+        what: The two engines, for the message.
+        expected: Images to logits.
+        got: Images to logits; called with one image at a time.
+        images: `(n, c, h, w)`, real ones, as the models take them.
+
+    Raises:
+        EquivalenceError: The difference exceeds `TOLERANCE` times the largest output, or shapes
+            differ, or an output is not finite.
+    """
+    with torch.inference_mode():
+        want = expected(images)
+        have = torch.cat([got(image[None]) for image in images])
+    if have.shape != want.shape:
+        raise EquivalenceError(
+            f"{what} disagree: outputs are {tuple(want.shape)} and {tuple(have.shape)}."
+        )
+    error, largest = float((have - want).abs().max()), float(want.abs().max())
+    if not np.isfinite(error):
+        raise EquivalenceError(f"{what}: outputs are NaN or infinite on real images.")
+    if error > TOLERANCE * max(1.0, largest):
+        raise EquivalenceError(
+            f"{what} disagree: outputs differ by up to {error:.3g} where the largest is "
+            f"{largest:.3g} ({len(images)} real images, float32). No model was written."
+        )
+    return error

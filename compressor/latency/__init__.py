@@ -1,0 +1,1 @@
+"""Measuring: the statistics in `timing`, then one file per runtime."""

@@ -1,0 +1,144 @@
+"""Two models timed in the same rounds, and how sure their ratio is.
+
+Timing one model and then the other says more about the machine than about the models: a model
+against itself came out up to 44 % apart. Here both run in every round, in random order, and only
+the ratio inside a round counts. A session also keeps its own memory layout for life, which made
+A/A comparisons of one session pair exclude 1.0 in 3 of 6 cases; so pairs of sessions are opened
+afresh several times, and the bootstrap resamples pairs first and rounds second.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import numpy as np
+
+from compressor.values import Latency, PairedLatency, SessionPair
+
+RunOnce = Callable[[], object]
+OpenSession = Callable[[], RunOnce]
+
+N_BOOTSTRAP = 2000
+NS_PER_MS = 1e6
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a comparison may take.
+
+    Attributes:
+        n_session_pairs: Fresh pairs of sessions.
+        pair_seconds: Time of the rounds of one pair, warm-up apart.
+        min_rounds: At least this many rounds a pair, however slow the model.
+        n_warmup: Untimed runs of each session.
+    """
+
+    n_session_pairs: int
+    pair_seconds: float
+    min_rounds: int = 8
+    n_warmup: int = 8
+
+
+TRIAL = Effort(n_session_pairs=4, pair_seconds=0.2)  # ranks a plan
+FINAL = Effort(n_session_pairs=12, pair_seconds=0.6)  # what is reported
+
+
+def compare(
+    open_original: OpenSession,
+    open_candidate: OpenSession,
+    effort: Effort,
+    *,
+    seed: int = 0,
+    clock_ns: Callable[[], int] = perf_counter_ns,
+) -> PairedLatency:
+    """Times of both models and original / candidate with its 95 % interval.
+
+    Args:
+        open_original: Loads the original and returns a function that runs it once.
+        open_candidate: The same for the candidate.
+        effort: How many session pairs, and how long each is timed.
+        seed: Decides the order inside rounds and the bootstrap.
+        clock_ns: A monotonic clock in nanoseconds; tests pass a fake one.
+    """
+    order = random.Random(seed)
+    pairs = tuple(
+        _time_pair(open_original, open_candidate, effort, order, clock_ns)
+        for _ in range(effort.n_session_pairs)
+    )
+    ratio, ci95 = paired_ratio(pairs, seed=seed)
+    return PairedLatency(
+        ratio=ratio,
+        ci95=ci95,
+        original=summary([ms for pair in pairs for ms in pair.original_ms]),
+        candidate=summary([ms for pair in pairs for ms in pair.candidate_ms]),
+        session_pairs=pairs,
+    )
+
+
+def summary(times_ms: Sequence[float]) -> Latency:
+    """Median, 90th percentile and count of `times_ms`."""
+    return Latency(
+        median_ms=float(np.median(times_ms)),
+        p90_ms=float(np.percentile(times_ms, 90)),
+        n=len(times_ms),
+    )
+
+
+def paired_ratio(
+    pairs: Sequence[SessionPair], *, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """(ratio, its 95 % interval): geometric mean over pairs of the median ratio over rounds.
+
+    The interval is a two-level percentile bootstrap: session pairs are drawn with replacement,
+    and inside each drawn pair its rounds.
+
+    Example:
+        >>> paired_ratio([SessionPair((4.0, 6.0, 2.0), (2.0, 3.0, 1.0))])
+        (2.0, (2.0, 2.0))
+    """
+    generator = np.random.default_rng(seed)
+    logs = [np.log(np.array(p.original_ms) / np.array(p.candidate_ms)) for p in pairs]
+    medians = np.array([np.median(log) for log in logs])
+    n_inner = 200
+    inner = np.stack([
+        np.median(log[generator.integers(len(log), size=(n_inner, len(log)))], axis=1)
+        for log in logs
+    ])
+    drawn_pairs = generator.integers(len(logs), size=(N_BOOTSTRAP, len(logs)))
+    drawn_inner = generator.integers(n_inner, size=drawn_pairs.shape)
+    means = inner[drawn_pairs, drawn_inner].mean(axis=1)
+    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
+    return float(np.exp(medians.mean())), (float(low), float(high))
+
+
+def _time_pair(
+    open_original: OpenSession,
+    open_candidate: OpenSession,
+    effort: Effort,
+    order: random.Random,
+    clock_ns: Callable[[], int],
+) -> SessionPair:
+    if order.random() < 0.5:  # who is opened first gets the better memory
+        run_original = open_original()
+        run_candidate = open_candidate()
+    else:
+        run_candidate = open_candidate()
+        run_original = open_original()
+    for _ in range(effort.n_warmup):
+        run_original()
+        run_candidate()
+    times_ns: dict[RunOnce, list[int]] = {run_original: [], run_candidate: []}
+    runs = [run_original, run_candidate]
+    n_rounds, started = 0, clock_ns()
+    while n_rounds < effort.min_rounds or clock_ns() - started < effort.pair_seconds * 1e9:
+        order.shuffle(runs)
+        for run in runs:
+            before = clock_ns()
+            run()
+            times_ns[run].append(clock_ns() - before)
+        n_rounds += 1
+    return SessionPair(
+        tuple(ns / NS_PER_MS for ns in times_ns[run_original]),
+        tuple(ns / NS_PER_MS for ns in times_ns[run_candidate]),
+    )

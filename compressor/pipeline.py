@@ -1,0 +1,592 @@
+"""The whole method: trained model in, measured-faster ONNX out."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor import run_folder
+from compressor.config import Config
+from compressor.datasets import load_data
+from compressor.errors import (
+    ConfigError,
+    EngineError,
+    InterruptedRunError,
+    MeasurementError,
+    ModelError,
+    PlanError,
+    SearchError,
+    unknown_name,
+)
+from compressor.evaluate import accuracy, check_agree
+from compressor.export import export_onnx, make_template
+from compressor.graph import channel_groups, cost
+from compressor.importance import IMPORTANCES
+from compressor.latency.onnxruntime import compare_latency, predictor
+from compressor.latency.targets import load_target
+from compressor.latency.timing import FINAL, TRIAL
+from compressor.model_io import build, load_model, load_weights, read_checkpoint
+from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
+from compressor.report import text_report, trials_json, trials_report
+from compressor.run_folder import RunFolder
+from compressor.search import STRATEGIES
+from compressor.search.objective import Problem, Proposal, best_first, is_hopeless
+from compressor.search.space import SearchSpace, make_space
+from compressor.search.study import Study, read_trials
+from compressor.surgery import masked, prune_with_nni, remove_channels
+from compressor.values import (
+    Accuracy,
+    Basis,
+    ChannelGroup,
+    Data,
+    Latency,
+    LoadedModel,
+    PairedLatency,
+    Plan,
+    Progress,
+    ProgressCallback,
+    Result,
+    Side,
+    Target,
+    Trial,
+    Verdict,
+)
+
+BATCH_SIZE = 50  # of accuracy; larger batches leave the cache and gain nothing
+N_PROOF_IMAGES = 32  # real images that engines must agree on
+N_FINALISTS = 5  # plans measured again, at most, before one is chosen
+
+TRIAL_PARTS = ("proposal", "surgery", "recalibration", "accuracy", "export", "latency")
+INHERENT_PARTS = ("recalibration", "accuracy", "latency")  # forward passes and measuring
+
+TrialCallback = Callable[[Trial], None]
+
+logger = logging.getLogger(__name__)
+
+
+def compress(
+    config: Config,
+    *,
+    on_trial: TrialCallback = lambda _trial: None,
+    on_progress: ProgressCallback = lambda _progress: None,
+) -> Result:
+    """Searches, measures, prunes, recovers, exports and proves; leaves a run folder.
+
+    Args:
+        config: What is asked for; see `load_config`.
+        on_trial: Told of every trial as it ends.
+        on_progress: Told how far long work has come.
+
+    Returns:
+        The result, which is also in `result.json` of the run folder.
+
+    Raises:
+        CompressorError: See `compressor.errors`; bad input is found before anything is written.
+    """
+    on_progress(Progress("Reading model and data", 0, 1))
+    job = prepare(config)
+    default_name = f"{config.model.stem}-{job.target.name}"
+    folder = run_folder.create(config.out, default_name, config.as_toml())
+    with run_folder.logged(folder), _interruptible(folder):
+        bench = Bench(job)
+        problem = pose(job, bench, on_progress)
+        searched = search(job, problem, bench, folder, on_trial, on_progress)
+        plan = choose(job, searched, bench, on_progress)
+        compact, engines = cut_out(job, plan, on_progress)
+        tuned = recover(job, compact, on_progress)
+        return finish(job, searched, plan, tuned, engines, folder, on_progress)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is compressed for what, checked and in memory."""
+
+    config: Config
+    target: Target
+    loaded: LoadedModel
+    data: Data
+    groups: tuple[ChannelGroup, ...]
+    space: SearchSpace
+
+
+def prepare(config: Config) -> Job:
+    """Everything that bad input can break, before anything is written."""
+    config.constraint  # noqa: B018  raises where none was given
+    target = load_target(config.target)
+    if config.data is None:
+        raise ConfigError("No images to rank plans by; give --data FILE.npz or --data FOLDER.")
+    data = _read_data(config, config.data)
+    loaded = _read_model(config, data.input_shape)
+    model = loaded.module
+    groups = channel_groups(model, loaded.example_input)
+    importance = IMPORTANCES[config.importance]
+    scores = {group.name: importance.score(model, group).numpy() for group in groups}
+    space = make_space(
+        groups, scores, step=target.step, min_keep_ratio=config.min_keep_ratio
+    )
+    return Job(config, target, loaded, data, groups, space)
+
+
+def _read_data(config: Config, source: Path) -> Data:
+    return load_data(
+        source,
+        image_size=config.image_size,
+        n_channels=config.input_shape[0] if config.input_shape else None,
+        mean=config.mean,
+        std=config.std,
+        seed=config.seed,
+    )
+
+
+def _read_model(config: Config, input_shape: Sequence[int] | None) -> LoadedModel:
+    return load_model(
+        config.model,
+        arch=config.arch,
+        arch_args=config.arch_args,
+        input_shape=input_shape,
+        trust=config.trust,
+    )
+
+
+class Bench:
+    """Measures plans: accuracy after recalibration, and latency beside the original."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        model, example, opset = job.loaded.module, job.loaded.example_input, job.target.opset
+        self._single = make_template(model, example, opset=opset)
+        batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
+        self._batched = make_template(model, batch, opset=opset)
+        self._original_onnx = self._single.fill(model)
+
+    def original_accuracy(self) -> Accuracy:
+        """Of the original on the search split."""
+        return self._accuracy(self.job.loaded.module)
+
+    def noise_floor(self) -> PairedLatency:
+        """The original against itself; what differs from 1 here is noise."""
+        return compare_latency(
+            self._original_onnx, self._original_onnx, self.job.target, effort=TRIAL
+        )
+
+    def measure(
+        self, plan: Plan, seconds: dict[str, float], seed: int
+    ) -> tuple[Accuracy, PairedLatency]:
+        """One trial; adds to `seconds` what each part took."""
+        with _timed(seconds, "surgery"):
+            pruned = remove_channels(self.job.loaded.module, self.job.groups, plan)
+        with _timed(seconds, "recalibration"):
+            pruned = recalibrate_batch_norm(pruned, self.job.data.fit)
+        with _timed(seconds, "accuracy"):
+            measured = self._accuracy(pruned)
+        with _timed(seconds, "export"):
+            candidate = self._single.fill(pruned)
+        with _timed(seconds, "latency"):
+            latency = compare_latency(
+                self._original_onnx, candidate, self.job.target, effort=TRIAL, seed=seed
+            )
+        return measured, latency
+
+    def remeasure(self, plan: Plan) -> PairedLatency:
+        """The latency of a finalist, with the effort of a final figure."""
+        pruned = remove_channels(self.job.loaded.module, self.job.groups, plan)
+        return compare_latency(self._original_onnx, self._single.fill(pruned), self.job.target)
+
+    def _accuracy(self, model: nn.Module) -> Accuracy:
+        predict = predictor(self._batched.fill(model), n_threads=n_cores())
+        return accuracy(predict, self.job.data.search, batch_size=BATCH_SIZE)
+
+
+def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
+    """Measures the original, and turns the user's constraint into a speed-up to reach."""
+    on_progress(Progress("Measuring the original", 0, 1))
+    constraint = job.config.constraint
+    floor = bench.noise_floor()
+    original_ms = floor.original.median_ms
+    min_speedup = constraint.min_speedup(original_ms)
+    logger.info("original against itself: %.4f, %s", floor.ratio, floor.ci95)
+    if min_speedup <= 1:
+        raise ConfigError(
+            f"The original already meets {constraint} on {job.target.name}: it takes "
+            f"{original_ms:.3g} ms. Lower --max-latency, or ship the original."
+        )
+    return Problem(
+        space=job.space,
+        min_speedup=min_speedup,
+        original_accuracy=bench.original_accuracy(),
+        n_trials=job.config.trials,
+        n_clusters=job.config.clusters,
+        seed=job.config.seed,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """A search that has ended: its problem, its trials, and the seconds it took."""
+
+    problem: Problem
+    trials: Sequence[Trial]
+    seconds: float
+
+
+def search(
+    job: Job,
+    problem: Problem,
+    bench: Bench,
+    folder: RunFolder,
+    on_trial: TrialCallback,
+    on_progress: ProgressCallback,
+) -> Searched:
+    """Proposes and measures until the budget is spent or nothing is left to try."""
+    strategy = STRATEGIES[job.config.search]
+    study = Study.create(folder.study, job.space)
+    started = time.perf_counter()
+    budget = job.config.time_budget or float("inf")
+    while len(study.trials) < problem.n_trials and time.perf_counter() - started < budget:
+        on_progress(Progress("Searching", len(study.trials), problem.n_trials))
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "proposal"):
+            proposal = strategy.propose(problem, study.trials)
+        if proposal is None:
+            logger.info("every plan of the space was tried")
+            break
+        trial = _run_trial(job, study, proposal, bench, seconds)
+        on_trial(trial)
+        if is_hopeless(trial, problem):
+            logger.info("the narrowest plan stays far below the limit; no need to go on")
+            break
+    on_progress(Progress("Searching", problem.n_trials, problem.n_trials))
+    if not any(trial.accuracy for trial in study.trials):
+        reasons = {trial.failed_because for trial in study.trials}
+        raise SearchError(f"None of {len(study.trials)} trials could be measured: {reasons}.")
+    return Searched(problem, study.trials, time.perf_counter() - started)
+
+
+def _run_trial(
+    job: Job, study: Study, proposal: Proposal, bench: Bench, seconds: dict[str, float]
+) -> Trial:
+    running = study.begin(proposal)
+    outcome: dict[str, Any] = {}
+    latency = None
+    try:
+        plan = job.space.plan(proposal.widths)
+        measured, latency = bench.measure(plan, seconds, seed=job.config.seed + running.number)
+        outcome = {
+            "accuracy": measured,
+            "speedup": latency.ratio,
+            "speedup_ci95": latency.ci95,
+            "latency_ms": latency.candidate.median_ms,
+        }
+    except MeasurementError as err:
+        outcome = {"failed_because": str(err)}
+    trial = Trial(
+        number=running.number,
+        widths=job.space.by_name(proposal.widths),
+        phase=proposal.phase,
+        seconds=seconds,
+        **outcome,
+    )
+    study.finish(running, trial, latency)
+    logger.info("%s", trial)
+    return trial
+
+
+def choose(
+    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
+) -> Plan:
+    """The most accurate plan whose speed-up holds when it is measured again, with more effort.
+
+    Where no trial met the limit, the fastest one.
+    """
+    min_speedup = searched.problem.min_speedup
+    ranked = best_first(searched.trials, min_speedup)
+    feasible = [t for t in ranked if t.speedup and t.speedup >= min_speedup]
+    again: list[tuple[float, Plan]] = []
+    for trial in feasible[:N_FINALISTS]:
+        on_progress(Progress("Measuring finalists", len(again), N_FINALISTS))
+        plan = job.space.plan(job.space.from_names(trial.widths))
+        latency = bench.remeasure(plan)
+        logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
+        if latency.ci95[0] >= min_speedup:
+            return plan
+        again.append((latency.ratio, plan))
+    if again:
+        return max(again, key=lambda pair: pair[0])[1]
+    return job.space.plan(job.space.from_names(ranked[0].widths))
+
+
+def cut_out(
+    job: Job, plan: Plan, on_progress: ProgressCallback
+) -> tuple[nn.Module, dict[str, object]]:
+    """The compact network, and how far each engine's outputs are from it on real images.
+
+    Raises:
+        EquivalenceError: The masked original, or NNI's network, answers differently.
+    """
+    on_progress(Progress("Pruning with NNI and checking", 0, 1))
+    model, example = job.loaded.module, job.loaded.example_input
+    images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
+    compact = remove_channels(model, job.groups, plan)
+    engines: dict[str, object] = {}
+    with masked(model, job.groups, plan) as masked_original:
+        engines["masked"] = check_agree(
+            "Own surgery and the masked original", compact, masked_original, images
+        )
+    try:
+        by_nni = prune_with_nni(model, example, job.groups, plan)
+    except EngineError as err:
+        logger.warning("%s Own surgery's model is used; it equals the masked original.", err)
+        engines["nni"] = str(err)
+        return compact, engines
+    engines["nni"] = check_agree("NNI and own surgery", compact, by_nni, images)
+    return by_nni, engines
+
+
+def recover(job: Job, compact: nn.Module, on_progress: ProgressCallback) -> nn.Module:
+    """BatchNorm recalibration, then fine-tuning; never worse on the search split than before."""
+    recipe = FineTuneRecipe(
+        n_epochs=job.config.fine_tune_epochs,
+        learning_rate=job.config.learning_rate,
+        batch_size=job.config.batch_size,
+        seed=job.config.seed,
+    )
+    return fine_tune(
+        recalibrate_batch_norm(compact, job.data.fit),
+        job.data.fit,
+        recipe,
+        score=lambda model: accuracy(model, job.data.search, batch_size=BATCH_SIZE).value,
+        on_progress=on_progress,
+    )
+
+
+def finish(
+    job: Job,
+    searched: Searched,
+    plan: Plan,
+    tuned: nn.Module,
+    engines: Mapping[str, object],
+    folder: RunFolder,
+    on_progress: ProgressCallback,
+) -> Result:
+    """Exports both models, proves and measures the files, and writes the result last."""
+    on_progress(Progress("Measuring the exported files", 0, 1))
+    original, example, opset = job.loaded.module, job.loaded.example_input, job.target.opset
+    original_file = export_onnx(original, example, folder.original_onnx, opset=opset)
+    unproven = export_onnx(tuned, example, folder.unproven_onnx, opset=opset)
+    images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
+    error = check_agree(
+        "torch and ONNX Runtime", tuned, predictor(unproven, n_threads=n_cores()), images
+    )
+    speedup = compare_latency(original_file, unproven, job.target)
+    verdict = judge(speedup, job.config.constraint.min_speedup(speedup.original.median_ms))
+    before = _side(job, original, original_file, speedup.original)
+    after = _side(job, tuned, unproven, speedup.candidate)
+    handed_back = verdict is not Verdict.NOT_FASTER
+    if handed_back:
+        folder.write_checkpoint(
+            {
+                "state_dict": tuned.state_dict(),
+                "plan": {name: list(kept) for name, kept in plan.kept.items()},
+                "arch": job.config.arch,
+                "arch_args": dict(job.config.arch_args),
+                "input_shape": list(job.data.input_shape),
+            }
+        )
+        unproven.replace(folder.model_onnx)
+    else:
+        unproven.unlink()
+    result = Result(
+        verdict=verdict,
+        target=job.target.name,
+        runtime=job.target.runtime,
+        basis=Basis.MEASURED,
+        constraint=job.config.constraint,
+        original=before,
+        compressed=after if handed_back else None,
+        speedup=speedup,
+        accuracy_drop_points=100 * (before.accuracy - after.accuracy) if handed_back else None,
+        equivalence={
+            "engines": {**engines, "onnxruntime": error},
+            "n_inputs": N_PROOF_IMAGES,
+            "max_abs_error": max(e for e in (*engines.values(), error) if isinstance(e, float)),
+        },
+        search=search_report(job, searched),
+        groups=[
+            {
+                "name": group.name,
+                "channels": group.n_channels,
+                "kept": plan.width(group),
+                "locked_because": group.locked_because,
+            }
+            for group in job.groups
+        ],
+        environment=run_folder.describe_environment(
+            n_threads=job.target.n_threads,
+            channel_step=f"{job.target.step} ({job.target.step_source})",
+            model_sha256=str(job.loaded.provenance["sha256"]),
+            data_fingerprint=job.data.fingerprint,
+        ),
+        out=folder.path,
+    )
+    folder.write_result(result)
+    return result
+
+
+def judge(speedup: PairedLatency, min_speedup: float) -> Verdict:
+    """Whether the measured ratio reaches the limit; an interval that holds 1 is no win."""
+    if speedup.ci95[0] <= 1:
+        return Verdict.NOT_FASTER
+    return Verdict.MET if speedup.ratio >= min_speedup else Verdict.INFEASIBLE
+
+
+def search_report(job: Job, searched: Searched) -> dict[str, object]:
+    """How the plan was found, and what a trial cost: seconds a trial, part by part."""
+    trials = searched.trials
+    parts = {
+        part: sum(t.seconds.get(part, 0.0) for t in trials) / len(trials) for part in TRIAL_PARTS
+    }
+    wall = searched.seconds / len(trials)
+    return {
+        "strategy": job.config.search,
+        "n_trials": len(trials),
+        "n_failed": sum(trial.failed_because is not None for trial in trials),
+        "seconds": searched.seconds,
+        "seed": job.config.seed,
+        "min_speedup": searched.problem.min_speedup,
+        "seconds_per_trial": {**parts, "all": wall},
+        "overhead_seconds_per_trial": wall - sum(parts[part] for part in INHERENT_PARTS),
+    }
+
+
+def prune(
+    model: nn.Module,
+    example_input: Tensor,
+    plan_or_keep_ratio: Plan | float,
+    *,
+    importance: str = "l1",
+    step: int = 1,
+) -> nn.Module:
+    """A smaller copy of `model`; the input is untouched.
+
+    Args:
+        model: In eval mode.
+        example_input: `(1, c, h, w)`, as the model takes it.
+        plan_or_keep_ratio: Which channels stay; or the share in (0, 1] that every group keeps.
+        importance: Which channels stay where a ratio is given: a key of `IMPORTANCES`.
+        step: Widths become multiples of it where a ratio is given.
+
+    Raises:
+        GraphError: The network cannot be traced, or nothing in it can be pruned.
+        PlanError: The plan or the ratio does not fit the network.
+    """
+    groups = channel_groups(model, example_input)
+    if isinstance(plan_or_keep_ratio, Plan):
+        return remove_channels(model, groups, plan_or_keep_ratio)
+    keep_ratio = plan_or_keep_ratio
+    if not 0 < keep_ratio <= 1:
+        raise PlanError(f"The keep ratio must lie in (0, 1]; got {keep_ratio}.")
+    if importance not in IMPORTANCES:
+        raise PlanError(unknown_name("importance", importance, IMPORTANCES))
+    score = IMPORTANCES[importance].score
+    scores = {group.name: score(model, group).numpy() for group in groups}
+    space = make_space(groups, scores, step=step, min_keep_ratio=min(keep_ratio, 1 / step))
+    widths = space.snap(np.full(len(space.groups), keep_ratio))
+    return remove_channels(model, groups, space.plan(widths))
+
+
+def load_compressed(
+    path: Path, *, arch: str | None = None, arch_args: Mapping[str, object] | None = None
+) -> nn.Module:
+    """The compressed network of a run, from its `model.pt`.
+
+    Args:
+        path: `model.pt` of a run folder; it holds tensors and plain values only.
+        arch: The factory of the *original* network, as given to the run. The one the file names
+            is not called unless you name it here: a file must not decide what code is run.
+        arch_args: Keyword arguments of the factory; the run's own where not given.
+
+    Raises:
+        ModelError: The file is not a `model.pt` of a run, or does not fit the factory.
+    """
+    saved = read_checkpoint(path)
+    if arch is None:
+        raise ModelError(f"{path} was made with arch={saved['arch']!r}; name it to rebuild it.")
+    original = build(arch, dict(arch_args or saved["arch_args"]), beside=path.parent)
+    example = torch.zeros(1, *saved["input_shape"])
+    groups = channel_groups(original.eval(), example)
+    plan = Plan({name: tuple(kept) for name, kept in saved["plan"].items()})
+    compact = remove_channels(original, groups, plan)
+    load_weights(path, compact, saved["state_dict"], arch)
+    return compact.eval()
+
+
+def inspect_model(config: Config) -> tuple[LoadedModel, tuple[ChannelGroup, ...]]:
+    """The model of `config` and its channel groups; needs its data only for the input's shape.
+
+    Raises:
+        CompressorError: As for `compress`.
+    """
+    shape = config.input_shape
+    if shape is None and config.data is not None:
+        shape = _read_data(config, config.data).input_shape
+    loaded = _read_model(config, shape)
+    return loaded, channel_groups(loaded.module, loaded.example_input)
+
+
+def folder_report(path: Path, *, as_json: bool = False) -> str:
+    """The result of the run in the folder `path`, or the trials of one that was not finished.
+
+    Raises:
+        RunFolderError: There is neither.
+    """
+    if (path / run_folder.RESULT).is_file():
+        result = run_folder.read_result(path)
+        return json.dumps(run_folder.to_json(result), indent=2) if as_json else text_report(result)
+    trials = read_trials(path / run_folder.STUDY)
+    return trials_json(trials) if as_json else trials_report(path, trials)
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _side(job: Job, model: nn.Module, file: Path, latency: Latency) -> Side:
+    paper = cost(model, job.loaded.example_input)
+    predict = predictor(file, n_threads=n_cores())
+    return Side(
+        accuracy=accuracy(predict, job.data.test, batch_size=1).value,
+        latency_ms=latency,
+        macs=paper.macs,
+        params=paper.params,
+        file_bytes=file.stat().st_size,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - began
+
+
+@contextmanager
+def _interruptible(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as err:
+        logger.warning("interrupted by the user")
+        raise InterruptedRunError(
+            f"Stopped. The trials so far are kept; `compress report {folder.path}` shows them."
+        ) from err

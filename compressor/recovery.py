@@ -1,0 +1,124 @@
+"""What repairs accuracy after channels were removed: BatchNorm recalibration and fine-tuning."""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compressor.values import BATCH_NORMS, ProgressCallback, Progress, Split
+
+logger = logging.getLogger(__name__)
+
+
+def recalibrate_batch_norm(
+    model: nn.Module, split: Split, *, n_images: int = 256, batch_size: int = 64
+) -> nn.Module:
+    """A copy whose batch-norm statistics are those of the pruned network.
+
+    Removed channels change what the next layers see, so the running statistics no longer
+    describe it. They are replaced by the plain mean over a few batches.
+
+    Args:
+        model: Not changed.
+        split: The fit split; its first `n_images` are used, so it must not be sorted by class.
+        n_images: About 256 rank plans as well as thousands do.
+        batch_size: At least 2; batch-norm of one image has no variance.
+    """
+    recalibrated = copy.deepcopy(model)
+    norms = [m for m in recalibrated.modules() if isinstance(m, BATCH_NORMS)]
+    momenta = [norm.momentum for norm in norms]
+    if not norms:
+        return recalibrated
+    recalibrated.eval()  # dropout stays off; only the norms look at the batch
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over all batches
+        norm.train()
+    with torch.inference_mode():
+        for start in range(0, min(n_images, len(split)), batch_size):
+            rows = slice(start, min(start + batch_size, n_images, len(split)))
+            images = split.model_input(rows)
+            if len(images) > 1:
+                recalibrated(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return recalibrated.eval()
+
+
+@dataclass(frozen=True)
+class FineTuneRecipe:
+    """How the chosen network is trained on.
+
+    Attributes:
+        n_epochs: Passes over the fit split; 0 leaves the weights as they are.
+        learning_rate: Peak, reached after the first tenth of the steps, then cosine to 0.
+        batch_size: Images per step.
+        weight_decay: On weights; not on norms and biases.
+        seed: Decides the order of the images.
+    """
+
+    n_epochs: int
+    learning_rate: float
+    batch_size: int = 64
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+
+def fine_tune(
+    model: nn.Module,
+    fit: Split,
+    recipe: FineTuneRecipe,
+    *,
+    score: Callable[[nn.Module], float],
+    on_progress: ProgressCallback,
+) -> nn.Module:
+    """A trained copy: SGD with Nesterov momentum; the best epoch by `score` is kept.
+
+    Args:
+        model: Not changed; where no epoch is better, a copy of it comes back.
+        fit: What may be learned from.
+        recipe: Epochs, learning rate, and so on.
+        score: Larger is better; called after every epoch, on images that are not in `fit`.
+        on_progress: Told after every epoch, and within it about once in a hundred steps.
+    """
+    student = copy.deepcopy(model).requires_grad_(requires_grad=True)
+    best, best_score = copy.deepcopy(model).eval(), score(model)
+    n_batches = max(1, len(fit) // recipe.batch_size)
+    n_steps = recipe.n_epochs * n_batches
+    if not n_steps:
+        return best
+    decayed = [p for p in student.parameters() if p.ndim > 1]
+    plain = [p for p in student.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain}],
+        lr=recipe.learning_rate, momentum=0.9, nesterov=True,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, total_steps=n_steps + 1, pct_start=0.1,
+        cycle_momentum=False, final_div_factor=1e4,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for epoch in range(recipe.n_epochs):
+        student.train()
+        order = torch.randperm(len(fit), generator=generator)
+        for step in range(n_batches):
+            rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            loss = F.cross_entropy(student(fit.model_input(rows)), fit.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            done = epoch * n_batches + step + 1
+            if done % 10 == 0:
+                on_progress(Progress("Fine-tuning", done, n_steps, f"loss {loss.item():.3f}"))
+        epoch_score = score(student.eval())
+        if epoch_score > best_score:
+            best, best_score = copy.deepcopy(student), epoch_score
+        logger.info("epoch %d: search accuracy %.4f", epoch + 1, epoch_score)
+        note = f"accuracy {epoch_score:.2%}"
+        on_progress(Progress("Fine-tuning", (epoch + 1) * n_batches, n_steps, note))
+    return best.eval()

@@ -1,0 +1,165 @@
+"""Result -> text for people."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from compressor.values import (
+    ChannelGroup,
+    Cost,
+    PairedLatency,
+    Result,
+    Role,
+    Side,
+    Target,
+    Trial,
+    Verdict,
+)
+
+VERDICTS = {
+    Verdict.MET: "met",
+    Verdict.INFEASIBLE: "NOT met: the best plan found is written, but it is not fast enough",
+    Verdict.NOT_FASTER: "NOT faster: no model is handed back",
+}
+
+
+def text_report(result: Result) -> str:
+    """A table of before and after, the verdict, and what was pruned."""
+    before, after = result.original, result.compressed
+    rows = [("", "original", "compressed", "change")]
+    if after is None:
+        rows += [(name, value, "-", "") for name, value in _figures(before)]
+    else:
+        changes = (
+            f"{100 * (after.accuracy - before.accuracy):+.2f} points",
+            f"{result.speedup.ratio:.2f}x faster",
+            "",
+            _times(before.macs, after.macs),
+            _times(before.params, after.params),
+            _times(before.file_bytes, after.file_bytes),
+        )
+        rows += [
+            (name, old, new, change)
+            for (name, old), (_, new), change in zip(
+                _figures(before), _figures(after), changes, strict=True
+            )
+        ]
+    low, high = result.speedup.ci95
+    locked = [g for g in result.groups if g["locked_because"]]
+    pruned = [g for g in result.groups if g["kept"] != g["channels"]]
+    widths = ", ".join(f"{g['name']} {g['channels']}->{g['kept']}" for g in pruned) or "none"
+    overhead = result.search.get("overhead_seconds_per_trial")
+    return "\n".join([
+        *_aligned(rows),
+        "",
+        f"asked for   {result.constraint} on {result.target} ({result.runtime})",
+        f"verdict     {VERDICTS[result.verdict]}",
+        f"speed-up    {result.speedup.ratio:.3f}x, 95 % interval [{low:.3f}, {high:.3f}], "
+        f"{result.basis}, {result.speedup.original.n} paired runs",
+        f"search      {result.search['strategy']}, {result.search['n_trials']} trials "
+        f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s; "
+        f"{overhead:.2f} s a trial outside forward passes and measuring",
+        f"proof       largest output difference {result.equivalence['max_abs_error']:.1e} on "
+        f"{result.equivalence['n_inputs']} real images",
+        f"widths      {widths}",
+        f"locked      {', '.join(str(g['name']) for g in locked) or 'none'}",
+        f"files       {result.out}",
+    ])  # fmt: skip
+
+
+def trials_report(folder: Path, trials: Sequence[Trial]) -> str:
+    """The trials of a run that has no result yet, best accuracy first."""
+    done = [t for t in trials if t.accuracy is not None]
+    rows = [("trial", "phase", "accuracy", "speed-up", "latency")]
+    rows += [
+        (str(t.number + 1), t.phase, f"{t.accuracy.value:.2%}", f"{t.speedup:.2f}x",
+         f"{t.latency_ms:.3f} ms")
+        for t in sorted(done, key=lambda t: t.accuracy.value if t.accuracy else 0, reverse=True)
+        if t.accuracy is not None
+    ]  # fmt: skip
+    head = f"{folder} has no result: the run was not finished. Trials measured: {len(done)}"
+    return "\n".join([f"{head}, failed: {len(trials) - len(done)}.", "", *_aligned(rows)])
+
+
+def trials_json(trials: Sequence[Trial]) -> str:
+    """The same as JSON."""
+    return TypeAdapter(list[Trial]).dump_json(list(trials), indent=2).decode()
+
+
+def groups_report(groups: Sequence[ChannelGroup], paper: Cost) -> str:
+    """Every channel group, who writes and reads it, and why it is locked."""
+    rows = [("group", "channels", "written by", "read by")]
+    rows += [
+        (g.name, str(g.n_channels), ", ".join(g.modules(Role.PRODUCER)),
+         ", ".join(g.modules(Role.CONSUMER)) or "-")
+        for g in groups
+    ]  # fmt: skip
+    locked = [f"  {g.name}: {g.locked_because}" for g in groups if g.locked_because]
+    return "\n".join([
+        *_aligned(rows, right=(1,)),
+        "",
+        f"{paper.macs / 1e6:.2f} M multiply-accumulates, {paper.params / 1e6:.3f} M parameters",
+        "locked:" if locked else "no group is locked",
+        *locked,
+    ])  # fmt: skip
+
+
+def latency_report(pair: PairedLatency, *, is_pair: bool) -> str:
+    """Times of one or two models, and their ratio."""
+    low, high = pair.ci95
+    rows = [("", "median", "p90", "runs")]
+    sides = [("original", pair.original), ("candidate", pair.candidate)]
+    rows += [
+        (name, f"{side.median_ms:.3f} ms", f"{side.p90_ms:.3f} ms", str(side.n))
+        for name, side in (sides if is_pair else sides[1:])
+    ]
+    ratio = f"{pair.ratio:.3f}x, 95 % interval [{low:.3f}, {high:.3f}]"
+    what = "original / candidate" if is_pair else "the model against itself (noise floor)"
+    return "\n".join([*_aligned(rows), "", f"{what}: {ratio}"])
+
+
+def latency_json(pair: PairedLatency) -> str:
+    """The same as JSON, with every raw time."""
+    return TypeAdapter(PairedLatency).dump_json(pair, indent=2).decode()
+
+
+def targets_report(targets: Sequence[Target]) -> str:
+    """One line a target."""
+    rows = [("target", "runtime", "provider", "threads", "step", "opset", "what")]
+    rows += [
+        (t.name, t.runtime, t.provider, str(t.n_threads), f"{t.step} ({t.step_source})",
+         str(t.opset), t.description)
+        for t in targets
+    ]  # fmt: skip
+    return "\n".join(_aligned(rows, right=(3, 5)))
+
+
+def _figures(side: Side) -> list[tuple[str, str]]:
+    return [
+        ("test accuracy", f"{side.accuracy:.2%}"),
+        ("latency, median", f"{side.latency_ms.median_ms:.3f} ms"),
+        ("latency, p90", f"{side.latency_ms.p90_ms:.3f} ms"),
+        ("MACs", f"{side.macs / 1e6:.2f} M"),
+        ("parameters", f"{side.params / 1e6:.3f} M"),
+        ("ONNX file", f"{side.file_bytes / 2**20:.2f} MiB"),
+    ]
+
+
+def _times(before: float, after: float) -> str:
+    return f"{before / after:.2f}x less" if after < before else "unchanged"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int] | None = None) -> list[str]:
+    """Lines of equal columns; `right` are those aligned right, by default all but the first."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    if right is None:
+        right = range(1, len(widths))
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

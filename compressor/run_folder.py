@@ -1,0 +1,193 @@
+"""What is kept on disk. Files are written under another name, synced and renamed."""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import tomli_w
+import torch
+from pydantic import TypeAdapter
+
+from compressor.errors import ConfigError, RunFolderError
+from compressor.values import Result
+
+VERSION = metadata.version("compressor")
+SCHEMA = 1
+RESULT, STUDY, CONFIG, LOG = "result.json", "study.db", "config.toml", "log.txt"
+MODEL_ONNX, ORIGINAL_ONNX, MODEL_PT = "model.onnx", "original.onnx", "model.pt"
+
+_RESULT = TypeAdapter(Result)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's files; see `create` and `Result`."""
+
+    path: Path
+
+    @property
+    def study(self) -> Path:
+        """The Optuna study."""
+        return self.path / STUDY
+
+    @property
+    def original_onnx(self) -> Path:
+        """The original, exported as `model_onnx` is, so that anyone can measure the pair."""
+        return self.path / ORIGINAL_ONNX
+
+    @property
+    def model_onnx(self) -> Path:
+        """The compressed model; there only when it was proven and measured to be faster."""
+        return self.path / MODEL_ONNX
+
+    @property
+    def unproven_onnx(self) -> Path:
+        """The compressed model until then."""
+        return self.path / f".{MODEL_ONNX}.unproven"
+
+    def write_checkpoint(self, content: Mapping[str, object]) -> None:
+        """`model.pt`; loads with `torch.load(..., weights_only=True)`."""
+        partial = self.path / f".{MODEL_PT}.partial"
+        torch.save(dict(content), partial)
+        _sync_and_rename(partial, self.path / MODEL_PT)
+
+    def write_result(self, result: Result) -> None:
+        """`result.json`; written last, so a folder that has one is complete."""
+        text = json.dumps(to_json(result), indent=2, allow_nan=False) + "\n"
+        write_text(self.path / RESULT, text)
+
+
+def create(wanted: Path | None, default_name: str, settings: Mapping[str, object]) -> RunFolder:
+    """An empty run folder holding `config.toml`.
+
+    Args:
+        wanted: Folder that the user named; it may exist but must be empty. None takes the first
+            free `runs/NAME`, `runs/NAME-2`, ...
+        default_name: NAME.
+        settings: What the run was asked for.
+
+    Raises:
+        ConfigError: `wanted` holds something already.
+        RunFolderError: The folder cannot be made or written.
+    """
+    try:
+        if wanted is None:
+            path = _first_free(Path("runs"), default_name)
+        elif wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+            what = "another run" if (wanted / CONFIG).exists() else "other files"
+            raise ConfigError(f"--out {wanted} holds {what}; name a folder that is empty or new.")
+        else:
+            path = wanted
+            path.mkdir(parents=True, exist_ok=True)
+        write_text(path / CONFIG, tomli_w.dumps(dict(settings)))
+    except OSError as err:
+        raise RunFolderError(f"The run folder cannot be written: {err}.") from err
+    return RunFolder(path)
+
+
+@contextlib.contextmanager
+def logged(folder: RunFolder) -> Iterator[None]:
+    """Everything compressor logs goes to the folder's `log.txt` meanwhile."""
+    handler = logging.FileHandler(folder.path / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("compressor")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        package.removeHandler(handler)
+        handler.close()
+
+
+def read_result(path: Path) -> Result:
+    """The result of the finished run in the folder `path`.
+
+    Raises:
+        RunFolderError: There is none, or it is not one of ours.
+    """
+    file = path / RESULT
+    if not file.is_file():
+        raise RunFolderError(f"{path} has no {RESULT}: no run there, or one that is not finished.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = content.pop("schema", None)
+        if found != SCHEMA:
+            raise RunFolderError(f"{file} has schema {found}; this version reads {SCHEMA}.")
+        return _RESULT.validate_python(content | {"out": path})
+    except (ValueError, AttributeError, TypeError) as err:
+        raise RunFolderError(f"{file} is not a result of compress: {err}") from err
+
+
+def describe_environment(
+    *, n_threads: int, channel_step: str, model_sha256: str, data_fingerprint: str
+) -> dict[str, object]:
+    """Versions, machine, and hashes of model and data, for `result.json`."""
+    packages = ("torch", "onnx", "onnxruntime", "nni", "botorch", "optuna", "numpy")
+    versions = {name: metadata.version(name) for name in packages}
+    return {
+        "versions": {"compressor": VERSION, "python": platform.python_version(), **versions},
+        "cpu": _cpu_name(),
+        "threads": n_threads,
+        "channel_step": channel_step,
+        "git": _git_commit(),
+        "model_sha256": model_sha256,
+        "data_fingerprint": data_fingerprint,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the project that the run was started in; None outside a repository."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
+        )
+        return done.stdout.strip()
+    return None
+
+
+def to_json(result: Result) -> dict[str, object]:
+    """`result` with the stable keys of `result.json`."""
+    content: dict[str, object] = _RESULT.dump_python(result, mode="json", exclude={"out"})
+    return {"schema": SCHEMA, **content}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync_and_rename(partial, path)
+
+
+def _sync_and_rename(partial: Path, path: Path) -> None:
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _first_free(parent: Path, name: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError

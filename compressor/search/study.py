@@ -1,0 +1,120 @@
+"""The trials on disk: one Optuna study in SQLite, which optuna-dashboard reads as it is.
+
+Its parameters are always one width a free group, whatever the phase of the search, so nothing is
+lost at a rollback. Its two values are accuracy and speed-up, both larger is better.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from compressor.errors import RunFolderError
+from compressor.search.objective import Proposal
+from compressor.search.space import SearchSpace
+from compressor.values import Accuracy, PairedLatency, Trial
+
+STUDY_NAME = "compress"
+MEASURED = "measured"  # the one user attribute of a trial
+
+
+class Study:
+    """Trials in the order they were begun; written as they come."""
+
+    def __init__(self, study: optuna.Study, space: SearchSpace) -> None:
+        self._study = study
+        self._distributions = {
+            group.name: IntDistribution(1, group.n_channels) for group in space.groups
+        }
+        self._space = space
+        self._trials: list[Trial] = []
+
+    @classmethod
+    def create(cls, path: Path, space: SearchSpace) -> "Study":
+        """A new study in a new file at `path`."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=f"sqlite:///{path.resolve()}",
+            study_name=STUDY_NAME,
+            directions=["maximize", "maximize"],
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["accuracy", "speedup"])
+        return cls(study, space)
+
+    @property
+    def trials(self) -> Sequence[Trial]:
+        """All trials that were finished or failed."""
+        return tuple(self._trials)
+
+    def begin(self, proposal: Proposal) -> optuna.Trial:
+        """Writes that a trial is running."""
+        self._study.enqueue_trial(self._space.by_name(proposal.widths))
+        return self._study.ask(self._distributions)
+
+    def finish(self, running: optuna.Trial, trial: Trial, latency: PairedLatency | None) -> None:
+        """Writes what became of it, with every raw time."""
+        measured = {
+            "phase": trial.phase,
+            "seconds": {part: round(s, 5) for part, s in trial.seconds.items()},
+            "failed_because": trial.failed_because,
+        }
+        if trial.accuracy is None or latency is None:
+            running.set_user_attr(MEASURED, measured)
+            self._study.tell(running, state=TrialState.FAIL)
+        else:
+            measured |= {
+                "n_images": trial.accuracy.n,
+                "speedup_ci95": trial.speedup_ci95,
+                "latency_ms": trial.latency_ms,
+                "rounds_ms": [
+                    [[round(ms, 5) for ms in side] for side in (p.original_ms, p.candidate_ms)]
+                    for p in latency.session_pairs
+                ],
+            }
+            running.set_user_attr(MEASURED, measured)
+            self._study.tell(running, [trial.accuracy.value, latency.ratio])
+        self._trials.append(trial)
+
+
+def read_trials(path: Path) -> tuple[Trial, ...]:
+    """The finished and failed trials of the study in the file at `path`.
+
+    Raises:
+        RunFolderError: There is no study in it.
+    """
+    if not path.is_file():
+        raise RunFolderError(f"No study at {path}.")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.load_study(
+            study_name=STUDY_NAME, storage=f"sqlite:///{path.resolve()}"
+        )
+    except (KeyError, optuna.exceptions.StorageInternalError) as err:
+        raise RunFolderError(f"{path} holds no study of compress: {err}") from err
+    states = (TrialState.COMPLETE, TrialState.FAIL)
+    return tuple(_trial(t) for t in study.get_trials(deepcopy=False, states=states))
+
+
+def _trial(frozen: FrozenTrial) -> Trial:
+    measured = frozen.user_attrs.get(MEASURED, {"phase": "", "seconds": {}})
+    common = {
+        "number": frozen.number,
+        "widths": dict(frozen.params),
+        "phase": measured["phase"],
+        "seconds": measured["seconds"],
+    }
+    if frozen.state is TrialState.FAIL:
+        return Trial(**common, failed_because=measured.get("failed_because") or "interrupted")
+    low, high = measured["speedup_ci95"]
+    return Trial(
+        **common,
+        accuracy=Accuracy(frozen.values[0], measured["n_images"]),
+        speedup=frozen.values[1],
+        speedup_ci95=(low, high),
+        latency_ms=measured["latency_ms"],
+    )

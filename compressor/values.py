@@ -1,0 +1,405 @@
+"""The values that travel between the steps. All frozen; none of them does any work.
+
+Legend: `n` images, `c` channels, `h`, `w` pixels. Times are in milliseconds, ratios are
+original / candidate for speed (larger is faster) and kept / original for widths.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+IndexArray = npt.NDArray[np.int64]
+
+
+class Basis(StrEnum):
+    """Where a latency comes from; the two are never mixed in one ranking."""
+
+    MEASURED = "measured"
+    ESTIMATE = "estimate"
+
+
+class Verdict(StrEnum):
+    """How a run ended."""
+
+    MET = "met"
+    INFEASIBLE = "infeasible"
+    NOT_FASTER = "not-faster"
+
+
+class Role(StrEnum):
+    """What a tensor does with the channels of a group."""
+
+    PRODUCER = "producer"  # a filter a channel: dimension 0 of a convolution or linear weight
+    PER_CHANNEL = "per-channel"  # one value a channel: a bias, a norm, a depthwise filter
+    CONSUMER = "consumer"  # reads the channels: dimension 1 of a convolution or linear weight
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelSlice:
+    """Where the channels of one group lie in one tensor of the model.
+
+    Attributes:
+        module: Dotted name of the module that owns the tensor.
+        tensor: Name of the parameter or buffer in that module.
+        dim: Dimension of the tensor that runs over channels.
+        role: What the tensor does with the channels.
+        index: `(n_channels, n_inner)`; row `i` lists the positions along `dim` that belong to
+            channel `i` (more than one behind a flatten).
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    role: Role
+    index: IndexArray
+
+    @property
+    def key(self) -> str:
+        """The tensor's name in the state_dict."""
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels of several tensors that can only be removed together.
+
+    Attributes:
+        name: The first module that produces the channels.
+        n_channels: Channels before pruning.
+        slices: Every place in the model where these channels lie.
+        locked_because: In words, why no channel may be removed; None where any may.
+    """
+
+    name: str
+    n_channels: int
+    slices: tuple[ChannelSlice, ...]
+    locked_because: str | None = None
+
+    def modules(self, role: Role) -> tuple[str, ...]:
+        """Names of the modules that play `role`, each once, in graph order."""
+        return tuple(dict.fromkeys(s.module for s in self.slices if s.role is role))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels stay: group name -> indices of the kept channels, ascending.
+
+    A group that is not named keeps all its channels.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", MappingProxyType(dict(self.kept)))
+
+    def width(self, group: ChannelGroup) -> int:
+        """Number of channels that `group` keeps."""
+        kept = self.kept.get(group.name)
+        return group.n_channels if kept is None else len(kept)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs on paper, for one example.
+
+    Attributes:
+        macs: Multiply-accumulates of convolutions and linear layers.
+        params: Numbers in its parameters.
+    """
+
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers in [0, 1], with the standard error of `n` yes-no answers."""
+
+    value: float
+    n: int
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial; never 0, because `n` right answers of `n` do not prove the next one."""
+        p = (self.value * self.n + 1) / (self.n + 2)  # Laplace's rule of succession
+        return float(np.sqrt(p * (1 - p) / self.n))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One model's time for one inference."""
+
+    median_ms: float
+    p90_ms: float
+    n: int
+
+
+@dataclass(frozen=True)
+class SessionPair:
+    """Raw times of one pair of sessions; run `i` of both was taken in the same round.
+
+    Attributes:
+        original_ms: `(n_rounds,)` milliseconds.
+        candidate_ms: `(n_rounds,)` milliseconds.
+    """
+
+    original_ms: tuple[float, ...]
+    candidate_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PairedLatency:
+    """Original and candidate measured in the same rounds.
+
+    Attributes:
+        ratio: original / candidate; above 1 the candidate is faster.
+        ci95: Interval of `ratio` that holds it with 95 % confidence.
+        original: The original's times in these rounds.
+        candidate: The candidate's times in these rounds.
+        session_pairs: Every time taken, so that any statistic can be recomputed.
+    """
+
+    ratio: float
+    ci95: tuple[float, float]
+    original: Latency
+    candidate: Latency
+    session_pairs: tuple[SessionPair, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device profile, its runtime, and what is known of it.
+
+    Attributes:
+        name: Name of the profile.
+        description: One line for people.
+        runtime: Which runtime measures and serves; "onnxruntime" so far.
+        provider: Execution provider of ONNX Runtime.
+        n_threads: Threads of one inference.
+        step: Channel granularity that runs fast on the device.
+        step_source: Why it is that step, in words.
+        opset: ONNX opset that the device's runtime reads.
+        sources: Where the profile's figures come from.
+    """
+
+    name: str
+    description: str
+    runtime: str
+    provider: str
+    n_threads: int
+    step: int
+    step_source: str
+    opset: int
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The latency limit as the user put it.
+
+    Attributes:
+        kind: "speedup" (times the original) or "max-latency" (milliseconds).
+        value: In the unit of `kind`.
+    """
+
+    kind: str
+    value: float
+
+    def min_speedup(self, original_ms: float) -> float:
+        """The ratio original / candidate that a plan must reach."""
+        return self.value if self.kind == SPEEDUP else original_ms / self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:g}x" if self.kind == SPEEDUP else f"{self.value:g} ms"
+
+
+SPEEDUP = "speedup"
+MAX_LATENCY = "max-latency"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one plan turned out to be."""
+
+    accuracy: Accuracy
+    latency: PairedLatency
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One plan and what was measured of it; a failed trial is a trial too.
+
+    Attributes:
+        number: Position in the study, from 0.
+        widths: Group name -> channels kept, for every group that is not locked.
+        phase: The part of the search that proposed it.
+        accuracy: On the search split; None where the trial failed.
+        speedup: original / candidate; None where the trial failed.
+        speedup_ci95: Its interval; None where the trial failed.
+        latency_ms: The candidate's median; None where the trial failed.
+        seconds: Part of the trial -> seconds it took.
+        failed_because: None, or why there is no measurement.
+    """
+
+    number: int
+    widths: Mapping[str, int]
+    phase: str
+    accuracy: Accuracy | None = None
+    speedup: float | None = None
+    speedup_ci95: tuple[float, float] | None = None
+    latency_ms: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    failed_because: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long piece of work has come.
+
+    Attributes:
+        phase: What is being done, in words; a new phase starts a new bar.
+        n_done: Units finished.
+        n_total: Units in all.
+        note: The latest figure worth showing.
+    """
+
+    phase: str
+    n_done: int
+    n_total: int
+    note: str = ""
+
+
+class ProgressCallback(Protocol):
+    """Called as work goes on; must return quickly."""
+
+    def __call__(self, progress: Progress, /) -> None:
+        """Draw or log `progress`."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A trained network, ready to be read.
+
+    Attributes:
+        module: In eval mode, on the CPU.
+        example_input: `(1, c, h, w)`, what the module is traced with.
+        provenance: How the module came to be: arch, arch_args, file, sha256.
+    """
+
+    module: nn.Module
+    example_input: Tensor
+    provenance: Mapping[str, object]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images of one purpose.
+
+    Attributes:
+        images: `(n, c, h, w)`; uint8 as stored, or float32 as the model takes them.
+        labels: `(n,)` int64.
+        mean: Per channel, subtracted after scaling uint8 to [0, 1].
+        std: Per channel, divided by after that.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def model_input(self, rows: Tensor | slice) -> Tensor:
+        """`(n_rows, c, h, w)` float32, as the model takes them."""
+        images = self.images[rows]
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if self.mean:
+            shape = (1, -1, 1, 1)
+            images = (images - torch.tensor(self.mean).view(shape)) / torch.tensor(
+                self.std
+            ).view(shape)
+        return images
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images as the model takes them and their labels, in stored order."""
+        for start in range(0, len(self), batch_size):
+            rows = slice(start, start + batch_size)
+            yield self.model_input(rows), self.labels[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Three splits that share no image.
+
+    Attributes:
+        fit: What the network may learn from.
+        search: What plans are ranked by.
+        test: Looked at once, at the end, with the exported files.
+        class_names: Name of each label.
+        fingerprint: SHA-256 of all images and labels.
+    """
+
+    fit: Split
+    search: Split
+    test: Split
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """`(c, h, w)` of one image."""
+        return tuple(self.fit.images.shape[1:])
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models of a result."""
+
+    accuracy: float
+    latency_ms: Latency
+    macs: int
+    params: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found, and how sure it is; `result.json` is this, written down.
+
+    Attributes:
+        compressed: None where nothing was measured to be faster, so nothing is handed back.
+        accuracy_drop_points: Percentage points on the test split; None with `compressed`.
+        equivalence: Which engines were compared on how many inputs, and the largest error.
+        search: How the plan was found, and what a trial cost.
+        groups: name, channels, kept, locked_because of every channel group.
+        environment: Versions, machine, and hashes of model and data.
+        out: The run folder.
+    """
+
+    verdict: Verdict
+    target: str
+    runtime: str
+    basis: Basis
+    constraint: Constraint
+    original: Side
+    compressed: Side | None
+    speedup: PairedLatency
+    accuracy_drop_points: float | None
+    equivalence: Mapping[str, object]
+    search: Mapping[str, object]
+    groups: Sequence[Mapping[str, object]]
+    environment: Mapping[str, object]
+    out: Path
