@@ -6,14 +6,15 @@ Progress goes to stderr; stdout has the result and nothing else. Exit codes: 0 m
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from compressor.cli.progress import ProgressDisplay
 
 import compressor
-from compressor.cli.progress import ProgressDisplay
 from compressor.errors import CompressorError, ConfigError, InterruptedRunError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOT_MET, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -21,9 +22,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_NOT_MET, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 # Two apps, because `compress MODEL` needs no command word: `main` looks at the first word.
 run_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-commands = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
-)
+commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 EPILOG = """Other commands, each with its own --help:
 
@@ -48,9 +47,7 @@ ArchArg = Annotated[
     list[str] | None,
     typer.Option(metavar="K=V", help="Keyword argument of that function; may be repeated."),
 ]
-Data = Annotated[
-    Path | None, typer.Option(help="Images: an .npz, or a folder of class folders.")
-]
+Data = Annotated[Path | None, typer.Option(help="Images: an .npz, or a folder of class folders.")]
 InputShape = Annotated[
     str | None, typer.Option(metavar="C,H,W", help="Shape of one input, where there is no data.")
 ]
@@ -225,6 +222,8 @@ def report(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the `compress` command."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what libraries tell each other; ours are errors or logs
     words = list(sys.argv[1:] if args is None else args)
     names = {c.name or c.callback.__name__ for c in commands.registered_commands if c.callback}
     app = commands if words and words[0] in names else run_app

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as RichProgress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as RichProgress,
 )
 
 if TYPE_CHECKING:  # values imports torch, which `--help` need not wait for
@@ -32,7 +34,7 @@ class ProgressDisplay:
         self._tasks: dict[str, TaskID] = {}
         self._phase = ""
         self._last_line = 0.0
-        self._best = ""
+        self._phase_began = 0.0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -96,7 +98,16 @@ class ProgressDisplay:
         is_due = time.monotonic() - self._last_line > PLAIN_SECONDS
         is_last = progress.n_done == progress.n_total and progress.n_total > 1
         if progress.phase != self._phase or is_due or is_last:
-            count = f" {progress.n_done}/{progress.n_total}" if progress.n_total > 1 else ""
-            sys.stderr.write(f"{progress.phase}{count} {progress.note}".rstrip() + "\n")
+            parts = [progress.phase]
+            if progress.n_total > 1:
+                parts += [f"{progress.n_done}/{progress.n_total}", self._time_left(progress)]
+            sys.stderr.write(" ".join(filter(None, (*parts, progress.note))) + "\n")
             self._last_line = time.monotonic()
-        self._phase = progress.phase
+        if progress.phase != self._phase:
+            self._phase, self._phase_began = progress.phase, time.monotonic()
+
+    def _time_left(self, progress: "Progress") -> str:
+        if progress.phase != self._phase or not 0 < progress.n_done < progress.n_total:
+            return ""
+        seconds = (time.monotonic() - self._phase_began) / progress.n_done
+        return f"(about {seconds * (progress.n_total - progress.n_done):.0f} s left)"

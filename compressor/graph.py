@@ -269,9 +269,7 @@ class _Walk:
             return self._pass_on(node, source)
         return self._unknown(node)
 
-    def _layer(
-        self, node: fx.Node, source: fx.Node, name: str, module: nn.Module
-    ) -> None:
+    def _layer(self, node: fx.Node, source: fx.Node, name: str, module: nn.Module) -> None:
         """A convolution or linear layer: reads all channels, writes new ones."""
         weight = module.weight
         assert isinstance(weight, Tensor)
@@ -388,7 +386,7 @@ def _describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
         return f"{type(modules[name]).__name__} ({name})"
     name = node.target if isinstance(node.target, str) else node.target.__name__
     lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
-    places = [line for line in lines if line.startswith("File ")]
+    places = [line for line in lines if line.startswith("File ") and "/torch/" not in line]
     return f"{name} ({places[-1]})" if places else name
 
 

@@ -147,7 +147,9 @@ def sha256(path: Path) -> str:
 def _read(path: Path, *, trust: bool) -> object:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist()):
+            if any(
+                "/code/" in name or name.endswith("constants.pkl") for name in archive.namelist()
+            ):
                 raise ModelError(
                     f"{path} is a TorchScript archive; give the state_dict of the module that it "
                     f"was scripted from, with --arch."

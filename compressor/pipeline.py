@@ -33,7 +33,7 @@ from compressor.graph import channel_groups, cost
 from compressor.importance import IMPORTANCES
 from compressor.latency.onnxruntime import compare_latency, predictor
 from compressor.latency.targets import load_target
-from compressor.latency.timing import FINAL, TRIAL
+from compressor.latency.timing import TRIAL
 from compressor.model_io import build, load_model, load_weights, read_checkpoint
 from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
 from compressor.report import text_report, trials_json, trials_report
@@ -130,9 +130,7 @@ def prepare(config: Config) -> Job:
     groups = channel_groups(model, loaded.example_input)
     importance = IMPORTANCES[config.importance]
     scores = {group.name: importance.score(model, group).numpy() for group in groups}
-    space = make_space(
-        groups, scores, step=target.step, min_keep_ratio=config.min_keep_ratio
-    )
+    space = make_space(groups, scores, step=target.step, min_keep_ratio=config.min_keep_ratio)
     return Job(config, target, loaded, data, groups, space)
 
 
@@ -300,9 +298,7 @@ def _run_trial(
     return trial
 
 
-def choose(
-    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
-) -> Plan:
+def choose(job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback) -> Plan:
     """The most accurate plan whose speed-up holds when it is measured again, with more effort.
 
     Where no trial met the limit, the fastest one.
@@ -499,7 +495,7 @@ def prune(
     score = IMPORTANCES[importance].score
     scores = {group.name: score(model, group).numpy() for group in groups}
     space = make_space(groups, scores, step=step, min_keep_ratio=min(keep_ratio, 1 / step))
-    widths = space.snap(np.full(len(space.groups), keep_ratio))
+    (widths,) = space.snap(np.full((1, len(space.groups)), keep_ratio))
     return remove_channels(model, groups, space.plan(widths))
 
 
@@ -557,7 +553,9 @@ def folder_report(path: Path, *, as_json: bool = False) -> str:
 
 def n_cores() -> int:
     """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
 
 def _side(job: Job, model: nn.Module, file: Path, latency: Latency) -> Side:

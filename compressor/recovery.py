@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compressor.values import BATCH_NORMS, ProgressCallback, Progress, Split
+from compressor.values import BATCH_NORMS, Progress, ProgressCallback, Split
 
 logger = logging.getLogger(__name__)
 

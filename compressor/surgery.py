@@ -92,18 +92,7 @@ def prune_with_nni(
 
     logging.getLogger("nni").setLevel(logging.ERROR)
     victim = copy.deepcopy(model).eval()
-    masks: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for group in groups:
-        removed = _removed(group, plan)
-        for where in group.slices:
-            if where.role is not Role.PRODUCER or not len(removed):
-                continue
-            module = model.get_submodule(where.module)
-            for tensor in ("weight", "bias"):
-                value = getattr(module, tensor, None)
-                if isinstance(value, Tensor):
-                    mask = masks[where.module].setdefault(tensor, torch.ones_like(value).detach())
-                    mask[where.index[removed].ravel()] = 0
+    masks = _nni_masks(model, groups, plan)
     if not masks:
         return victim
     norms = {name: m for name, m in victim.named_modules() if isinstance(m, BATCH_NORMS)}
@@ -113,8 +102,10 @@ def prune_with_nni(
     graph_module = torch.fx.symbolic_trace(victim)
     try:
         with contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
-            speedup = ModelSpeedup(victim, example_input, dict(masks), graph_module=graph_module)
-            compact = speedup.speedup_model()
+            speedup = ModelSpeedup(victim, example_input, masks, graph_module=graph_module)
+            compact = speedup.speedup_model().eval()
+            with torch.no_grad():
+                compact(example_input)
     except _NNI_FAILURES as err:
         raise EngineError(
             f"NNI cannot process {type(model).__name__}: {type(err).__name__}: {err}"
@@ -124,7 +115,34 @@ def prune_with_nni(
         norm = compact.get_submodule(name)
         assert isinstance(norm, BATCH_NORMS)
         norm.momentum = momentum
-    return compact.eval()
+    for (module_name, tensor, dim), keep in _kept_positions(model, groups, plan).items():
+        found = getattr(compact.get_submodule(module_name), tensor).shape[dim]
+        if found != keep.sum():
+            raise EngineError(
+                f"NNI left {module_name}.{tensor} {found} wide in dimension {dim}; "
+                f"{keep.sum()} were planned."
+            )
+    return compact
+
+
+def _nni_masks(
+    model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan
+) -> dict[str, dict[str, Tensor]]:
+    """Zeros over the filters of removed channels, in producers and depthwise convolutions.
+
+    NNI finds the rest by itself, but not through a depthwise convolution with a bias.
+    """
+    masks: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for group in groups:
+        removed = _removed(group, plan)
+        for where in group.slices:
+            module = model.get_submodule(where.module)
+            if where.role is Role.CONSUMER or isinstance(module, BATCH_NORMS) or not len(removed):
+                continue
+            value = getattr(module, where.tensor)
+            mask = masks[where.module].setdefault(where.tensor, torch.ones_like(value).detach())
+            mask[where.index[removed].ravel()] = 0
+    return dict(masks)
 
 
 # What NNI 3.0 was seen to raise, or may, on a network that it does not understand.
@@ -135,9 +153,7 @@ _NNI_FAILURES = (
 
 
 @contextlib.contextmanager
-def masked(
-    model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan
-) -> Iterator[nn.Module]:
+def masked(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> Iterator[nn.Module]:
     """`model` whose readers of removed channels see zeros while the context lasts.
 
     Yields:

@@ -328,9 +328,9 @@ class Split:
             images = images.float() / 255
         if self.mean:
             shape = (1, -1, 1, 1)
-            images = (images - torch.tensor(self.mean).view(shape)) / torch.tensor(
-                self.std
-            ).view(shape)
+            images = (images - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(
+                shape
+            )
         return images
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -101,10 +101,12 @@ def paired_ratio(
     logs = [np.log(np.array(p.original_ms) / np.array(p.candidate_ms)) for p in pairs]
     medians = np.array([np.median(log) for log in logs])
     n_inner = 200
-    inner = np.stack([
-        np.median(log[generator.integers(len(log), size=(n_inner, len(log)))], axis=1)
-        for log in logs
-    ])
+    inner = np.stack(
+        [
+            np.median(log[generator.integers(len(log), size=(n_inner, len(log)))], axis=1)
+            for log in logs
+        ]
+    )
     drawn_pairs = generator.integers(len(logs), size=(N_BOOTSTRAP, len(logs)))
     drawn_inner = generator.integers(n_inner, size=drawn_pairs.shape)
     means = inner[drawn_pairs, drawn_inner].mean(axis=1)

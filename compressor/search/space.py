@@ -46,12 +46,14 @@ class SearchSpace:
         """Every group at its floor."""
         return tuple(choice[0] for choice in self.choices)
 
-    def snap(self, ratios: Ratios) -> Widths:
-        """The allowed widths nearest to `ratios`, `(n_groups,)`; a tie goes to the narrower."""
-        return tuple(
-            min(choice, key=lambda width: abs(width - wanted))
-            for choice, wanted in zip(self.choices, ratios * self.n_channels, strict=True)
-        )
+    def snap(self, ratios: Ratios) -> list[Widths]:
+        """The plans nearest to `ratios`, `(n_plans, n_groups)`; a tie goes to the narrower."""
+        columns = []
+        for choice, n, column in zip(self.choices, self.n_channels, ratios.T, strict=True):
+            widths = np.array(choice)
+            middles = (widths[:-1] + widths[1:]) / 2
+            columns.append(widths[np.searchsorted(middles, column * n)])
+        return [tuple(row) for row in np.stack(columns, axis=1).tolist()]
 
     def ratios(self, widths: Sequence[Widths]) -> Ratios:
         """`(n_plans, n_groups)` keep ratios that the widths really have."""
@@ -115,7 +117,9 @@ def make_space(
             f"{g.name}: {g.locked_because or f'{g.n_channels} channels, the step is {step}'}"
             for g in groups
         )
-        raise GraphError(f"Nothing in this network can be pruned. {reasons or 'It has no layers'}.")
+        raise GraphError(
+            f"Nothing in this network can be pruned. {reasons or 'It has no layers'}."
+        )
     free = tuple(group for group in groups if group.name in choices)
     return SearchSpace(
         groups=free,

@@ -91,9 +91,7 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
         raise RunFolderError(f"No study at {path}.")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.load_study(
-            study_name=STUDY_NAME, storage=f"sqlite:///{path.resolve()}"
-        )
+        study = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{path.resolve()}")
     except (KeyError, optuna.exceptions.StorageInternalError) as err:
         raise RunFolderError(f"{path} holds no study of compress: {err}") from err
     states = (TrialState.COMPLETE, TrialState.FAIL)

@@ -21,7 +21,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(batch, in_channels, height, width)` -> `(batch, out_channels, height / stride, ...)`."""
+        """`(batch, in_channels, h, w)` -> `(batch, out_channels, h / stride, w / stride)`."""
         y = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 

