@@ -37,10 +37,12 @@ class OnnxTemplate:
     Attributes:
         graph: The exported model; its initialisers only lend their names.
         names: state_dict names of the initialisers.
+        depthwise: Positions of nodes whose `group` follows their weight's first dimension.
     """
 
     graph: onnx.ModelProto
     names: tuple[str, ...]
+    depthwise: tuple[int, ...]
 
     def fill(self, model: nn.Module) -> bytes:
         """ONNX file of `model`, a pruned version of the network the template was made from."""
@@ -50,7 +52,11 @@ class OnnxTemplate:
         for name in self.names:
             value = tensors[name].detach().cpu().numpy()
             filled.graph.initializer.append(numpy_helper.from_array(value, name))
-        return filled.SerializeToString()
+        for position in self.depthwise:
+            node = filled.graph.node[position]
+            _attribute(node, "group").i = tensors[node.input[1]].shape[0]
+        content: bytes = filled.SerializeToString()
+        return content
 
 
 def export_onnx(
@@ -106,9 +112,19 @@ def make_template(
             f"{type(model).__name__} has tensors that are computed in its forward pass "
             f"({', '.join(renamed[:5])}), so candidates cannot be filled into one ONNX graph."
         )
+    n_filters = {tensor.name: tensor.dims[0] for tensor in exported.graph.initializer}
+    depthwise = tuple(
+        position
+        for position, node in enumerate(exported.graph.node)
+        if node.op_type == "Conv" and 1 < _attribute(node, "group").i == n_filters[node.input[1]]
+    )
     del exported.graph.initializer[:]
     del exported.graph.value_info[:]
-    return OnnxTemplate(exported, names)
+    return OnnxTemplate(exported, names, depthwise)
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
+    return next(attribute for attribute in node.attribute if attribute.name == name)
 
 
 def _export(model: nn.Module, example_input: Tensor, opset: int, *, fold: bool) -> bytes:
