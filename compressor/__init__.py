@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from compressor.api import folder_report, inspect_model, load_compressed, prune
     from compressor.config import Config, load_config
     from compressor.errors import CompressorError
     from compressor.export import export_onnx
@@ -17,13 +18,7 @@ if TYPE_CHECKING:
     from compressor.latency.onnxruntime import compare_latency
     from compressor.latency.targets import load_target, target_names
     from compressor.model_io import load_model
-    from compressor.pipeline import (
-        compress,
-        folder_report,
-        inspect_model,
-        load_compressed,
-        prune,
-    )
+    from compressor.pipeline import compress
     from compressor.report import (
         groups_report,
         latency_json,
@@ -65,6 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "compressor.api": ("folder_report", "inspect_model", "load_compressed", "prune"),
     "compressor.config": ("Config", "load_config"),
     "compressor.errors": ("CompressorError",),
     "compressor.export": ("export_onnx",),
@@ -72,13 +68,7 @@ _HOMES = {
     "compressor.latency.onnxruntime": ("compare_latency",),
     "compressor.latency.targets": ("load_target", "target_names"),
     "compressor.model_io": ("load_model",),
-    "compressor.pipeline": (
-        "compress",
-        "folder_report",
-        "inspect_model",
-        "load_compressed",
-        "prune",
-    ),
+    "compressor.pipeline": ("compress",),
     "compressor.report": (
         "groups_report",
         "latency_json",

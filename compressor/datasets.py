@@ -122,12 +122,11 @@ def _to_tensors(
 def _read_folder(
     source: Path, image_size: int | None, n_channels: int
 ) -> tuple[_Arrays, tuple[str, ...]]:
-    children = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
-    named = {ALIASES.get(p.name, p.name): p for p in children}
+    named = {ALIASES.get(p.name, p.name): p for p in _folders(source)}
     if "fit" not in named:
         named = {"fit": source}
     named = {name: named[name] for name in SPLITS if name in named}
-    class_names = tuple(p.name for p in sorted(named["fit"].iterdir()) if p.is_dir())
+    class_names = tuple(p.name for p in _folders(named["fit"]))
     if not class_names:
         raise DataError(
             f"{named['fit']} must hold one folder per class; it holds no folder. "
@@ -135,6 +134,10 @@ def _read_folder(
         )
     convert = _reader(image_size, n_channels)
     return {name: _read_classes(p, class_names, convert) for name, p in named.items()}, class_names
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _reader(image_size: int | None, n_channels: int) -> Callable[[Path], np.ndarray]:
@@ -164,7 +167,7 @@ def _read_classes(
         for name in class_names
         if (folder / name).is_dir()
     }
-    strange = {p.name for p in folder.iterdir() if p.is_dir()} - set(class_names)
+    strange = {p.name for p in _folders(folder)} - set(class_names)
     if strange:
         raise DataError(f"{folder} has classes that the fit split lacks: {sorted(strange)}.")
     empty = [name for name in class_names if not files.get(name)]

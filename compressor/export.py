@@ -16,6 +16,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -124,11 +125,12 @@ def make_template(
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
-    return next(attribute for attribute in node.attribute if attribute.name == name)
+    found: onnx.AttributeProto = next(a for a in node.attribute if a.name == name)
+    return found
 
 
 def _export(model: nn.Module, example_input: Tensor, opset: int, *, fold: bool) -> bytes:
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()  # works, though torch's annotation names paths only
     mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
     try:
         with warnings.catch_warnings():
@@ -142,4 +144,5 @@ def _export(model: nn.Module, example_input: Tensor, opset: int, *, fold: bool) 
         raise ExportError(
             f"{type(model).__name__} cannot be exported to ONNX opset {opset}: {err}"
         ) from err
-    return buffer.getvalue()
+    content: bytes = buffer.getvalue()
+    return content

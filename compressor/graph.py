@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from compressor.errors import GraphError
 from compressor.values import (
@@ -164,9 +164,6 @@ class _Labels:
         for label in labels.tolist():
             self.locked.setdefault(self.root(label), because)
 
-    def place(self, module: str, tensor: str, dim: int, role: Role, labels: IndexArray) -> None:
-        self.slots.append((module, tensor, dim, role, labels))
-
     def groups(self) -> tuple[ChannelGroup, ...]:
         """Channels (joined labels) that lie in the same tensors, each set one group."""
         positions: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -217,8 +214,7 @@ class _Walk:
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "output":
-            for source in node.all_input_nodes:
-                self._lock(source, "its channels are the model's output")
+            self._lock_inputs(node, "its channels are the model's output")
         elif node.op == "placeholder":
             self._fixed(node, "the model's input")
         elif node.op == "get_attr":
@@ -274,10 +270,10 @@ class _Walk:
         weight = module.weight
         assert isinstance(weight, Tensor)
         fresh = self.labels.fresh(weight.shape[0])
-        self.labels.place(name, "weight", 1, Role.CONSUMER, self.of[source])
-        self.labels.place(name, "weight", 0, Role.PRODUCER, fresh)
+        self.labels.slots.append((name, "weight", 1, Role.CONSUMER, self.of[source]))
+        self.labels.slots.append((name, "weight", 0, Role.PRODUCER, fresh))
         if module.bias is not None:
-            self.labels.place(name, "bias", 0, Role.PER_CHANNEL, fresh)
+            self.labels.slots.append((name, "bias", 0, Role.PER_CHANNEL, fresh))
         self.of[node] = fresh
         self._lock_if_shared(node, source, name, ("weight", "bias"))
 
@@ -287,7 +283,7 @@ class _Walk:
         """Batch-norm or depthwise convolution: one value or filter a channel."""
         for tensor in tensors:
             if getattr(self.modules[name], tensor, None) is not None:
-                self.labels.place(name, tensor, 0, Role.PER_CHANNEL, self.of[source])
+                self.labels.slots.append((name, tensor, 0, Role.PER_CHANNEL, self.of[source]))
         self.of[node] = self.of[source]
         self._lock_if_shared(node, source, name, tensors)
 
@@ -302,8 +298,8 @@ class _Walk:
             if sharers:
                 because = f"shared weight: {' and '.join(sharers)} are one tensor"
         if because:
-            self._lock(node, because)
-            self._lock(source, because)
+            for end in (node, source):
+                self.labels.lock(self.of[end], because)
 
     def _pass_on(self, node: fx.Node, source: fx.Node) -> None:
         self.of[node] = self.of[source]
@@ -324,23 +320,23 @@ class _Walk:
 
     def _unknown(self, node: fx.Node) -> None:
         because = f"{_describe(node, self.modules)} is not known to keep channels apart"
-        for source in node.all_input_nodes:
-            self._lock(source, because)
+        self._lock_inputs(node, because)
         self._fixed(node, because)
+
+    def _lock_inputs(self, node: fx.Node, because: str) -> None:
+        for source in node.all_input_nodes:
+            if source in self.of:
+                self.labels.lock(self.of[source], because)
 
     def _fixed(self, node: fx.Node, because: str) -> None:
         shape = _shape(node)
         if shape is not None and len(shape) > 1:
             self.of[node] = self.labels.fresh(shape[1], because)
 
-    def _lock(self, node: fx.Node, because: str) -> None:
-        if node in self.of:
-            self.labels.lock(self.of[node], because)
-
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if hasattr(meta, "shape") else None
+    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -362,7 +358,7 @@ def _is_flatten(node: fx.Node, source: fx.Node) -> bool:
         sizes = node.args[1:]
         if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
             sizes = tuple(sizes[0])
-        return len(sizes) == 2 and sizes[1] == -1
+        return len(sizes) == 2 and bool(sizes[1] == -1)
     return False
 
 

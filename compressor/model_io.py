@@ -199,7 +199,8 @@ def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Mod
         where = f"function of {module_name} (--arch)"
         raise ModelError(unknown_name(where, factory_name, known))
     try:
-        inspect.signature(factory).bind(**arch_args)
+        with contextlib.suppress(ValueError):  # some builtins tell no signature
+            inspect.signature(factory).bind(**arch_args)
     except TypeError as err:
         raise ModelError(f"--arch {arch} does not take --arch-arg {arch_args}: {err}.") from err
     module = factory(**arch_args)

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,16 +86,19 @@ def fine_tune(
         score: Larger is better; called after every epoch, on images that are not in `fit`.
         on_progress: Told after every epoch, and within it about once in a hundred steps.
     """
-    student = copy.deepcopy(model).requires_grad_(requires_grad=True)
+    student = copy.deepcopy(model).requires_grad_(True)
     best, best_score = copy.deepcopy(model).eval(), score(model)
     n_batches = max(1, len(fit) // recipe.batch_size)
     n_steps = recipe.n_epochs * n_batches
     if not n_steps:
         return best
-    decayed = [p for p in student.parameters() if p.ndim > 1]
-    plain = [p for p in student.parameters() if p.ndim <= 1]
+    parameters: list[dict[str, Any]] = [
+        {"params": [p for p in student.parameters() if p.ndim > 1],
+         "weight_decay": recipe.weight_decay},
+        {"params": [p for p in student.parameters() if p.ndim <= 1]},
+    ]  # fmt: skip
     optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain}],
+        parameters,
         lr=recipe.learning_rate, momentum=0.9, nesterov=True,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -109,7 +113,7 @@ def fine_tune(
             rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
             loss = F.cross_entropy(student(fit.model_input(rows)), fit.labels[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             done = epoch * n_batches + step + 1

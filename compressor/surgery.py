@@ -112,9 +112,9 @@ def prune_with_nni(
         ) from err
     assert isinstance(compact, nn.Module)
     for name, momentum in momenta.items():
-        norm = compact.get_submodule(name)
-        assert isinstance(norm, BATCH_NORMS)
-        norm.momentum = momentum
+        slimmed = compact.get_submodule(name)
+        assert isinstance(slimmed, BATCH_NORMS)
+        slimmed.momentum = momentum
     for (module_name, tensor, dim), keep in _kept_positions(model, groups, plan).items():
         found = getattr(compact.get_submodule(module_name), tensor).shape[dim]
         if found != keep.sum():

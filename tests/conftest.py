@@ -111,7 +111,7 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, n in (("fit", 600), ("search", 200), ("test", 200)):
         arrays[f"{name}_images"], arrays[f"{name}_labels"] = blob_images(n, generator)
     path = tmp_path_factory.mktemp("data") / "blobs.npz"
-    np.savez(path, **arrays)
+    np.savez(path, **arrays)  # type: ignore[arg-type]
     return path
 
 
@@ -128,7 +128,7 @@ def trained(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rows in torch.randperm(len(labels)).split(50):
             loss = nn.functional.cross_entropy(net(images[rows]), labels[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     path = tmp_path_factory.mktemp("model") / "model.pt"
     torch.save(net.state_dict(), path)

@@ -4,7 +4,7 @@ import platform
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,6 +13,9 @@ from compressor.errors import ConfigError, unknown_name
 from compressor.values import Target
 
 AUTO = "auto"
+
+
+Step = Annotated[int, Field(ge=1, le=1024)]
 
 
 class _Section(BaseModel):
@@ -26,8 +29,8 @@ class _Runtime(_Section):
 
 
 class _Channels(_Section):
-    step: Literal["auto"] | int
-    step_by_instruction_set: dict[str, int] = Field(default_factory=dict)
+    step: Literal["auto"] | Step
+    step_by_instruction_set: dict[str, Step] = Field(default_factory=dict)
 
 
 class _Onnx(_Section):

@@ -32,11 +32,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from botorch.acquisition.analytic import (
+    AnalyticAcquisitionFunction,
     LogConstrainedExpectedImprovement,
     LogProbabilityOfFeasibility,
 )
 from botorch.fit import fit_gpytorch_mll
-from botorch.models import ModelListGP, SingleTaskGP
+from botorch.models import SingleTaskGP
+from botorch.models.model_list_gp_regression import ModelListGP
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from scipy.stats import qmc
 from torch import Tensor
@@ -106,17 +108,16 @@ class Bocr:
         tried.add(problem.space.original)
         clusters = group_clusters(problem)
         if len(trials) < Schedule.scaled(problem.n_trials).n_start:
-            for widths in _start_design(problem, clusters):
-                if widths not in tried:
-                    return Proposal(widths, START)
+            for start in _start_design(problem, clusters):
+                if start not in tried:
+                    return Proposal(start, START)
         seed = problem.seed + len(trials)
         if not _rolled_back(problem, trials):
             widths = _maximise(problem, trials, clusters, problem.space, tried, seed)
             if widths is not None:
                 return Proposal(widths, CLUSTERS)
         every_group = np.arange(len(problem.space.groups))
-        box = _bounded(problem, trials)
-        for space in (box, problem.space):
+        for space in (_bounded(problem, trials), problem.space):
             widths = _maximise(problem, trials, every_group, space, tried, seed)
             if widths is not None:
                 return Proposal(widths, LAYERS)
@@ -269,12 +270,14 @@ class _Acquisition:
             )
             gp_log_speedup = _fit(features, _column(np.log(speedups)), _column(errors**2))
         model = ModelListGP(gp_accuracy, gp_log_speedup)
-        limits = {1: (float(np.log(problem.min_speedup * SPEEDUP_MARGIN)), None)}
+        limits: dict[int, tuple[float | None, float | None]] = {
+            1: (float(np.log(problem.min_speedup * SPEEDUP_MARGIN)), None)
+        }
         feasible = torch.from_numpy(speedups >= problem.min_speedup)
         if feasible.any():
             with torch.no_grad():
                 means = gp_accuracy.posterior(features[feasible]).mean
-            self.acquisition = LogConstrainedExpectedImprovement(
+            self.acquisition: AnalyticAcquisitionFunction = LogConstrainedExpectedImprovement(
                 model, best_f=means.max(), objective_index=0, constraints=limits
             )
         else:

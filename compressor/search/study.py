@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
-from optuna.distributions import IntDistribution
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DatabaseError
 
 from compressor.errors import RunFolderError
 from compressor.search.objective import Proposal
@@ -26,7 +27,7 @@ class Study:
 
     def __init__(self, study: optuna.Study, space: SearchSpace) -> None:
         self._study = study
-        self._distributions = {
+        self._distributions: dict[str, BaseDistribution] = {
             group.name: IntDistribution(1, group.n_channels) for group in space.groups
         }
         self._space = space
@@ -58,7 +59,7 @@ class Study:
 
     def finish(self, running: optuna.Trial, trial: Trial, latency: PairedLatency | None) -> None:
         """Writes what became of it, with every raw time."""
-        measured = {
+        measured: dict[str, object] = {
             "phase": trial.phase,
             "seconds": {part: round(s, 5) for part, s in trial.seconds.items()},
             "failed_because": trial.failed_because,
@@ -92,7 +93,7 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{path.resolve()}")
-    except (KeyError, optuna.exceptions.StorageInternalError) as err:
+    except (KeyError, DatabaseError, optuna.exceptions.StorageInternalError) as err:
         raise RunFolderError(f"{path} holds no study of compress: {err}") from err
     states = (TrialState.COMPLETE, TrialState.FAIL)
     return tuple(_trial(t) for t in study.get_trials(deepcopy=False, states=states))

@@ -62,7 +62,7 @@ def train(arrays: dict[str, np.ndarray], n_epochs: int, batch_size: int = 64) ->
         for rows in torch.randperm(len(labels))[: n_batches * batch_size].split(batch_size):
             loss = F.cross_entropy(model(shifted(images[rows])), labels[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         seconds = time.perf_counter() - started

@@ -57,14 +57,14 @@ def test_optimised_template_and_export_run_the_same_kernels(
 
 def test_equal_tensors_keep_their_own_names(example: Tensor) -> None:
     """The exporter writes equal tensors once; batch-norms start equal, so a template must not."""
-    net = nn.Sequential(
+    net: nn.Module = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     ).eval()
     template = make_template(net, example)
     parameters = {name for name in net.state_dict() if not name.endswith("num_batches_tracked")}
     assert set(template.names) == parameters
     changed = copy.deepcopy(net)
-    changed[3].weight.data.fill_(3.0)
+    changed.get_parameter("3.weight").data.fill_(3.0)
     with torch.no_grad():
         torch.testing.assert_close(run(template.fill(changed), example), changed(example))
 

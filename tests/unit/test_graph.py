@@ -109,9 +109,7 @@ class Shared(nn.Module):
         return self.third(torch.relu(x)).mean((2, 3))
 
 
-@pytest.mark.parametrize(
-    ("how", "reason"), [("tied", "shared weight"), ("twice", "used 2 times")]
-)
+@pytest.mark.parametrize(("how", "reason"), [("tied", "shared weight"), ("twice", "used 2 times")])
 def test_shared_weights_are_locked(how: str, reason: str) -> None:
     groups = by_name(Shared(how), torch.randn(1, 1, 6, 6))
     assert reason in (groups["first"].locked_because or "")

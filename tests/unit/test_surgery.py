@@ -107,7 +107,7 @@ def test_nni_failing_is_an_error_of_ours(example: Tensor) -> None:
 
 def test_attributes_dtype_and_flags_survive(conv_net: ConvNet, example: Tensor) -> None:
     model = copy.deepcopy(conv_net).double()
-    model.stem.weight.requires_grad_(requires_grad=False)
+    model.stem.weight.requires_grad_(False)
     groups = channel_groups(model, example.double())
     plan = Plan({"stem": (0, 2, 4), "inner": tuple(range(7)), "last": (1,), "hidden": (0, 9)})
     compact = remove_channels(model, groups, plan)

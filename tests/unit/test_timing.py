@@ -48,11 +48,11 @@ def test_known_speeds_give_the_known_ratio() -> None:
         clock_ns=machine.clock_ns,
     )  # fmt: skip
     assert pair.ratio == pytest.approx(3.0)
-    assert pair.ci95 == (pytest.approx(3.0), pytest.approx(3.0))
+    assert pair.ci95 == pytest.approx((3.0, 3.0))
     assert pair.original.median_ms == 6.0
     assert pair.candidate.p90_ms == 2.0
-    assert pair.original.n == pair.candidate.n == sum(
-        len(p.original_ms) for p in pair.session_pairs
+    assert (
+        pair.original.n == pair.candidate.n == sum(len(p.original_ms) for p in pair.session_pairs)
     )
     assert machine.n_sessions == {"original": 3, "candidate": 3}
     assert len(pair.session_pairs[0].original_ms) == 38  # 0.3 s of rounds of 8 ms
@@ -110,7 +110,7 @@ def test_drift_cancels_and_both_run_in_every_round_in_random_order() -> None:
 def test_one_disturbed_round_does_not_move_the_ratio() -> None:
     pairs = [SessionPair((2.0,) * 20 + (200.0,), (1.0,) * 21)] * 4
     ratio, (low, high) = paired_ratio(pairs)
-    assert (ratio, low, high) == (pytest.approx(2), pytest.approx(2), pytest.approx(2))
+    assert (ratio, low, high) == pytest.approx((2, 2, 2))
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:

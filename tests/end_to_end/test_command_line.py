@@ -1,0 +1,274 @@
+"""The real command in a real process: results, files, exit codes, bad input, Ctrl-C."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import optuna
+import pytest
+import torch
+
+import compressor
+from tests.conftest import ConvNet
+
+ROOT = Path(__file__).parents[2]
+COMPRESS = (sys.executable, "-c", "from compressor.cli import main; main()")
+ARCH = "tests.conftest:make_conv_net"
+
+
+@pytest.fixture(scope="module")
+def project(
+    trained: Path, blobs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A user's folder: model, data, compress.toml."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(trained, folder / "model.pt")
+    shutil.copy(blobs, folder / "blobs.npz")
+    (folder / "compress.toml").write_text(
+        f'target = "host-cpu"\narch = "{ARCH}"\ndata = "blobs.npz"\n'
+        "trials = 8\nfine-tune-epochs = 2\nclusters = 2\n"
+    )
+    return folder
+
+
+def compress(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*COMPRESS, *map(str, args)],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=250,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(project: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One run that meets a limit within easy reach."""
+    done = compress("model.pt", "--speedup", "1.1", "--out", "run", "--json", cwd=project)
+    assert done.returncode == 0, done.stderr
+    return project / "run", done
+
+
+def test_stdout_is_the_result_and_stderr_the_progress(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = finished
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((folder / "result.json").read_text())
+    assert printed["verdict"] == "met"
+    assert "trial   8/8" in done.stderr
+    assert "Fine-tuning" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_the_folder_holds_what_was_promised(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    assert {p.name for p in folder.iterdir()} == {
+        "model.onnx", "original.onnx", "model.pt", "result.json", "study.db", "config.toml",
+        "log.txt",
+    }  # fmt: skip
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
+    assert len(study.trials) == 8
+
+
+def test_the_figures_are_those_of_the_files(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], blobs: Path
+) -> None:
+    """Accuracy, sizes and widths counted again with nothing but onnx, onnxruntime and numpy."""
+    folder, done = finished
+    result = json.loads(done.stdout)
+    with np.load(blobs) as arrays:
+        images = arrays["test_images"].astype(np.float32) / 255
+        labels = arrays["test_labels"]
+    for side, name in (("original", "original.onnx"), ("compressed", "model.onnx")):
+        session = onnxruntime.InferenceSession(
+            folder / name, providers=["CPUExecutionProvider"]
+        )
+        guesses = [session.run(None, {"input": image[None]})[0].argmax() for image in images]
+        assert np.mean(np.array(guesses) == labels) == result[side]["accuracy"]
+        assert (folder / name).stat().st_size == result[side]["file_bytes"]
+        n_params = sum(
+            int(np.prod(t.dims)) for t in onnx.load(folder / name).graph.initializer
+        )
+        assert n_params == pytest.approx(result[side]["params"], rel=0.02)  # BN is folded
+    kept = {g["name"]: g["kept"] for g in result["groups"]}
+    weights = {t.dims[0] for t in onnx.load(folder / "model.onnx").graph.initializer}
+    assert {kept["stem"], kept["inner"], kept["last"], kept["hidden"], 5} >= weights - {1}
+    assert result["compressed"]["macs"] < result["original"]["macs"]
+    lo, hi = result["speedup"]["ci95"]
+    assert 1 < lo <= result["speedup"]["ratio"] <= hi
+    step = compressor.load_target("host-cpu").step
+    original = {g["name"]: g["channels"] for g in result["groups"]}
+    assert all(n % step == 0 or n == original[name] for name, n in kept.items())
+
+
+def test_model_pt_rebuilds_the_network_of_the_onnx(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    assert torch.load(folder / "model.pt", weights_only=True)["arch"] == ARCH
+    net = compressor.load_compressed(folder / "model.pt", arch=ARCH)
+    assert isinstance(net, ConvNet)
+    image = torch.rand(1, 1, 8, 8)
+    session = onnxruntime.InferenceSession(
+        folder / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            session.run(None, {"input": image.numpy()})[0], net(image), rtol=1e-3, atol=1e-4
+        )
+    with pytest.raises(compressor.CompressorError, match="name it to rebuild it"):
+        compressor.load_compressed(folder / "model.pt")
+
+
+def test_report_shows_the_run_again(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = finished
+    shown = compress("report", folder, cwd=folder)
+    assert shown.returncode == 0
+    assert "verdict     met" in shown.stdout
+    again = compress("report", folder, "--json", cwd=folder)
+    assert json.loads(again.stdout) == json.loads(done.stdout)
+
+
+def test_the_pair_can_be_measured_again(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    done = compress(
+        "measure", "model.onnx", "--against", "original.onnx", "--target", "host-cpu", "--json",
+        cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ci95"][0] > 1
+    alone = compress("measure", "model.onnx", "--target", "host-cpu", cwd=folder)
+    assert "noise floor" in alone.stdout
+    missing = compress("measure", "none.onnx", "--target", "host-cpu", cwd=folder)
+    assert (missing.returncode, missing.stderr) == (2, "error: No ONNX file at none.onnx.\n")
+
+
+def test_a_folder_with_a_run_is_not_touched(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], project: Path
+) -> None:
+    folder, _ = finished
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    done = compress("model.pt", "--speedup", "1.1", "--out", "run", cwd=project)
+    assert done.returncode == 2
+    assert "holds another run" in done.stderr
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_an_unreachable_limit_ends_with_3_and_the_best_plan(project: Path) -> None:
+    done = compress("model.pt", "--speedup", "500", "--out", "far", "--trials", "30", cwd=project)
+    assert done.returncode == 3, done.stderr
+    assert "NOT met" in done.stdout
+    result = json.loads((project / "far" / "result.json").read_text())
+    assert result["verdict"] == "infeasible"
+    assert result["search"]["n_trials"] == 1  # the narrowest plan says it all
+    assert (project / "far" / "model.onnx").is_file()
+
+
+def test_a_latency_limit_in_milliseconds(project: Path) -> None:
+    """Asked for 90 % of what the original takes, in the unit of the flag."""
+    device = compressor.load_target("host-cpu")
+    original = project / "run" / "original.onnx"
+    if not original.is_file():
+        compress("model.pt", "--speedup", "1.1", "--out", "run", cwd=project)
+    now_ms = compressor.compare_latency(original, original, device).original.median_ms
+    limit = f"{1000 * 0.8 * now_ms:.0f}us"
+    done = compress("model.pt", "--max-latency", limit, "--out", "ms", "--json", cwd=project)
+    result = json.loads(done.stdout)
+    assert result["constraint"]["kind"] == "max-latency"
+    assert done.returncode == (0 if result["verdict"] == "met" else 3)
+    assert result["speedup"]["ci95"][0] > 1
+    lazy = compress("model.pt", "--max-latency", "10s", "--out", "lazy", cwd=project)
+    assert lazy.returncode == 2
+    assert "already meets" in lazy.stderr
+
+
+def test_ctrl_c_leaves_a_folder_that_can_be_read(project: Path) -> None:
+    running = subprocess.Popen(
+        [*COMPRESS, "model.pt", "--speedup", "1.1", "--out", "stopped", "--trials", "10000"],
+        cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stderr is not None
+    for line in running.stderr:
+        if line.startswith("trial   4"):
+            break
+    time.sleep(0.2)  # somewhere within the next trial
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    assert out == ""
+    assert "Stopped" in err
+    assert "Traceback" not in err
+    assert not (project / "stopped" / "model.onnx").exists()
+    shown = compress("report", "stopped", cwd=project)
+    assert shown.returncode == 0
+    assert "was not finished" in shown.stdout
+    n_shown = len([line for line in shown.stdout.splitlines() if line.endswith(" ms")])
+    assert n_shown >= 4
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("none.pt", "--speedup", "2"), 1, "No model file at none.pt"),
+        (("model.pt",), 2, "Give --speedup 2 or --max-latency 12ms"),
+        (("model.pt", "--speedup", "2", "--target", "host-gpu"), 2, "Did you mean 'host-cpu'"),
+        (("model.pt", "--speedup", "2", "--arch", "nonsense:f"), 1, "cannot import nonsense"),
+        (("model.pt", "--speedup", "2", "--data", "none.npz"), 1, "No data at none.npz"),
+        (("model.pt", "--speedup", "2", "--arch-arg", "width=16"), 1, "does not fit --arch"),
+        (("model.pt", "--speedup", "2", "--trials", "many"), 2, "Invalid value for '--trials'"),
+        (("model.pt", "--speedup", "2", "--no-such-flag"), 2, "No such option"),
+        (("broken.pt", "--speedup", "2"), 1, "broken.pt"),
+        (("inspect", "model.pt", "--input-shape", "3,8,8"), 1, "does not take an input of shape"),
+        (("targets", "nano"), 2, "Unknown target 'nano'"),
+        (("report", "none"), 1, "No study at"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    args: tuple[str, ...], code: int, message: str, project: Path
+) -> None:
+    (project / "broken.pt").write_bytes(b"nonsense")
+    before = sorted(project.rglob("*"))
+    done = compress(*args, cwd=project)
+    assert done.returncode == code, done.stderr
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(project.rglob("*")) == before
+
+
+def test_inspect_and_targets(project: Path) -> None:
+    shown = compress("inspect", "model.pt", cwd=project)
+    assert shown.returncode == 0, shown.stderr
+    assert "head: its channels are the model's output" in shown.stdout
+    rows = json.loads(compress("inspect", "model.pt", "--json", cwd=project).stdout)
+    assert {row["name"]: row["channels"] for row in rows}["stem"] == 32
+    listed = compress("targets", cwd=project)
+    assert listed.returncode == 0
+    assert "host-cpu" in listed.stdout
+
+
+def test_help_teaches_and_is_quick(project: Path) -> None:
+    for words in ((), ("--help",), ("inspect", "--help"), ("measure", "--help")):
+        assert compress(*words, cwd=project).returncode == 0
+    text = compress("--help", cwd=project).stdout
+    for word in ("--speedup", "compress inspect", "compress report", "Example"):
+        assert word in text
+    probe = "import sys, compressor.cli; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"

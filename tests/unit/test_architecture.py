@@ -1,0 +1,119 @@
+"""Which file may import which: cli -> compressor -> steps -> values -> errors."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import compressor
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "compressor"
+
+BASE = {"errors", "values"}
+STEPS = {
+    "config", "model_io", "datasets", "graph", "importance", "surgery", "recovery", "export",
+    "evaluate", "latency", "search", "run_folder", "report",
+}  # fmt: skip
+MAY_IMPORT = {
+    "errors": set(),
+    "values": {"errors"},
+    **{step: BASE for step in STEPS},
+    "pipeline": BASE | STEPS,
+    "api": BASE | STEPS | {"pipeline"},
+    "__init__": BASE | STEPS | {"pipeline", "api"},
+}
+ONLY_IN = {
+    "botorch": {"search"},
+    "gpytorch": {"search"},
+    "optuna": {"search"},
+    "onnxruntime": {"latency", "export", "evaluate"},
+    "tensorrt": {"latency", "export", "evaluate"},
+    "nni": {"surgery"},
+    "typer": set(),
+    "rich": set(),
+}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "compressor":
+                found |= {f"compressor.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in MAY_IMPORT, f"{room} is a new room: say here what it may import"
+    rooms = {
+        name.split(".")[1]
+        for name in imported_modules(path)
+        if name.startswith("compressor.") and len(name.split(".")) > 1
+    }
+    assert rooms - {room} <= MAY_IMPORT[room]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
+    for library in {name.split(".")[0] for name in imported_modules(path)} & ONLY_IN.keys():
+        assert room_of(path) in ONLY_IN[library], f"{library} in {path.name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda p: p.name)
+def test_the_command_line_uses_the_public_interface_only(path: Path) -> None:
+    """`compressor` itself and its errors; `values` only for the type checker."""
+    allowed = {"compressor", "compressor.errors", "compressor.values"}
+    used = {n for n in imported_modules(path) if n.startswith("compressor")}
+    assert {n for n in used if not n.startswith("compressor.cli")} <= allowed
+
+
+def test_every_public_name_is_there() -> None:
+    assert sorted(compressor.__all__) == list(compressor.__all__)
+    for name in compressor.__all__:
+        assert getattr(compressor, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        _ = compressor.compres
+
+
+def test_lazy_names_and_typed_names_are_the_same() -> None:
+    source = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    (block,) = [n for n in ast.parse(source).body if isinstance(n, ast.If)]
+    typed = {
+        (node.module, alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    lazy = {(module, name) for module, names in compressor._HOMES.items() for name in names}
+    assert typed == lazy
+    assert {name for _, name in lazy} == set(compressor.__all__)
+
+
+def test_files_and_functions_stay_readable() -> None:
+    """At most 400 lines a file and 60 a function; a longer one needs a reason, here."""
+    reasons = {
+        "pipeline.py": "the whole method in one place",
+        "values.py": "every value that travels, in one place",
+        "cli/main.py: run": "one parameter a flag",
+    }
+    for path in [*FILES, *sorted((ROOT / "cli").glob("*.py"))]:
+        text = path.read_text(encoding="utf-8")
+        if path.name not in reasons:
+            assert len(text.splitlines()) <= 400, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                n_lines = (node.end_lineno or 0) - node.lineno
+                name = f"{path.parent.name}/{path.name}: {node.name}"
+                assert n_lines <= 60 or name in reasons, f"{name} has {n_lines} lines"

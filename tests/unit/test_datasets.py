@@ -1,0 +1,180 @@
+"""Every way that images and labels can be wrong, and the splits when they are right."""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from compressor.datasets import load_data
+from compressor.errors import DataError
+from compressor.values import Data
+from tests.conftest import blob_images
+
+
+def digests(data: Data) -> dict[str, set[bytes]]:
+    return {
+        name: {image.tobytes() for image in getattr(data, name).images.numpy()}
+        for name in ("fit", "search", "test")
+    }
+
+
+def assert_disjoint(data: Data) -> None:
+    seen = digests(data)
+    assert not seen["fit"] & seen["search"]
+    assert not seen["fit"] & seen["test"]
+    assert not seen["search"] & seen["test"]
+
+
+def write_images(root: Path, classes: Mapping[str, int], size: tuple[int, int] = (9, 7)) -> None:
+    generator = np.random.default_rng(zlib.crc32(root.name.encode()))
+    for name, n in classes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            pixels = generator.integers(0, 255, size=(*size, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+
+
+def test_given_splits_are_kept(blobs: Path) -> None:
+    data = load_data(blobs)
+    assert [len(s) for s in (data.fit, data.search, data.test)] == [600, 200, 200]
+    assert data.input_shape == (1, 8, 8)
+    assert data.class_names == ("0", "1", "2", "3", "4")
+    assert_disjoint(data)
+
+
+def test_missing_splits_are_held_out_by_class(tmp_path: Path) -> None:
+    images, labels = blob_images(500, np.random.default_rng(1))
+    np.savez(tmp_path / "all.npz", images=images, labels=labels)
+    data = load_data(tmp_path / "all.npz", seed=3)
+    assert len(data.fit) + len(data.search) + len(data.test) == 500
+    assert 90 <= len(data.test) <= 110
+    share = np.bincount(data.test.labels) / np.bincount(labels)
+    np.testing.assert_allclose(share, 0.2, atol=0.02)
+    assert_disjoint(data)
+    again = load_data(tmp_path / "all.npz", seed=3)
+    other = load_data(tmp_path / "all.npz", seed=4)
+    assert data.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_normalisation_has_the_closed_form(tmp_path: Path) -> None:
+    images, labels = blob_images(100, np.random.default_rng(1))
+    images = np.concatenate([images, 255 - images, images], axis=1)
+    np.savez(tmp_path / "rgb.npz", images=images, labels=labels)
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    data = load_data(tmp_path / "rgb.npz", mean=mean, std=std)
+    got = data.fit.model_input(slice(0, 5))
+    raw = data.fit.images[:5].double() / 255
+    for channel in range(3):
+        expected = (raw[:, channel] - mean[channel]) / std[channel]
+        torch.testing.assert_close(got[:, channel].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_float_images_are_taken_as_they_are(tmp_path: Path) -> None:
+    images, labels = blob_images(100, np.random.default_rng(1))
+    np.savez(tmp_path / "f.npz", images=images.astype(np.float32) - 7, labels=labels)
+    split = load_data(tmp_path / "f.npz").fit
+    assert torch.equal(split.model_input(slice(0, 9)), split.images[:9])
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", {"cat": 10, "dog": 15})
+    write_images(tmp_path / "val", {"cat": 3, "dog": 2})
+    write_images(tmp_path / "test", {"cat": 4, "dog": 4})
+    data = load_data(tmp_path)
+    assert [len(s) for s in (data.fit, data.search, data.test)] == [25, 5, 8]
+    assert data.class_names == ("cat", "dog")
+    assert data.fit.labels.tolist() == [0] * 10 + [1] * 15
+    assert data.input_shape == (3, 9, 7)
+
+
+def test_plain_class_folders_are_split_and_resized(tmp_path: Path) -> None:
+    write_images(tmp_path, {"cat": 10, "dog": 10})
+    (tmp_path / ".cache").mkdir()
+    data = load_data(tmp_path, image_size=6, n_channels=1)
+    assert data.input_shape == (1, 6, 6)
+    assert [len(s) for s in (data.fit, data.search, data.test)] == [12, 4, 4]
+    assert_disjoint(data)
+
+
+def arrays(**changes: object) -> dict[str, np.ndarray]:
+    images, labels = blob_images(100, np.random.default_rng(0))
+    content: dict[str, object] = {"images": images, "labels": labels}
+    content |= changes
+    return {k: np.asarray(v) for k, v in content.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (arrays(labels=None), "needs the arrays images and labels"),
+        (arrays(images=np.zeros((100, 8, 8), np.uint8)), r"shape \(n, c, h, w\); got uint8"),
+        (arrays(images=np.zeros((100, 1, 8, 8))), "uint8 or float32.*got float64"),
+        (arrays(labels=np.zeros(99, int)), "must be 100 integers"),
+        (arrays(labels=np.zeros(100)), "must be 100 integers; got float64"),
+        (arrays(labels=np.arange(100) - 1), "class -1 has 1 images|run from -1"),
+        (arrays(images=np.zeros((0, 1, 8, 8), np.uint8), labels=np.zeros(0, int)), "no images"),
+        (arrays(images=np.full((100, 1, 8, 8), np.nan, np.float32)), "NaN"),
+        (arrays(images=np.zeros((100, 1, 8, 8), np.uint8)), "the splits must not overlap"),
+        (
+            arrays(test_images=np.ones((4, 1, 8, 8), np.uint8), test_labels=[0, 1, 2, 5])
+            | {"fit_images": arrays()["images"], "fit_labels": arrays()["labels"]}
+            | {"images": np.zeros(0)},
+            r"labels must lie in 0\.\.4.*run from 0 to 5",
+        ),
+        ({"fit_images": arrays()["images"]}, "has fit_images but no fit_labels"),
+    ],
+)
+def test_bad_arrays_are_named(
+    content: dict[str, np.ndarray], message: str, tmp_path: Path
+) -> None:
+    if content.get("images") is not None and content["images"].ndim == 1:
+        del content["images"], content["labels"]
+    np.savez(tmp_path / "bad.npz", **content)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=message):
+        load_data(tmp_path / "bad.npz")
+
+
+def test_pickled_arrays_are_not_unpickled(tmp_path: Path) -> None:
+    np.savez(tmp_path / "bad.npz", images=np.array([{"a": 1}], dtype=object), labels=[0])
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
+        load_data(tmp_path / "bad.npz")
+
+
+def test_bad_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No data at"):
+        load_data(tmp_path / "nothing")
+    (tmp_path / "images.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"\.npz file or a folder"):
+        load_data(tmp_path / "images.csv")
+    (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
+        load_data(tmp_path / "broken.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="one folder per class"):
+        load_data(tmp_path / "empty")
+
+
+def test_bad_image_folders_are_named(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", {"cat": 5, "dog": 5})
+    (tmp_path / "a" / "eel").mkdir()
+    with pytest.raises(DataError, match="no image of class eel"):
+        load_data(tmp_path / "a")
+    write_images(tmp_path / "b" / "train", {"cat": 5, "dog": 5})
+    write_images(tmp_path / "b" / "test", {"cat": 5, "dog": 5, "fox": 2})
+    with pytest.raises(DataError, match=r"classes that the fit split lacks: \['fox'\]"):
+        load_data(tmp_path / "b")
+    write_images(tmp_path / "c", {"cat": 5})
+    write_images(tmp_path / "c", {"dog": 5}, size=(8, 8))
+    with pytest.raises(DataError, match=r"of one size.*--image-size"):
+        load_data(tmp_path / "c")
+    write_images(tmp_path / "d", {"cat": 5, "dog": 5})
+    (tmp_path / "d" / "cat" / "0.png").write_text("no image")
+    with pytest.raises(DataError, match=r"0\.png cannot be read as an image"):
+        load_data(tmp_path / "d")
+    write_images(tmp_path / "e", {"cat": 5, "dog": 1})
+    with pytest.raises(DataError, match="class 1 has 1 images left"):
+        load_data(tmp_path / "e")

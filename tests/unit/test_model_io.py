@@ -1,0 +1,166 @@
+"""Which model files are taken, and what is said of the others."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from compressor.errors import ModelError, UntrustedModelError
+from compressor.model_io import load_model
+from tests.conftest import INPUT_SHAPE, ConvNet
+
+ARCH = "tests.conftest:make_conv_net"
+
+
+@pytest.fixture
+def weights(conv_net: ConvNet, tmp_path: Path) -> Path:
+    path = tmp_path / "weights.pt"
+    torch.save(conv_net.state_dict(), path)
+    return path
+
+
+def load(path: Path, **options: object) -> nn.Module:
+    defaults: dict[str, object] = {"arch": ARCH, "input_shape": INPUT_SHAPE}
+    return load_model(path, **(defaults | options)).module  # type: ignore[arg-type]
+
+
+def assert_same(model: nn.Module, expected: nn.Module) -> None:
+    want = expected.state_dict()
+    assert model.state_dict().keys() == want.keys()
+    assert all(torch.equal(want[k], v) for k, v in model.state_dict().items())
+    assert not model.training
+
+
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "data parallel", "compiled"])
+def test_state_dicts_and_checkpoints(wrap: str, conv_net: ConvNet, tmp_path: Path) -> None:
+    tensors = conv_net.state_dict()
+    content: dict[str, object] = {
+        "plain": tensors,
+        "state_dict": {"epoch": 3, "state_dict": tensors},
+        "model": {"model": tensors, "optimizer": {}},
+        "data parallel": {"state_dict": {f"module.{k}": v for k, v in tensors.items()}},
+        "compiled": {f"_orig_mod.{k}": v for k, v in tensors.items()},
+    }[wrap]
+    torch.save(content, tmp_path / "weights.pt")
+    assert_same(load(tmp_path / "weights.pt"), conv_net)
+
+
+def test_arch_beside_the_model_and_its_arguments(weights: Path) -> None:
+    source = "from tests.conftest import ConvNet\n\ndef make(width):\n    return ConvNet(width)\n"
+    (weights.parent / "my_own_net.py").write_text(source)
+    assert_same(
+        load(weights, arch="my_own_net:make", arch_args={"width": 32}),
+        load(weights),
+    )
+
+
+def test_example_and_provenance(weights: Path) -> None:
+    loaded = load_model(weights, arch=ARCH, input_shape=INPUT_SHAPE)
+    assert loaded.example_input.shape == (1, *INPUT_SHAPE)
+    assert loaded.provenance["arch"] == ARCH
+    assert len(str(loaded.provenance["sha256"])) == 64
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (None, "holds weights only.*--arch"),
+        ("tests.conftest", "must be package.module:factory"),
+        ("no_such_module:make", "cannot import no_such_module"),
+        ("tests.conftest:make_conv_nett", "Did you mean 'make_conv_net'"),
+        ("tests.conftest:INPUT_SHAPE", "Unknown function of tests.conftest"),
+        ("tests.conftest:blob_images", "does not take --arch-arg"),
+        ("builtins:dict", "returned a dict, not an nn.Module"),
+    ],
+)
+def test_bad_architectures_are_named(arch: str | None, message: str, weights: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(weights, arch=arch)
+
+
+def test_weights_that_do_not_fit_name_their_keys(conv_net: ConvNet, tmp_path: Path) -> None:
+    tensors = conv_net.state_dict()
+    tensors["stem.weight"] = tensors["stem.weight"][:5]
+    tensors["stranger"] = tensors.pop("head.bias")
+    torch.save(tensors, tmp_path / "weights.pt")
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path / "weights.pt")
+    message = str(caught.value)
+    assert "missing in the file: head.bias" in message
+    assert "not in the network: stranger" in message
+    assert "stem.weight is (5, 1, 3, 3)" in message
+    assert "has (32, 1, 3, 3)" in message
+
+
+def test_nan_weights_are_named(conv_net: ConvNet, tmp_path: Path) -> None:
+    conv_net.last.weight.data[3, 2] = float("nan")
+    torch.save(conv_net.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match=r"9 of \d+ values of last\.weight are NaN"):
+        load(tmp_path / "weights.pt")
+
+
+class Bomb:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path("exploded").write_text, ("boom",))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_a_pickle_is_not_run_without_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(Bomb(), "zip.pt")
+    torch.save(Bomb(), "legacy.pt", _use_new_zipfile_serialization=False)
+    Path("plain.pt").write_bytes(pickle.dumps(Bomb()))
+    for name in ("zip.pt", "legacy.pt", "plain.pt"):
+        with pytest.raises(ModelError):
+            load(Path(name))
+        assert not Path("exploded").exists()
+
+
+def test_a_pickled_module_needs_trust(conv_net: ConvNet, tmp_path: Path) -> None:
+    path = tmp_path / "module.pt"
+    torch.save(conv_net, path)
+    with pytest.raises(UntrustedModelError, match=r"state_dict.*--trust"):
+        load(path)
+    assert_same(load(path, trust=True, arch=None), conv_net)
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.pt2", "m.engine", "m.safetensors"])
+def test_other_formats_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"something")
+    with pytest.raises(ModelError, match=r"m\.\w+ is an? "):
+        load(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_torchscript_is_refused_by_name(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "m.pt")
+    with pytest.raises(ModelError, match="TorchScript"):
+        load(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 half a zip", b"\x80\x02}"])
+def test_unreadable_files_are_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.pt").write_bytes(content)
+    with pytest.raises(ModelError, match=r"m\.pt"):
+        load(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}, torch.zeros(2), "text"])
+def test_files_without_a_state_dict_are_named(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(ModelError, match="expected a state_dict"):
+        load(tmp_path / "m.pt")
+
+
+def test_missing_file_and_shape(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="No model file at"):
+        load(tmp_path / "none.pt")
+    with pytest.raises(ModelError, match="--input-shape"):
+        load(weights, input_shape=None)
