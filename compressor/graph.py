@@ -89,16 +89,18 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> tuple[ChannelGrou
     Raises:
         GraphError: The network cannot be traced, or does not take `example_input`.
     """
-    graph_module = trace(model)
     try:
         with torch.no_grad():
-            ShapeProp(graph_module).propagate(example_input)
-    except RuntimeError as err:
+            model(example_input)
+    except (RuntimeError, ValueError, TypeError, IndexError) as err:
         raise GraphError(
             f"{type(model).__name__} does not take an input of shape "
-            f"{tuple(example_input.shape)}: {err.__cause__ or err}. "
-            f"Give the shape it was trained with (--input-shape C,H,W)."
+            f"{tuple(example_input.shape)}: {err}. "
+            f"Give the shape that it was trained with (--input-shape C,H,W)."
         ) from err
+    graph_module = trace(model)
+    with torch.no_grad():
+        ShapeProp(graph_module).propagate(example_input)
     labels = _Labels()
     walk = _Walk(graph_module, labels)
     for node in graph_module.graph.nodes:

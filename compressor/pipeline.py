@@ -371,30 +371,21 @@ def finish(
     """Exports both models, proves and measures the files, and writes the result last."""
     on_progress(Progress("Measuring the exported files", 0, 1))
     original, example, opset = job.loaded.module, job.loaded.example_input, job.target.opset
-    original_file = export_onnx(original, example, folder.original_onnx, opset=opset)
-    unproven = export_onnx(tuned, example, folder.unproven_onnx, opset=opset)
     images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
-    error = check_agree(
-        "torch and ONNX Runtime", tuned, predictor(unproven, n_threads=n_cores()), images
-    )
-    speedup = compare_latency(original_file, unproven, job.target)
-    verdict = judge(speedup, job.config.constraint.min_speedup(speedup.original.median_ms))
-    before = _side(job, original, original_file, speedup.original)
-    after = _side(job, tuned, unproven, speedup.candidate)
-    handed_back = verdict is not Verdict.NOT_FASTER
-    if handed_back:
-        folder.write_checkpoint(
-            {
-                "state_dict": tuned.state_dict(),
-                "plan": {name: list(kept) for name, kept in plan.kept.items()},
-                "arch": job.config.arch,
-                "arch_args": dict(job.config.arch_args),
-                "input_shape": list(job.data.input_shape),
-            }
-        )
-        unproven.replace(folder.model_onnx)
-    else:
-        unproven.unlink()
+    original_file = export_onnx(original, example, folder.original_onnx, opset=opset)
+    with folder.unproven_onnx() as unproven:
+        export_onnx(tuned, example, unproven, opset=opset)
+        answers = predictor(unproven, n_threads=n_cores())
+        error = check_agree("torch and ONNX Runtime", tuned, answers, images)
+        speedup = compare_latency(original_file, unproven, job.target)
+        verdict = judge(speedup, job.config.constraint.min_speedup(speedup.original.median_ms))
+        before = measured_side(job, original, original_file, speedup.original)
+        after = measured_side(job, tuned, unproven, speedup.candidate)
+        handed_back = verdict is not Verdict.NOT_FASTER
+        if handed_back:
+            folder.write_checkpoint(rebuildable(job, plan, tuned))
+            unproven.replace(folder.model_onnx)
+    errors = [e for e in (*engines.values(), error) if isinstance(e, float)]
     result = Result(
         verdict=verdict,
         target=job.target.name,
@@ -407,29 +398,53 @@ def finish(
         accuracy_drop_points=100 * (before.accuracy - after.accuracy) if handed_back else None,
         equivalence={
             "engines": {**engines, "onnxruntime": error},
-            "n_inputs": N_PROOF_IMAGES,
-            "max_abs_error": max(e for e in (*engines.values(), error) if isinstance(e, float)),
+            "n_inputs": len(images),
+            "max_abs_error": max(errors),
         },
         search=search_report(job, searched),
-        groups=[
-            {
-                "name": group.name,
-                "channels": group.n_channels,
-                "kept": plan.width(group),
-                "locked_because": group.locked_because,
-            }
-            for group in job.groups
-        ],
-        environment=run_folder.describe_environment(
-            n_threads=job.target.n_threads,
-            channel_step=f"{job.target.step} ({job.target.step_source})",
-            model_sha256=str(job.loaded.provenance["sha256"]),
-            data_fingerprint=job.data.fingerprint,
-        ),
+        groups=groups_table(job.groups, plan),
+        environment=run_folder.describe_environment(job.target, job.loaded, job.data),
         out=folder.path,
     )
     folder.write_result(result)
     return result
+
+
+def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:
+    """The content of `model.pt`: tensors and plain values, read by `load_compressed`."""
+    return {
+        "state_dict": tuned.state_dict(),
+        "plan": {name: list(kept) for name, kept in plan.kept.items()},
+        "arch": job.config.arch,
+        "arch_args": dict(job.config.arch_args),
+        "input_shape": list(job.data.input_shape),
+    }
+
+
+def measured_side(job: Job, model: nn.Module, file: Path, latency: Latency) -> Side:
+    """One model of the result: its test accuracy is that of the ONNX file."""
+    paper = cost(model, job.loaded.example_input)
+    predict = predictor(file, n_threads=n_cores())
+    return Side(
+        accuracy=accuracy(predict, job.data.test, batch_size=1).value,
+        latency_ms=latency,
+        macs=paper.macs,
+        params=paper.params,
+        file_bytes=file.stat().st_size,
+    )
+
+
+def groups_table(groups: Sequence[ChannelGroup], plan: Plan) -> list[dict[str, object]]:
+    """What became of every channel group."""
+    return [
+        {
+            "name": group.name,
+            "channels": group.n_channels,
+            "kept": plan.width(group),
+            "locked_because": group.locked_because,
+        }
+        for group in groups
+    ]
 
 
 def judge(speedup: PairedLatency, min_speedup: float) -> Verdict:
@@ -462,18 +477,6 @@ def n_cores() -> int:
     """Cores this process may use."""
     return (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-
-
-def _side(job: Job, model: nn.Module, file: Path, latency: Latency) -> Side:
-    paper = cost(model, job.loaded.example_input)
-    predict = predictor(file, n_threads=n_cores())
-    return Side(
-        accuracy=accuracy(predict, job.data.test, batch_size=1).value,
-        latency_ms=latency,
-        macs=paper.macs,
-        params=paper.params,
-        file_bytes=file.stat().st_size,
     )
 
 

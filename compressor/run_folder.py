@@ -17,7 +17,7 @@ import torch
 from pydantic import TypeAdapter
 
 from compressor.errors import ConfigError, RunFolderError
-from compressor.values import Result
+from compressor.values import Data, LoadedModel, Result, Target
 
 VERSION = metadata.version("compressor")
 SCHEMA = 1
@@ -48,10 +48,14 @@ class RunFolder:
         """The compressed model; there only when it was proven and measured to be faster."""
         return self.path / MODEL_ONNX
 
-    @property
-    def unproven_onnx(self) -> Path:
-        """The compressed model until then."""
-        return self.path / f".{MODEL_ONNX}.unproven"
+    @contextlib.contextmanager
+    def unproven_onnx(self) -> Iterator[Path]:
+        """Where the compressed model lies until it is proven; gone at the end of the context."""
+        path = self.path / f".{MODEL_ONNX}.unproven"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
     def write_checkpoint(self, content: Mapping[str, object]) -> None:
         """`model.pt`; loads with `torch.load(..., weights_only=True)`."""
@@ -129,20 +133,18 @@ def read_result(path: Path) -> Result:
         raise RunFolderError(f"{file} is not a result of compress: {err}") from err
 
 
-def describe_environment(
-    *, n_threads: int, channel_step: str, model_sha256: str, data_fingerprint: str
-) -> dict[str, object]:
+def describe_environment(target: Target, loaded: LoadedModel, data: Data) -> dict[str, object]:
     """Versions, machine, and hashes of model and data, for `result.json`."""
     packages = ("torch", "onnx", "onnxruntime", "nni", "botorch", "optuna", "numpy")
     versions = {name: metadata.version(name) for name in packages}
     return {
         "versions": {"compressor": VERSION, "python": platform.python_version(), **versions},
         "cpu": _cpu_name(),
-        "threads": n_threads,
-        "channel_step": channel_step,
+        "threads": target.n_threads,
+        "channel_step": f"{target.step} ({target.step_source})",
         "git": _git_commit(),
-        "model_sha256": model_sha256,
-        "data_fingerprint": data_fingerprint,
+        "model_sha256": loaded.provenance["sha256"],
+        "data_fingerprint": data.fingerprint,
     }
 
 

@@ -25,9 +25,7 @@ ARCH = "tests.conftest:make_conv_net"
 
 
 @pytest.fixture(scope="module")
-def project(
-    trained: Path, blobs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def project(trained: Path, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: model, data, compress.toml."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(trained, folder / "model.pt")
@@ -89,15 +87,11 @@ def test_the_figures_are_those_of_the_files(
         images = arrays["test_images"].astype(np.float32) / 255
         labels = arrays["test_labels"]
     for side, name in (("original", "original.onnx"), ("compressed", "model.onnx")):
-        session = onnxruntime.InferenceSession(
-            folder / name, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         guesses = [session.run(None, {"input": image[None]})[0].argmax() for image in images]
         assert np.mean(np.array(guesses) == labels) == result[side]["accuracy"]
         assert (folder / name).stat().st_size == result[side]["file_bytes"]
-        n_params = sum(
-            int(np.prod(t.dims)) for t in onnx.load(folder / name).graph.initializer
-        )
+        n_params = sum(int(np.prod(t.dims)) for t in onnx.load(folder / name).graph.initializer)
         assert n_params == pytest.approx(result[side]["params"], rel=0.02)  # BN is folded
     kept = {g["name"]: g["kept"] for g in result["groups"]}
     weights = {t.dims[0] for t in onnx.load(folder / "model.onnx").graph.initializer}
