@@ -53,7 +53,7 @@ def prune(
         raise PlanError(unknown_name("importance", importance, IMPORTANCES))
     score = IMPORTANCES[importance].score
     scores = {group.name: score(model, group).numpy() for group in groups}
-    space = make_space(groups, scores, step=step, min_keep_ratio=min(keep_ratio, 1 / step))
+    space = make_space(groups, scores, step=step, min_keep_ratio=0.0)
     (widths,) = space.snap(np.full((1, len(space.groups)), keep_ratio))
     return remove_channels(model, groups, space.plan(widths))
 

@@ -9,11 +9,14 @@ The exporter is torch's TorchScript-based one: of the two it is the one that can
 the newest that TensorRT 8.2 (Jetson Nano) reads. The other silently writes 18.
 """
 
+import contextlib
 import copy
 import io
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,20 @@ def make_template(
     return OnnxTemplate(exported, names, depthwise)
 
 
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Where the exporter fails it prints the whole graph from C++ to file descriptor 1."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
 def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
     found: onnx.AttributeProto = next(a for a in node.attribute if a.name == name)
     return found
@@ -133,7 +150,7 @@ def _export(model: nn.Module, example_input: Tensor, opset: int, *, fold: bool) 
     buffer: Any = io.BytesIO()  # works, though torch's annotation names paths only
     mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_stdout():
             warnings.simplefilter("ignore")  # it announces its own age at every call
             torch.onnx.export(
                 model, (example_input,), buffer, dynamo=False, opset_version=opset,
@@ -142,7 +159,8 @@ def _export(model: nn.Module, example_input: Tensor, opset: int, *, fold: bool) 
             )  # fmt: skip
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as err:
         raise ExportError(
-            f"{type(model).__name__} cannot be exported to ONNX opset {opset}: {err}"
+            f"{type(model).__name__} cannot be exported to ONNX opset {opset}: "
+            f"{str(err).splitlines()[0].partition('[Caused by')[0].strip()}"
         ) from err
     content: bytes = buffer.getvalue()
     return content

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compressor import run_folder
 from compressor.config import Config
 from compressor.datasets import load_data
 from compressor.errors import (
     ConfigError,
+    DataError,
     EngineError,
     InterruptedRunError,
     MeasurementError,
@@ -87,11 +89,12 @@ def compress(
     """
     on_progress(Progress("Reading model and data", 0, 1))
     job = prepare(config)
+    on_progress(Progress("Measuring the original", 0, 1))
+    bench = Bench(job)
+    problem = pose(job, bench)
     default_name = f"{config.model.stem}-{job.target.name}"
     folder = run_folder.create(config.out, default_name, config.as_toml())
     with run_folder.logged(folder), _interruptible(folder):
-        bench = Bench(job)
-        problem = pose(job, bench, on_progress)
         searched = search(job, problem, bench, folder, on_trial, on_progress)
         plan = choose(job, searched, bench, on_progress)
         compact, engines = cut_out(job, plan, on_progress)
@@ -121,10 +124,24 @@ def prepare(config: Config) -> Job:
     loaded = read_model(config, data.input_shape)
     model = loaded.module
     groups = channel_groups(model, loaded.example_input)
+    _check_outputs(model, loaded.example_input, data)
     importance = IMPORTANCES[config.importance]
     scores = {group.name: importance.score(model, group).numpy() for group in groups}
     space = make_space(groups, scores, step=target.step, min_keep_ratio=config.min_keep_ratio)
     return Job(config, target, loaded, data, groups, space)
+
+
+def _check_outputs(model: nn.Module, example: Tensor, data: Data) -> None:
+    """Raises `DataError` where the model has not one logit for every class."""
+    with torch.no_grad():
+        output = model(example)
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    n_classes = len(data.class_names)
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < n_classes:
+        raise DataError(
+            f"{data.class_names[-1]!r} is class {n_classes} of the data, so the model must return "
+            f"at least {n_classes} logits, shape (1, {n_classes}); it returns {shape}."
+        )
 
 
 def read_data(config: Config, source: Path) -> Data:
@@ -151,7 +168,11 @@ def read_model(config: Config, input_shape: Sequence[int] | None) -> LoadedModel
 
 
 class Bench:
-    """Measures plans: accuracy after recalibration, and latency beside the original."""
+    """Measures plans: accuracy after recalibration, and latency beside the original.
+
+    Attributes:
+        noise_floor: The original against itself; what differs from 1 in it is noise.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -160,16 +181,13 @@ class Bench:
         batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
         self._batched = make_template(model, batch, opset=opset)
         self._original_onnx = self._single.fill(model)
+        self.noise_floor = compare_latency(
+            self._original_onnx, self._original_onnx, job.target, effort=TRIAL
+        )
 
     def original_accuracy(self) -> Accuracy:
         """Of the original on the search split."""
         return self._accuracy(self.job.loaded.module)
-
-    def noise_floor(self) -> PairedLatency:
-        """The original against itself; what differs from 1 here is noise."""
-        return compare_latency(
-            self._original_onnx, self._original_onnx, self.job.target, effort=TRIAL
-        )
 
     def measure(
         self, plan: Plan, seconds: dict[str, float], seed: int
@@ -199,14 +217,15 @@ class Bench:
         return accuracy(predict, self.job.data.search, batch_size=BATCH_SIZE)
 
 
-def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
-    """Measures the original, and turns the user's constraint into a speed-up to reach."""
-    on_progress(Progress("Measuring the original", 0, 1))
+def pose(job: Job, bench: Bench) -> Problem:
+    """Turns the user's constraint into a speed-up to reach.
+
+    Raises:
+        ConfigError: The original meets it already.
+    """
     constraint = job.config.constraint
-    floor = bench.noise_floor()
-    original_ms = floor.original.median_ms
+    original_ms = bench.noise_floor.original.median_ms
     min_speedup = constraint.min_speedup(original_ms)
-    logger.info("original against itself: %.4f, %s", floor.ratio, floor.ci95)
     if min_speedup <= 1:
         raise ConfigError(
             f"The original already meets {constraint} on {job.target.name}: it takes "
@@ -224,11 +243,12 @@ def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """A search that has ended: its problem, its trials, and the seconds it took."""
+    """A search that has ended: its problem, its trials, the seconds and noise they had."""
 
     problem: Problem
     trials: Sequence[Trial]
     seconds: float
+    noise_floor: PairedLatency
 
 
 def search(
@@ -261,7 +281,8 @@ def search(
     if not any(trial.accuracy for trial in study.trials):
         reasons = {trial.failed_because for trial in study.trials}
         raise SearchError(f"None of {len(study.trials)} trials could be measured: {reasons}.")
-    return Searched(problem, study.trials, time.perf_counter() - started)
+    seconds_spent = time.perf_counter() - started
+    return Searched(problem, study.trials, seconds_spent, bench.noise_floor)
 
 
 def _run_trial(
@@ -461,6 +482,7 @@ def search_report(job: Job, searched: Searched) -> dict[str, object]:
         part: sum(t.seconds.get(part, 0.0) for t in trials) / len(trials) for part in TRIAL_PARTS
     }
     wall = searched.seconds / len(trials)
+    floor = searched.noise_floor
     return {
         "strategy": job.config.search,
         "n_trials": len(trials),
@@ -468,6 +490,7 @@ def search_report(job: Job, searched: Searched) -> dict[str, object]:
         "seconds": searched.seconds,
         "seed": job.config.seed,
         "min_speedup": searched.problem.min_speedup,
+        "noise_floor": {"ratio": floor.ratio, "ci95": list(floor.ci95)},
         "seconds_per_trial": {**parts, "all": wall},
         "overhead_seconds_per_trial": wall - sum(parts[part] for part in INHERENT_PARTS),
     }

@@ -25,8 +25,8 @@ def recalibrate_batch_norm(
 
     Args:
         model: Not changed.
-        split: The fit split; its first `n_images` are used, so it must not be sorted by class.
-        n_images: About 256 rank plans as well as thousands do.
+        split: The fit split.
+        n_images: Drawn at random, always the same ones: splits are often sorted by class.
         batch_size: At least 2; batch-norm of one image has no variance.
     """
     recalibrated = copy.deepcopy(model)
@@ -39,12 +39,11 @@ def recalibrate_batch_norm(
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over all batches
         norm.train()
+    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:n_images]
     with torch.inference_mode():
-        for start in range(0, min(n_images, len(split)), batch_size):
-            rows = slice(start, min(start + batch_size, n_images, len(split)))
-            images = split.model_input(rows)
-            if len(images) > 1:
-                recalibrated(images)
+        for rows in drawn.split(batch_size):
+            if len(rows) > 1:
+                recalibrated(split.model_input(rows))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return recalibrated.eval()

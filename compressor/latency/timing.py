@@ -30,13 +30,15 @@ class Effort:
     Attributes:
         n_session_pairs: Fresh pairs of sessions.
         pair_seconds: Time of the rounds of one pair, warm-up apart.
-        min_rounds: At least this many rounds a pair, however slow the model.
+        min_rounds: At least this many rounds a pair, however slow the models.
+        max_rounds: At most this many, however quick; sessions differ more than rounds do.
         n_warmup: Untimed runs of each session.
     """
 
     n_session_pairs: int
     pair_seconds: float
     min_rounds: int = 8
+    max_rounds: int = 200
     n_warmup: int = 8
 
 
@@ -132,14 +134,16 @@ def _time_pair(
         run_candidate()
     times_ns: dict[RunOnce, list[int]] = {run_original: [], run_candidate: []}
     runs = [run_original, run_candidate]
-    n_rounds, started = 0, clock_ns()
-    while n_rounds < effort.min_rounds or clock_ns() - started < effort.pair_seconds * 1e9:
+    started = clock_ns()
+    for n_rounds in range(effort.max_rounds):
+        is_late = clock_ns() - started >= effort.pair_seconds * 1e9
+        if is_late and n_rounds >= effort.min_rounds:
+            break
         order.shuffle(runs)
         for run in runs:
             before = clock_ns()
             run()
             times_ns[run].append(clock_ns() - before)
-        n_rounds += 1
     return SessionPair(
         tuple(ns / NS_PER_MS for ns in times_ns[run_original]),
         tuple(ns / NS_PER_MS for ns in times_ns[run_candidate]),

@@ -99,7 +99,8 @@ def make_space(
         groups: From `graph.channel_groups`.
         scores: Group name -> `(n_channels,)` importance.
         step: Widths are its multiples; the original width stays allowed off-step.
-        min_keep_ratio: No group goes below this share of its channels, nor below one step.
+        min_keep_ratio: In [0, 1]; no group goes below this share of its channels, nor below
+            one step.
 
     Raises:
         GraphError: Every group is locked, or too narrow to lose a step; says why.

@@ -187,6 +187,7 @@ def test_a_latency_limit_in_milliseconds(project: Path) -> None:
     lazy = compress("model.pt", "--max-latency", "10s", "--out", "lazy", cwd=project)
     assert lazy.returncode == 2
     assert "already meets" in lazy.stderr
+    assert not (project / "lazy").exists()
 
 
 def test_ctrl_c_leaves_a_folder_that_can_be_read(project: Path) -> None:

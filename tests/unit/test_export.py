@@ -94,7 +94,11 @@ class Inverse(nn.Module):
         return torch.linalg.inv(x)
 
 
-def test_what_onnx_lacks_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="Inverse cannot be exported to ONNX opset 13"):
+def test_what_onnx_lacks_is_an_error_and_leaves_no_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ExportError, match="Inverse cannot be exported to ONNX opset 13") as err:
         export_onnx(Inverse(), torch.eye(3)[None, None], tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+    assert len(str(err.value).splitlines()) == 1
+    assert capfd.readouterr().out == ""  # the exporter prints its graph, which stdout is not for

@@ -17,15 +17,30 @@ def split(n: int = 128) -> Split:
 
 
 def test_statistics_are_the_plain_mean_over_batches(conv_net: ConvNet) -> None:
-    data = split()
-    recalibrated = recalibrate_batch_norm(conv_net, data, n_images=96, batch_size=32)
+    """One batch of everything, and then several: unbiased variance, averaged over batches."""
+    data = split(96)
     with torch.no_grad():
-        outputs = [conv_net.stem(data.images[i : i + 32]) for i in (0, 32, 64)]
-    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
-    variance = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
+        output = conv_net.stem(data.images)
+    recalibrated = recalibrate_batch_norm(conv_net, data, n_images=96, batch_size=96)
     assert isinstance(recalibrated, ConvNet)
+    mean, variance = output.mean((0, 2, 3)), output.var((0, 2, 3))
     torch.testing.assert_close(recalibrated.norm.running_mean, mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(recalibrated.norm.running_var, variance, rtol=1e-4, atol=1e-5)
+    several = recalibrate_batch_norm(conv_net, data, n_images=96, batch_size=32)
+    assert isinstance(several, ConvNet)
+    torch.testing.assert_close(several.norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+    assert several.norm.running_var is not None
+    assert not torch.allclose(several.norm.running_var, variance, rtol=1e-6)
+
+
+def test_statistics_do_not_depend_on_the_order_of_the_classes() -> None:
+    """Folders are read class by class; the first images alone would be of one class."""
+    norm = nn.BatchNorm2d(1)
+    images = torch.arange(1000.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    data = Split(images, torch.arange(1000) // 100)
+    recalibrated = recalibrate_batch_norm(norm.eval(), data, n_images=200, batch_size=50)
+    mean = recalibrated.get_buffer("running_mean").item()
+    assert abs(mean - 499.5) < 5 * 289 / 200**0.5  # five standard errors; the first 200 give 99.5
 
 
 def test_recalibration_changes_only_a_copys_statistics(conv_net: ConvNet) -> None:

@@ -67,6 +67,17 @@ def test_slow_models_still_get_the_least_number_of_rounds() -> None:
     assert [len(p.original_ms) for p in pair.session_pairs] == [5, 5, 5]
 
 
+def test_quick_models_get_no_more_rounds_than_help() -> None:
+    machine = FakeMachine()
+    pair = compare(
+        machine.session("original", 0.002),
+        machine.session("candidate", 0.001),
+        EFFORT,
+        clock_ns=machine.clock_ns,
+    )
+    assert [len(p.original_ms) for p in pair.session_pairs] == [EFFORT.max_rounds] * 3
+
+
 def test_warm_up_is_not_timed() -> None:
     """The first runs of each session take ten times as long; none of them is kept."""
     machine = FakeMachine()

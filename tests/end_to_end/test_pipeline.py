@@ -1,0 +1,220 @@
+"""`compress()` itself: what stops a model from being handed back, and what is told meanwhile."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compressor
+from compressor import evaluate, export, pipeline, surgery
+from compressor.config import Config
+from compressor.errors import (
+    DataError,
+    EngineError,
+    EquivalenceError,
+    MeasurementError,
+    SearchError,
+)
+from compressor.latency import onnxruntime as runtime
+from compressor.latency.timing import FINAL
+from compressor.pipeline import judge
+from compressor.values import Latency, PairedLatency, Progress, Trial, Verdict
+from tests.conftest import randomised
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def make_config(trained: Path, blobs: Path, tmp_path: Path) -> Make:
+    """A run of seconds in an empty folder."""
+    shutil.copy(trained, tmp_path / "model.pt")
+
+    def make(**flags: object) -> Config:
+        small: dict[str, object] = {
+            "target": "host-cpu", "arch": "tests.conftest:make_conv_net", "data": blobs,
+            "speedup": 1.05, "trials": 3, "fine_tune_epochs": 0, "out": tmp_path / "run",
+        }  # fmt: skip
+        return compressor.load_config(tmp_path / "model.pt", small | flags)
+
+    return make
+
+
+def paired(ratio: float, low: float, high: float) -> PairedLatency:
+    return PairedLatency(ratio, (low, high), Latency(2, 2, 9), Latency(1, 1, 9), ())
+
+
+@pytest.mark.parametrize(
+    ("measured", "verdict"),
+    [
+        (paired(2.01, 1.95, 2.07), Verdict.MET),
+        (paired(1.99, 1.95, 2.07), Verdict.INFEASIBLE),
+        (paired(1.02, 0.99, 1.05), Verdict.NOT_FASTER),
+        (paired(2.50, 1.00, 3.00), Verdict.NOT_FASTER),
+    ],
+)
+def test_verdicts(measured: PairedLatency, verdict: Verdict) -> None:
+    assert judge(measured, min_speedup=2.0) is verdict
+
+
+def test_callbacks_are_told_of_every_trial_and_phase(make_config: Make) -> None:
+    trials, phases = list[Trial](), list[Progress]()
+    result = compressor.compress(make_config(), on_trial=trials.append, on_progress=phases.append)
+    assert [t.number for t in trials] == [0, 1, 2]
+    assert set(trials[0].seconds) == set(pipeline.TRIAL_PARTS)
+    assert all(t.speedup and t.accuracy for t in trials)
+    assert "Searching" in {p.phase for p in phases}
+    assert all(0 <= p.n_done <= p.n_total for p in phases)
+    engines = result.equivalence["engines"]
+    assert isinstance(engines, dict)
+    assert set(engines) == {"masked", "nni", "onnxruntime"}
+    assert all(isinstance(e, float) and e < 1e-4 for e in engines.values())
+    floor = result.search["noise_floor"]
+    assert isinstance(floor, dict)
+    assert 0.5 < floor["ratio"] < 2
+
+
+def assert_no_model(folder: Path) -> None:
+    """Neither under its name nor under another."""
+    assert not [p.name for p in folder.iterdir() if p.name.startswith((".model", "model"))]
+    assert not (folder / "result.json").exists()
+
+
+def test_engines_that_disagree_leave_no_model(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def wrong(*args: object) -> nn.Module:
+        return randomised(real(*args))  # type: ignore[arg-type]
+
+    real = surgery.prune_with_nni
+    monkeypatch.setattr(pipeline, "prune_with_nni", wrong)
+    with pytest.raises(EquivalenceError, match="NNI and own surgery disagree"):
+        compressor.compress(make_config())
+    assert_no_model(tmp_path / "run")
+
+
+def test_an_onnx_file_that_disagrees_is_removed(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = export.export_onnx
+
+    def wrong(model: nn.Module, *args: object, **options: object) -> Path:
+        return real(randomised(model), *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "export_onnx", wrong)
+    monkeypatch.setattr(pipeline, "check_agree", _only_onnx(evaluate.check_agree))
+    with pytest.raises(EquivalenceError, match="torch and ONNX Runtime disagree"):
+        compressor.compress(make_config())
+    assert_no_model(tmp_path / "run")
+
+
+def _only_onnx(real: Callable[..., float]) -> Callable[..., float]:
+    """The model is corrupted in place by the export above: check against a fresh copy."""
+
+    def check(what: str, expected: nn.Module, got: object, images: Tensor) -> float:
+        if what == "torch and ONNX Runtime":
+            expected = randomised(expected, seed=1)
+        return real(what, expected, got, images)
+
+    return check
+
+
+def test_a_failing_nni_is_recorded_and_own_surgery_used(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_args: object) -> nn.Module:
+        raise EngineError("NNI cannot process it: no rule")
+
+    monkeypatch.setattr(pipeline, "prune_with_nni", fails)
+    result = compressor.compress(make_config())
+    engines = result.equivalence["engines"]
+    assert isinstance(engines, dict)
+    assert engines["nni"] == "NNI cannot process it: no rule"
+    assert isinstance(engines["masked"], float)
+    assert result.verdict is Verdict.MET
+
+
+def test_a_model_that_is_not_faster_is_not_handed_back(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = runtime.compare_latency
+
+    def slow_in_the_end(*args: object, **options: object) -> PairedLatency:
+        if options.get("effort", FINAL) is FINAL:
+            return paired(1.01, 0.98, 1.04)
+        return real(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "compare_latency", slow_in_the_end)
+    result = compressor.compress(make_config())
+    assert result.verdict is Verdict.NOT_FASTER
+    assert result.compressed is None
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "result.json" in names
+    assert not names & {"model.onnx", "model.pt", ".model.onnx.unproven"}
+
+
+def test_failed_trials_do_not_end_a_search(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = runtime.compare_latency
+    calls = 0
+
+    def flaky(*args: object, **options: object) -> PairedLatency:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 5):  # the first call measures the original
+            raise MeasurementError("the runtime is gone")
+        return real(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "compare_latency", flaky)
+    trials = list[Trial]()
+    result = compressor.compress(make_config(trials=6), on_trial=trials.append)
+    assert [t.number for t in trials if t.failed_because == "the runtime is gone"] == [1, 3]
+    assert (result.search["n_trials"], result.search["n_failed"]) == (6, 2)
+
+
+def test_a_search_in_which_nothing_could_be_measured_says_so(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(self: object, *_args: object, **_options: object) -> None:
+        raise MeasurementError("the runtime is gone")
+
+    monkeypatch.setattr(pipeline.Bench, "measure", gone)
+    with pytest.raises(SearchError, match=r"None of 3 trials.*the runtime is gone"):
+        compressor.compress(make_config())
+
+
+def test_the_time_budget_begins_no_new_trial(make_config: Make) -> None:
+    result = compressor.compress(make_config(trials=10_000, time_budget="10ms"))
+    assert result.search["n_trials"] == 1
+
+
+def test_more_classes_than_logits_are_refused_before_anything_is_written(
+    make_config: Make, tmp_path: Path
+) -> None:
+    torch.save(three_logits().state_dict(), tmp_path / "model.pt")
+    config = make_config(arch="tests.end_to_end.test_pipeline:three_logits")
+    with pytest.raises(DataError, match=r"at least 5 logits.*returns \(1, 3\)"):
+        compressor.compress(config)
+    assert not (tmp_path / "run").exists()
+
+
+def three_logits() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(32, 3))  # fmt: skip
+
+
+@pytest.mark.parametrize("keep_ratio", [0.25, 0.5, 1.0])
+def test_prune_with_one_ratio(keep_ratio: float) -> None:
+    net, example = randomised(three_logits()), torch.randn(1, 1, 8, 8)
+    small = compressor.prune(net, example, keep_ratio)
+    assert small.get_parameter("0.weight").shape[0] == 32 * keep_ratio
+    assert net.get_parameter("0.weight").shape[0] == 32
+    assert compressor.prune(net, example, 0.4, step=8).get_parameter("0.weight").shape[0] == 16
+    for bad, message in ((0.0, r"\(0, 1\]"), (1.5, r"\(0, 1\]")):
+        with pytest.raises(compressor.CompressorError, match=message):
+            compressor.prune(net, example, bad)
+    with pytest.raises(compressor.CompressorError, match="Did you mean 'l1'"):
+        compressor.prune(net, example, 0.5, importance="l11")
