@@ -117,6 +117,8 @@ class Job:
 def prepare(config: Config) -> Job:
     """Everything that bad input can break, before anything is written."""
     config.constraint  # noqa: B018  raises where none was given
+    if config.out is not None:
+        run_folder.check_free(config.out)
     target = load_target(config.target)
     if config.data is None:
         raise ConfigError("No images to rank plans by; give --data FILE.npz or --data FOLDER.")
@@ -323,8 +325,9 @@ def choose(job: Job, searched: Searched, bench: Bench, on_progress: ProgressCall
     ranked = best_first(searched.trials, min_speedup)
     feasible = [t for t in ranked if t.speedup and t.speedup >= min_speedup]
     again: list[tuple[float, Plan]] = []
-    for trial in feasible[:N_FINALISTS]:
-        on_progress(Progress("Measuring finalists", len(again), N_FINALISTS))
+    finalists = feasible[:N_FINALISTS]
+    for trial in finalists:
+        on_progress(Progress("Measuring finalists", len(again), len(finalists)))
         plan = job.space.plan(job.space.from_names(trial.widths))
         latency = bench.remeasure(plan)
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)

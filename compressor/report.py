@@ -89,10 +89,10 @@ def trials_json(trials: Sequence[Trial]) -> str:
 
 def groups_report(groups: Sequence[ChannelGroup], paper: Cost) -> str:
     """Every channel group, who writes and reads it, and why it is locked."""
-    rows = [("group", "channels", "written by", "read by")]
+    rows = [("group", "channels", "", "written by", "read by")]
     rows += [
-        (g.name, str(g.n_channels), ", ".join(g.modules(Role.PRODUCER)),
-         ", ".join(g.modules(Role.CONSUMER)) or "-")
+        (g.name, str(g.n_channels), "locked" if g.locked_because else "",
+         ", ".join(g.modules(Role.PRODUCER)), ", ".join(g.modules(Role.CONSUMER)) or "-")
         for g in groups
     ]  # fmt: skip
     locked = [f"  {g.name}: {g.locked_because}" for g in groups if g.locked_because]

@@ -85,16 +85,21 @@ def create(wanted: Path | None, default_name: str, settings: Mapping[str, object
     try:
         if wanted is None:
             path = _first_free(Path("runs"), default_name)
-        elif wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-            what = "another run" if (wanted / CONFIG).exists() else "other files"
-            raise ConfigError(f"--out {wanted} holds {what}; name a folder that is empty or new.")
         else:
+            check_free(wanted)
             path = wanted
             path.mkdir(parents=True, exist_ok=True)
         write_text(path / CONFIG, tomli_w.dumps(dict(settings)))
     except OSError as err:
         raise RunFolderError(f"The run folder cannot be written: {err}.") from err
     return RunFolder(path)
+
+
+def check_free(wanted: Path) -> None:
+    """Raises `ConfigError` where the folder `wanted` holds something already."""
+    if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        what = "another run" if (wanted / CONFIG).exists() else "other files"
+        raise ConfigError(f"--out {wanted} holds {what}; name a folder that is empty or new.")
 
 
 @contextlib.contextmanager
