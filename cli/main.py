@@ -247,7 +247,11 @@ def _exit(work: Callable[[], int]) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except (OSError, AttributeError) as err:  # full, closed, or a pipe that nobody reads
+        raise CompressorError(f"The result cannot be written to stdout: {err}.") from err
 
 
 def _given(flags: dict[str, Any], *, drop: Sequence[str]) -> dict[str, object]:
@@ -267,6 +271,7 @@ def _key_value(item: str) -> tuple[str, object]:
     if not equals or not key:
         raise typer.BadParameter(f"expected KEY=VALUE, got {item!r}", param_hint="--arch-arg")
     try:
-        return key, json.loads(value)  # numbers and true/false; anything else is a string
+        parsed = json.loads(value)
     except json.JSONDecodeError:
         return key, value
+    return key, parsed if isinstance(parsed, (bool, int, float)) else value

@@ -24,7 +24,7 @@ from compressor.errors import ConfigError, unknown_name
 from compressor.values import MAX_LATENCY, SPEEDUP, Constraint
 
 CONFIG_FILE = "compress.toml"
-PATH_KEYS = ("data",)
+PATH_KEYS = ("data", "out")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -50,6 +50,7 @@ def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 Milliseconds = Annotated[float, BeforeValidator(_milliseconds), Field(gt=0)]
 
@@ -93,8 +94,8 @@ class Config(BaseModel):
     trust: bool = False
     input_shape: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     image_size: int | None = Field(default=None, ge=1, le=8192)
-    mean: tuple[float, ...] = ()
-    std: Annotated[tuple[float, ...], AfterValidator(_positive)] = ()
+    mean: tuple[Finite, ...] = ()
+    std: Annotated[tuple[Finite, ...], AfterValidator(_positive)] = ()
     speedup: float | None = Field(default=None, gt=1, le=1000)
     max_latency: Milliseconds | None = None
     trials: int = Field(default=60, ge=1, le=100_000)
@@ -181,6 +182,9 @@ def _read(path: Path) -> dict[str, object]:
         value = settings.get(key)
         if isinstance(value, str):
             settings[key] = path.parent / value
+    target = settings.get("target")
+    if isinstance(target, str) and target.endswith(".toml"):
+        settings["target"] = str(path.parent / target)
     return settings
 
 

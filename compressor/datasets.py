@@ -1,4 +1,4 @@
-"""Images -> three splits (fit, search, test) that share no image; labels checked at the border.
+"""Images -> three splits (fit, search, test); labels and overlap checked at the border.
 
 Two kinds of source:
 
@@ -8,12 +8,15 @@ Two kinds of source:
 * a folder of class folders, or a folder holding `train` or `fit`, `search` or `val`, and `test`
   folders of class folders. Files are what Pillow reads.
 
-A search split that is not given is cut from fit, and a test split too, by `seed` and by class.
+Up to 1 % of a split may be in another one too, as duplicates are usual in real data; more is an
+error. A search or test split that is not given is cut from fit, by `seed` and by class.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -28,9 +31,13 @@ SPLITS = ("fit", "search", "test")
 ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
 HELD_OUT_SHARE = 0.2  # of every class, for a split that is not given
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+MAX_LABEL = 999_999
 MAX_BYTES = 8 * 2**30  # images are held in memory as uint8
 
+logger = logging.getLogger(__name__)
+
 _Arrays = dict[str, tuple[Tensor, Tensor]]
+_T = TypeVar("_T")
 
 
 def load_data(
@@ -58,8 +65,12 @@ def load_data(
     if not source.exists():
         raise DataError(f"No data at {source}; expected an .npz file or a folder (--data).")
     if source.is_dir():
+        if n_channels not in (None, 1, 3):
+            raise DataError(f"Image files have 1 or 3 channels; --input-shape asks {n_channels}.")
         arrays, class_names = _read_folder(source, image_size, n_channels or 3)
     elif source.suffix == ".npz":
+        if image_size is not None:
+            raise DataError(f"--image-size resizes image files; {source} is used as it is.")
         arrays, class_names = _read_npz(source)
     else:
         raise DataError(f"--data must be an .npz file or a folder of images; got {source}.")
@@ -83,17 +94,14 @@ def _read_npz(source: Path) -> tuple[_Arrays, tuple[str, ...]]:
             found = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, BadZipFile, EOFError) as err:
         raise DataError(f"{source} cannot be read as .npz: {err}.") from err
-    if "images" in found and "labels" in found:
-        found = {"fit_images": found["images"], "fit_labels": found["labels"]}
     arrays: _Arrays = {}
     for key, images in found.items():
         split, _, what = key.rpartition("_")
-        name = ALIASES.get(split, split)
-        if what != "images" or name not in SPLITS:
-            continue
-        if f"{split}_labels" not in found:
-            raise DataError(f"{source} has {key} but no {split}_labels.")
-        arrays[name] = _to_tensors(source, key, images, found[f"{split}_labels"])
+        if what == "images":
+            labels = found.get(key.replace("images", "labels"))
+            if labels is None:
+                raise DataError(f"{source} has {key} but no {key.replace('images', 'labels')}.")
+            _add(arrays, split or "fit", _to_tensors(source, key, images, labels), source)
     if "fit" not in arrays:
         raise DataError(
             f"{source} needs the arrays images and labels, or fit_images and fit_labels; "
@@ -106,7 +114,8 @@ def _read_npz(source: Path) -> tuple[_Arrays, tuple[str, ...]]:
 def _to_tensors(
     source: Path, key: str, images: np.ndarray, labels: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
+    images = images.astype(images.dtype.newbyteorder("="), copy=False)
+    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or 0 in images.shape[1:]:
         raise DataError(
             f"{source}: {key} must be uint8 or float32 of shape (n, c, h, w); "
             f"got {images.dtype} of shape {images.shape}."
@@ -116,16 +125,25 @@ def _to_tensors(
             f"{source}: the labels of {key} must be {len(images)} integers; "
             f"got {labels.dtype} of shape {labels.shape}."
         )
+    if len(labels) and (labels.min() < 0 or labels.max() > MAX_LABEL):
+        raise DataError(
+            f"{source}: the labels of {key} must lie in 0..{MAX_LABEL}; they run from "
+            f"{labels.min()} to {labels.max()}."
+        )
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
 def _read_folder(
     source: Path, image_size: int | None, n_channels: int
 ) -> tuple[_Arrays, tuple[str, ...]]:
-    named = {ALIASES.get(p.name, p.name): p for p in _folders(source)}
-    if "fit" not in named:
+    named: dict[str, Path] = {}
+    for child in _folders(source):
+        _add(named, child.name, child, source)
+    if not named:
         named = {"fit": source}
-    named = {name: named[name] for name in SPLITS if name in named}
+    elif "fit" not in named:
+        found = ", ".join(p.name for p in named.values())
+        raise DataError(f"{source} holds {found} but no train folder to learn from.")
     class_names = tuple(p.name for p in _folders(named["fit"]))
     if not class_names:
         raise DataError(
@@ -136,6 +154,15 @@ def _read_folder(
     return {name: _read_classes(p, class_names, convert) for name, p in named.items()}, class_names
 
 
+def _add(splits: dict[str, _T], name: str, content: _T, source: Path) -> None:
+    """Files `content` under the split that `name` means; other names are left out."""
+    split = ALIASES.get(name.lower(), name.lower())
+    if split in splits:
+        raise DataError(f"{source} has two {split} splits; {name!r} is the second.")
+    if split in SPLITS:
+        splits[split] = content
+
+
 def _folders(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
 
@@ -144,6 +171,11 @@ def _reader(image_size: int | None, n_channels: int) -> Callable[[Path], np.ndar
     def read(path: Path) -> np.ndarray:
         try:
             with Image.open(path) as file:
+                if file.mode.startswith(("I", "F")):  # converting would clip them to white
+                    raise DataError(
+                        f"{path} has {file.mode} pixels; expected 8 bits a channel. "
+                        f"Convert it as the network was trained, or give an .npz of float32."
+                    )
                 image = file.convert("L" if n_channels == 1 else "RGB")
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as err:
             raise DataError(f"{path} cannot be read as an image: {err}.") from err
@@ -241,7 +273,7 @@ def _check(
         raise DataError(f"{where}: images hold NaN or infinity.")
     if mean and len(mean) not in (1, images.shape[1]):
         raise DataError(
-            f"mean and std must have 1 or {images.shape[1]} values, one per channel; "
+            f"mean and std must have one value, or one for each of {images.shape[1]} channels; "
             f"got mean={tuple(mean)}."
         )
 
@@ -256,6 +288,8 @@ def _check_disjoint(source: Path, splits: Mapping[str, Split]) -> None:
                 f"{source}: {n_shared} of {len(splits[other])} images of the {other} split are "
                 f"also in the {one} split; the splits must not overlap."
             )
+        if n_shared:
+            logger.warning("%s: %d images of %s are in %s too", source, n_shared, other, one)
 
 
 def _digests(images: Tensor) -> set[bytes]:

@@ -64,7 +64,7 @@ class OnnxTemplate:
 
 
 def export_onnx(
-    model: nn.Module, example_input: Tensor, path: Path, *, opset: int = DEFAULT_OPSET
+    model: nn.Module, example_input: Tensor, path: Path, *, opset: int | None = None
 ) -> Path:
     """Writes `model` as one ONNX file with the example's static shape, batch-norm folded.
 
@@ -72,7 +72,7 @@ def export_onnx(
         model: In eval mode; it is not changed.
         example_input: `(batch, c, h, w)`.
         path: Written whole or not at all.
-        opset: Operator set; checked in what was written.
+        opset: Operator set, checked in what was written; None takes `DEFAULT_OPSET`.
 
     Returns:
         `path`.
@@ -80,6 +80,7 @@ def export_onnx(
     Raises:
         ExportError: The network has an operation that ONNX lacks, or another opset came out.
     """
+    opset = DEFAULT_OPSET if opset is None else opset
     content = _export(model, example_input, opset, fold=True)
     written = onnx.load_from_string(content)
     onnx.checker.check_model(written, full_check=True)
@@ -130,6 +131,9 @@ def make_template(
 @contextlib.contextmanager
 def _silent_stdout() -> Iterator[None]:
     """Where the exporter fails it prints the whole graph from C++ to file descriptor 1."""
+    if sys.stdout is None:  # closed by the caller
+        yield
+        return
     sys.stdout.flush()
     saved = os.dup(1)
     with open(os.devnull, "w") as nowhere:

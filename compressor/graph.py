@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.nn.utils import parametrize
 
 from compressor.errors import GraphError
 from compressor.values import (
@@ -59,7 +60,6 @@ ELEMENTWISE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({
     torch.add, torch.sub, torch.mul,
 })  # fmt: skip
 ELEMENTWISE_METHODS = frozenset({"add", "add_", "sub", "sub_", "mul", "mul_"})
-SHAPE_READERS = frozenset({"size", "dim"})
 
 
 def trace(module: nn.Module) -> fx.GraphModule:
@@ -87,8 +87,11 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> tuple[ChannelGrou
         example_input: `(1, c, h, w)`, as the model takes it.
 
     Raises:
-        GraphError: The network cannot be traced, or does not take `example_input`.
+        GraphError: The network is in training mode, cannot be traced, or does not take
+            `example_input`.
     """
+    if any(module.training for module in model.modules()):
+        raise GraphError(f"{type(model).__name__} is in training mode; call .eval() first.")
     try:
         with torch.no_grad():
             model(example_input)
@@ -96,7 +99,8 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> tuple[ChannelGrou
         raise GraphError(
             f"{type(model).__name__} does not take an input of shape "
             f"{tuple(example_input.shape)}: {err}. "
-            f"Give the shape that it was trained with (--input-shape C,H,W)."
+            f"Give the shape that it was trained with (--input-shape C,H,W; image files are "
+            f"read as colour unless C is 1)."
         ) from err
     graph_module = trace(model)
     with torch.no_grad():
@@ -105,6 +109,7 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> tuple[ChannelGrou
     walk = _Walk(graph_module, labels)
     for node in graph_module.graph.nodes:
         walk.visit(node)
+    walk.lock_what_is_read_by_hand()
     return labels.groups()
 
 
@@ -205,6 +210,8 @@ class _Walk:
         self.modules = dict(graph_module.named_modules())
         self.labels = labels
         self.of: dict[fx.Node, IndexArray] = {}
+        self.shape_of: dict[fx.Node, fx.Node] = {}
+        self.read_by_hand: dict[str, str] = {}
         self.n_calls: dict[str, int] = defaultdict(int)
         for node in graph_module.graph.nodes:
             if node.op == "call_module":
@@ -220,6 +227,7 @@ class _Walk:
         elif node.op == "placeholder":
             self._fixed(node, "the model's input")
         elif node.op == "get_attr":
+            self.read_by_hand[str(node.target).rpartition(".")[0]] = str(node.target)
             self._fixed(node, f"added to or multiplied with the constant {node.target}")
         elif node.op == "call_module":
             self._module(node, str(node.target))
@@ -228,9 +236,12 @@ class _Walk:
 
     def _module(self, node: fx.Node, name: str) -> None:
         module = self.modules[name]
-        source = node.all_input_nodes[0] if node.all_input_nodes else None
-        if source is None or source not in self.of:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source not in self.of:
             return self._unknown(node)
+        because = _not_sliceable(module)
+        if because is not None:
+            return self._unknown(node, f"{name} {because}")
         if isinstance(module, CONVOLUTIONS) and module.groups == 1:
             return self._layer(node, source, name, module)
         if isinstance(module, CONVOLUTIONS) and _is_depthwise(module):
@@ -250,15 +261,25 @@ class _Walk:
         tensors = [source for source in node.all_input_nodes if source in self.of]
         is_method = node.op == "call_method"
         target = node.target
+        if target is operator.getitem and node.args[0] in self.shape_of:
+            shape = node.args[0]
+            assert isinstance(shape, fx.Node)
+            return self._channel_count(node, self.shape_of[shape], node.args[1])
         if not tensors:
             return None  # arithmetic on shapes
-        if (is_method and target in SHAPE_READERS) or (
-            target is getattr and node.args[1:] == ("shape",)
-        ):
-            return None
         source = tensors[0]
+        rest = node.args[1:]
+        if (is_method and (target, rest) == ("size", ())) or (
+            target is getattr and rest == ("shape",)
+        ):
+            self.shape_of[node] = source
+            return None
+        if is_method and target == "size":
+            return self._channel_count(node, source, rest[0])
+        if is_method and target == "dim":
+            return None
         if target in (PER_CHANNEL_METHODS if is_method else PER_CHANNEL_FUNCTIONS):
-            return self._pass_on(node, source)
+            return self._pass_on(node, source) if len(tensors) == 1 else self._unknown(node)
         if target in (ELEMENTWISE_METHODS if is_method else ELEMENTWISE_FUNCTIONS):
             return self._elementwise(node, tensors)
         if _is_flatten(node, source):
@@ -320,8 +341,22 @@ class _Walk:
         assert shape is not None
         self.of[node] = np.repeat(self.of[source], math.prod(shape[2:]))
 
-    def _unknown(self, node: fx.Node) -> None:
-        because = f"{_describe(node, self.modules)} is not known to keep channels apart"
+    def _channel_count(self, node: fx.Node, source: fx.Node, index: object) -> None:
+        """One side of a shape: the batch and the pixels stay what they are, channels do not."""
+        n_dims = len(_shape(source) or ())
+        if node.users and not (isinstance(index, int) and index % max(n_dims, 1) != 1):
+            because = f"the number of its channels is read{_place(node)}"
+            self.labels.lock(self.of[source], because)
+
+    def lock_what_is_read_by_hand(self) -> None:
+        """Weights that the forward code uses itself, beside the layer that owns them."""
+        for module, _tensor, _dim, _role, labels in self.labels.slots:
+            if module in self.read_by_hand:
+                because = f"the forward code reads {self.read_by_hand[module]} itself"
+                self.labels.lock(labels, because)
+
+    def _unknown(self, node: fx.Node, because: str | None = None) -> None:
+        because = because or f"{_describe(node, self.modules)} is not known to keep channels apart"
         self._lock_inputs(node, because)
         self._fixed(node, because)
 
@@ -339,6 +374,17 @@ class _Walk:
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     meta = node.meta.get("tensor_meta")
     return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
+
+
+def _not_sliceable(module: nn.Module) -> str | None:
+    """Why the tensors of a known layer cannot be cut, in words; None where they can."""
+    if not isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)):
+        return None
+    if parametrize.is_parametrized(module) or module._forward_pre_hooks:
+        return "computes its weight from other tensors (a parametrization or a hook)"
+    if isinstance(module, BATCH_NORMS) and not module.affine:
+        return "has no weight of its own (affine=False)"
+    return None
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -383,9 +429,14 @@ def _describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
         name = str(node.target)
         return f"{type(modules[name]).__name__} ({name})"
     name = node.target if isinstance(node.target, str) else node.target.__name__
+    return f"{name}{_place(node)}"
+
+
+def _place(node: fx.Node) -> str:
+    """` (File "net.py", line 7, in forward)`, the user's line; empty where it is not known."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
     places = [line for line in lines if line.startswith("File ") and "/torch/" not in line]
-    return f"{name} ({places[-1]})" if places else name
+    return f" ({places[-1]})" if places else ""
 
 
 def _user_line(err: BaseException) -> str:

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import pickle
 import sys
+import traceback
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, UntrustedModelError, unknown_name
-from compressor.values import LoadedModel
+from compressor.values import BATCH_NORMS, LoadedModel
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+# What code that is not ours may raise while it is imported, called or unpickled.
+_USER_CODE_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 REFUSED_SUFFIXES = {
     ".onnx": "an ONNX file; give the PyTorch model that it was exported from",
     ".pt2": "a torch.export program, which is not read yet; save its state_dict and give --arch",
@@ -70,7 +76,7 @@ def load_model(
             )
         module = build(arch, dict(arch_args or {}), beside=path.parent)
         load_weights(path, module, find_state_dict(path, content), arch)
-    check_finite(path, module)
+    check_usable(path, module)
     if input_shape is None:
         raise ModelError("The shape of one input is not known; give --input-shape C,H,W or data.")
     module = module.cpu().eval()
@@ -126,16 +132,28 @@ def find_state_dict(path: Path, content: object) -> dict[str, Tensor]:
     )
 
 
-def check_finite(path: Path, module: nn.Module) -> None:
-    """Raises `ModelError` where a weight or buffer is NaN or infinite."""
+def check_usable(path: Path, module: nn.Module) -> None:
+    """Raises `ModelError` where a weight is not finite float32, or a norm has no statistics."""
     for name, tensor in module.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            n_bad = int((~tensor.isfinite()).sum())
-            if n_bad:
-                raise ModelError(
-                    f"{path}: {n_bad} of {tensor.numel()} values of {name} are NaN or infinite; "
-                    f"the training that wrote it diverged."
-                )
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        if tensor.dtype != torch.float32:
+            raise ModelError(
+                f"{path}: {name} is {tensor.dtype}; expected float32. Call model.float() in the "
+                f"factory; the target's precision is chosen at export."
+            )
+        n_bad = int((~tensor.isfinite()).sum())
+        if n_bad:
+            raise ModelError(
+                f"{path}: {n_bad} of {tensor.numel()} values of {name} are NaN or infinite; "
+                f"the training that wrote it diverged."
+            )
+    for name, layer in module.named_modules():
+        if isinstance(layer, BATCH_NORMS) and layer.running_mean is None:
+            raise ModelError(
+                f"{path}: {name} has no running statistics, so its answer for an image depends on "
+                f"the other images of the batch. Build it with track_running_stats=True."
+            )
 
 
 def sha256(path: Path) -> str:
@@ -158,7 +176,7 @@ def _read(path: Path, *, trust: bool) -> object:
         content: object = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         if "weights_only" not in str(err) and "WeightsUnpickler" not in str(err):
-            raise ModelError(f"{path} is not a file that torch.save wrote: {err}.") from err
+            raise ModelError(f"{path} is not a file that torch.save wrote.") from err
         if not trust:
             raise UntrustedModelError(
                 f"{path} is a pickle that holds more than tensors; reading it would run code "
@@ -166,14 +184,14 @@ def _read(path: Path, *, trust: bool) -> object:
                 f"'weights.pt') and give --arch, or give --trust if you wrote the file."
             ) from err
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as err:
-        raise ModelError(f"{path} is not a file that torch.save wrote: {err}.") from err
+        raise ModelError(f"{path} is not a file that torch.save wrote.") from err
     else:
         return content
     try:
         with _importable(path.parent):
             return torch.load(path, map_location="cpu", weights_only=False)
-    except (ImportError, AttributeError, RuntimeError, pickle.UnpicklingError) as err:
-        raise ModelError(f"{path} cannot be unpickled: {err}.") from err
+    except (*_USER_CODE_FAILURES, EOFError, pickle.UnpicklingError) as err:
+        raise ModelError(f"{path} cannot be unpickled: {_told(err)}.") from err
 
 
 def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Module:
@@ -186,12 +204,13 @@ def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Mod
     if not module_name or not factory_name:
         raise ModelError(f"--arch must be package.module:factory; got {arch!r}.")
     with _importable(beside):
+        _forget_namesake(module_name.partition(".")[0], beside)
         try:
             python_module = importlib.import_module(module_name)
-        except ImportError as err:
+        except _USER_CODE_FAILURES as err:
             raise ModelError(
-                f"--arch {arch}: cannot import {module_name}: {err}. It is looked for in the "
-                f"current folder, beside the model and among installed packages."
+                f"--arch {arch}: cannot import {module_name}: {_told(err)}. It is looked for in "
+                f"the current folder, beside the model and among installed packages."
             ) from err
     factory = getattr(python_module, factory_name, None)
     if not callable(factory):
@@ -203,10 +222,31 @@ def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Mod
             inspect.signature(factory).bind(**arch_args)
     except TypeError as err:
         raise ModelError(f"--arch {arch} does not take --arch-arg {arch_args}: {err}.") from err
-    module = factory(**arch_args)
+    with _importable(beside):
+        try:
+            module = factory(**arch_args)
+        except _USER_CODE_FAILURES as err:
+            raise ModelError(f"--arch {arch} failed: {_told(err)}.") from err
     if not isinstance(module, nn.Module):
         raise ModelError(f"--arch {arch} returned a {type(module).__name__}, not an nn.Module.")
     return module
+
+
+def _told(err: BaseException) -> str:
+    """The kind and text of an error in the user's code, and its line."""
+    place = ""
+    for frame in traceback.extract_tb(err.__traceback__):
+        if frame.filename != __file__ and not frame.filename.startswith("<"):
+            place = f" ({frame.filename}, line {frame.lineno})"
+    return f"{type(err).__name__}: {err}{place}"
+
+
+def _forget_namesake(module_name: str, beside: Path) -> None:
+    """Two projects may each have a `network.py`; Python would keep the first it saw."""
+    wanted = (beside / f"{module_name}.py").resolve()
+    known = getattr(sys.modules.get(module_name), "__file__", None)
+    if known is not None and wanted.is_file() and Path(known).resolve() != wanted:
+        del sys.modules[module_name]
 
 
 @contextlib.contextmanager
@@ -237,12 +277,19 @@ def load_weights(
         for key in expected
         if key in state_dict and state_dict[key].shape != expected[key].shape
     ]
+    strange = [
+        f"{key} is {state_dict[key].dtype}"
+        for key in expected
+        if key in state_dict
+        and state_dict[key].is_floating_point() != expected[key].is_floating_point()
+    ]
     faults = [
         f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
         for what, keys in (
             ("missing in the file", missing),
             ("not in the network", unexpected),
             ("of another shape", reshaped),
+            ("not of real numbers", strange),
         )
         if keys
     ]

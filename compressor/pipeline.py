@@ -42,6 +42,7 @@ from compressor.values import (
     Accuracy,
     Basis,
     ChannelGroup,
+    Constraint,
     Data,
     Latency,
     LoadedModel,
@@ -123,27 +124,50 @@ def prepare(config: Config) -> Job:
     if config.data is None:
         raise ConfigError("No images to rank plans by; give --data FILE.npz or --data FOLDER.")
     data = read_data(config, config.data)
+    if config.input_shape is not None and config.input_shape != data.input_shape:
+        raise ConfigError(
+            f"--input-shape is {config.input_shape}, but the images are {data.input_shape}."
+        )
     loaded = read_model(config, data.input_shape)
     model = loaded.module
     groups = channel_groups(model, loaded.example_input)
-    _check_outputs(model, loaded.example_input, data)
+    _check_outputs(model, loaded.example_input, data, is_folder=config.data.is_dir())
     importance = IMPORTANCES[config.importance]
     scores = {group.name: importance.score(model, group).numpy() for group in groups}
     space = make_space(groups, scores, step=target.step, min_keep_ratio=config.min_keep_ratio)
-    return Job(config, target, loaded, data, groups, space)
+    job = Job(config, target, loaded, data, groups, space)
+    check_surgery(job, space.plan(space.narrowest))
+    return job
 
 
-def _check_outputs(model: nn.Module, example: Tensor, data: Data) -> None:
+def _check_outputs(model: nn.Module, example: Tensor, data: Data, *, is_folder: bool) -> None:
     """Raises `DataError` where the model has not one logit for every class."""
     with torch.no_grad():
         output = model(example)
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    n_classes = len(data.class_names)
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < n_classes:
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise DataError(
-            f"{data.class_names[-1]!r} is class {n_classes} of the data, so the model must return "
-            f"at least {n_classes} logits, shape (1, {n_classes}); it returns {shape}."
+            f"The model must return one tensor of logits, shape (1, n_classes); it returns {what}."
         )
+    n_classes, n_logits = len(data.class_names), output.shape[1]
+    if n_logits < n_classes or (is_folder and n_logits != n_classes):
+        raise DataError(
+            f"The data has {n_classes} classes ({data.class_names[0]} to {data.class_names[-1]}), "
+            f"the model {n_logits} logits. Class folders, sorted by name, must be its outputs."
+        )
+
+
+def check_surgery(job: Job, plan: Plan) -> tuple[nn.Module, float]:
+    """The network without the channels that `plan` removes, and its error against the oracle.
+
+    Raises:
+        EquivalenceError: It does not answer like the original whose wires were cut.
+    """
+    images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
+    compact = remove_channels(job.loaded.module, job.groups, plan)
+    with masked(job.loaded.module, job.groups, plan) as oracle:
+        error = check_agree("Own surgery and the masked original", compact, oracle, images)
+    return compact, error
 
 
 def read_data(config: Config, source: Path) -> Data:
@@ -279,7 +303,7 @@ def search(
         if is_hopeless(trial, problem):
             logger.info("the narrowest plan stays far below the limit; no need to go on")
             break
-    on_progress(Progress("Searching", problem.n_trials, problem.n_trials))
+    on_progress(Progress("Searching", len(study.trials), len(study.trials)))
     if not any(trial.accuracy for trial in study.trials):
         reasons = {trial.failed_because for trial in study.trials}
         raise SearchError(f"None of {len(study.trials)} trials could be measured: {reasons}.")
@@ -317,26 +341,34 @@ def _run_trial(
 
 
 def choose(job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback) -> Plan:
-    """The most accurate plan whose speed-up holds when it is measured again, with more effort.
+    """The most accurate plan that meets the limit when it is measured again, with more effort.
 
-    Where no trial met the limit, the fastest one.
+    Plans just above the limit owe it partly to luck, so one whose whole interval meets it is
+    preferred to one whose figure does; the surest plan of the search is always among them. Where
+    no trial met the limit: the fastest one.
     """
-    min_speedup = searched.problem.min_speedup
+    constraint, min_speedup = job.config.constraint, searched.problem.min_speedup
     ranked = best_first(searched.trials, min_speedup)
     feasible = [t for t in ranked if t.speedup and t.speedup >= min_speedup]
-    again: list[tuple[float, Plan]] = []
+    if not feasible:
+        return job.space.plan(job.space.from_names(ranked[0].widths))
+    surest = max(feasible, key=lambda t: t.speedup_ci95[0] if t.speedup_ci95 else 0.0)
     finalists = feasible[:N_FINALISTS]
+    if surest not in finalists:
+        finalists.append(surest)
+    again: list[tuple[Plan, PairedLatency]] = []
     for trial in finalists:
         on_progress(Progress("Measuring finalists", len(again), len(finalists)))
         plan = job.space.plan(job.space.from_names(trial.widths))
         latency = bench.remeasure(plan)
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
-        if latency.ci95[0] >= min_speedup:
+        if constraint.is_met(latency) and latency.ci95[0] >= min_speedup:
             return plan
-        again.append((latency.ratio, plan))
-    if again:
-        return max(again, key=lambda pair: pair[0])[1]
-    return job.space.plan(job.space.from_names(ranked[0].widths))
+        again.append((plan, latency))
+    for plan, latency in again:
+        if constraint.is_met(latency):
+            return plan
+    return max(again, key=lambda pair: pair[1].ratio)[0]
 
 
 def cut_out(
@@ -350,12 +382,8 @@ def cut_out(
     on_progress(Progress("Pruning with NNI and checking", 0, 1))
     model, example = job.loaded.module, job.loaded.example_input
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
-    compact = remove_channels(model, job.groups, plan)
-    engines: dict[str, object] = {}
-    with masked(model, job.groups, plan) as masked_original:
-        engines["masked"] = check_agree(
-            "Own surgery and the masked original", compact, masked_original, images
-        )
+    compact, error = check_surgery(job, plan)
+    engines: dict[str, object] = {"masked": error}
     try:
         by_nni = prune_with_nni(model, example, job.groups, plan)
     except EngineError as err:
@@ -402,7 +430,7 @@ def finish(
         answers = predictor(unproven, n_threads=n_cores())
         error = check_agree("torch and ONNX Runtime", tuned, answers, images)
         speedup = compare_latency(original_file, unproven, job.target)
-        verdict = judge(speedup, job.config.constraint.min_speedup(speedup.original.median_ms))
+        verdict = judge(job.config.constraint, speedup)
         before = measured_side(job, original, original_file, speedup.original)
         after = measured_side(job, tuned, unproven, speedup.candidate)
         handed_back = verdict is not Verdict.NOT_FASTER
@@ -471,11 +499,11 @@ def groups_table(groups: Sequence[ChannelGroup], plan: Plan) -> list[dict[str, o
     ]
 
 
-def judge(speedup: PairedLatency, min_speedup: float) -> Verdict:
-    """Whether the measured ratio reaches the limit; an interval that holds 1 is no win."""
+def judge(constraint: Constraint, speedup: PairedLatency) -> Verdict:
+    """Whether the measured figure reaches the limit; an interval that holds 1 is no win."""
     if speedup.ci95[0] <= 1:
         return Verdict.NOT_FASTER
-    return Verdict.MET if speedup.ratio >= min_speedup else Verdict.INFEASIBLE
+    return Verdict.MET if constraint.is_met(speedup) else Verdict.INFEASIBLE
 
 
 def search_report(job: Job, searched: Searched) -> dict[str, object]:
@@ -521,6 +549,7 @@ def _interruptible(folder: RunFolder) -> Iterator[None]:
         yield
     except KeyboardInterrupt as err:
         logger.warning("interrupted by the user")
-        raise InterruptedRunError(
-            f"Stopped. The trials so far are kept; `compress report {folder.path}` shows them."
-        ) from err
+        kept = "Nothing was measured yet"
+        if folder.study.is_file():
+            kept = f"The trials so far are kept; `compress report {folder.path}` shows them"
+        raise InterruptedRunError(f"Stopped. {kept}.") from err

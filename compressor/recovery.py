@@ -32,8 +32,8 @@ def recalibrate_batch_norm(
     recalibrated = copy.deepcopy(model)
     norms = [m for m in recalibrated.modules() if isinstance(m, BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
-    if not norms:
-        return recalibrated
+    if not norms or len(split) < 2:
+        return recalibrated.eval()
     recalibrated.eval()  # dropout stays off; only the norms look at the batch
     for norm in norms:
         norm.reset_running_stats()

@@ -61,11 +61,20 @@ def text_report(result: Result) -> str:
         f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s; "
         f"{overhead:.2f} s a trial outside forward passes and measuring",
         f"proof       largest output difference {result.equivalence['max_abs_error']:.1e} on "
-        f"{result.equivalence['n_inputs']} real images",
+        f"{result.equivalence['n_inputs']} real images: {_engines(result)}",
         f"widths      {widths}",
         f"locked      {', '.join(str(g['name']) for g in locked) or 'none'}",
         f"files       {result.out}",
     ])  # fmt: skip
+
+
+def _engines(result: Result) -> str:
+    """Which engines agreed, and which could not be asked."""
+    engines = result.equivalence["engines"]
+    assert isinstance(engines, dict)
+    agreed = [name for name, error in engines.items() if isinstance(error, float)]
+    silent = [f"NOT {name}: {why}" for name, why in engines.items() if isinstance(why, str)]
+    return "; ".join([", ".join(agreed), *silent])
 
 
 def trials_report(folder: Path, trials: Sequence[Trial]) -> str:

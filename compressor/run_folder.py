@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tomli_w
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, RunFolderError
 from compressor.values import Data, LoadedModel, Result, Target
@@ -99,6 +99,8 @@ def check_free(wanted: Path) -> None:
     """Raises `ConfigError` where the folder `wanted` holds something already."""
     if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
         what = "another run" if (wanted / CONFIG).exists() else "other files"
+        if not wanted.is_dir():
+            raise ConfigError(f"--out {wanted} is a file; name a folder that is empty or new.")
         raise ConfigError(f"--out {wanted} holds {what}; name a folder that is empty or new.")
 
 
@@ -130,12 +132,16 @@ def read_result(path: Path) -> Result:
         raise RunFolderError(f"{path} has no {RESULT}: no run there, or one that is not finished.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        found = content.pop("schema", None)
+        found = content.pop("schema", None) if isinstance(content, dict) else None
         if found != SCHEMA:
             raise RunFolderError(f"{file} has schema {found}; this version reads {SCHEMA}.")
         return _RESULT.validate_python(content | {"out": path})
-    except (ValueError, AttributeError, TypeError) as err:
-        raise RunFolderError(f"{file} is not a result of compress: {err}") from err
+    except ValidationError as err:
+        fault = err.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise RunFolderError(f"{file} is not a result of compress: {key}: {fault['msg']}") from err
+    except ValueError as err:
+        raise RunFolderError(f"{file} is not JSON: {err}") from err
 
 
 def describe_environment(target: Target, loaded: LoadedModel, data: Data) -> dict[str, object]:

@@ -89,6 +89,7 @@ def prune_with_nni(
     check_plan(groups, plan)
     with contextlib.redirect_stdout(io.StringIO()):  # NNI greets on stdout
         from nni.compression.speedup import ModelSpeedup
+        from nni.compression.speedup.error_code import SpeedupError
 
     logging.getLogger("nni").setLevel(logging.ERROR)
     victim = copy.deepcopy(model).eval()
@@ -106,7 +107,7 @@ def prune_with_nni(
             compact = speedup.speedup_model().eval()
             with torch.no_grad():
                 compact(example_input)
-    except _NNI_FAILURES as err:
+    except (SpeedupError, *_NNI_FAILURES) as err:
         raise EngineError(
             f"NNI cannot process {type(model).__name__}: {type(err).__name__}: {err}"
         ) from err

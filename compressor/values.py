@@ -220,20 +220,18 @@ class Constraint:
         """The ratio original / candidate that a plan must reach."""
         return self.value if self.kind == SPEEDUP else original_ms / self.value
 
+    def is_met(self, pair: "PairedLatency") -> bool:
+        """Whether the measured figure that the limit speaks of reaches it."""
+        if self.kind == SPEEDUP:
+            return pair.ratio >= self.value
+        return pair.candidate.median_ms <= self.value
+
     def __str__(self) -> str:
         return f"{self.value:g}x" if self.kind == SPEEDUP else f"{self.value:g} ms"
 
 
 SPEEDUP = "speedup"
 MAX_LATENCY = "max-latency"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one plan turned out to be."""
-
-    accuracy: Accuracy
-    latency: PairedLatency
 
 
 @dataclass(frozen=True)
@@ -342,7 +340,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Three splits that share no image.
+    """Three splits that share no image, but for the few duplicates of real data.
 
     Attributes:
         fit: What the network may learn from.

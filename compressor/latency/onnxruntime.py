@@ -38,7 +38,7 @@ def compare_latency(
         candidate: ONNX file or its content, with inputs of its own static shapes.
         target: Provider and threads.
         effort: `timing.TRIAL` or `timing.FINAL`.
-        seed: Decides the order of runs and the bootstrap.
+        seed: Decides the order of runs.
 
     Raises:
         MeasurementError: A model cannot be loaded or run, or the provider is not there.
@@ -103,7 +103,7 @@ def _open(model: bytes | Path, provider: str, n_threads: int) -> onnxruntime.Inf
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two share cores
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # both models alike
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong comes as an exception too
     source = model if isinstance(model, bytes) else str(model)
     with _translated("load"):
         session = onnxruntime.InferenceSession(source, options, providers=[provider])

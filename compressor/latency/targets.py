@@ -61,7 +61,10 @@ def load_target(name: str) -> Target:
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"No device profile at {path}.")
-        text, name = path.read_text(encoding="utf-8"), path.stem
+        try:
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        except (OSError, UnicodeDecodeError) as err:
+            raise ConfigError(f"Profile {path} cannot be read: {err}.") from err
     elif name in target_names():
         text = (resources.files("compressor.hardware_profiles") / f"{name}.toml").read_text()
     else:

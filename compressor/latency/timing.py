@@ -4,7 +4,7 @@ Timing one model and then the other says more about the machine than about the m
 against itself came out up to 44 % apart. Here both run in every round, in random order, and only
 the ratio inside a round counts. A session also keeps its own memory layout for life, which made
 A/A comparisons of one session pair exclude 1.0 in 3 of 6 cases; so pairs of sessions are opened
-afresh several times, and the bootstrap resamples pairs first and rounds second.
+afresh several times, and the interval is over pairs.
 """
 
 import random
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 
 import numpy as np
+from scipy import stats
 
 from compressor.values import Latency, PairedLatency, SessionPair
 
 RunOnce = Callable[[], object]
 OpenSession = Callable[[], RunOnce]
 
-N_BOOTSTRAP = 2000
 NS_PER_MS = 1e6
 
 
@@ -28,7 +28,7 @@ class Effort:
     """How long a comparison may take.
 
     Attributes:
-        n_session_pairs: Fresh pairs of sessions.
+        n_session_pairs: Fresh pairs of sessions, at least 2.
         pair_seconds: Time of the rounds of one pair, warm-up apart.
         min_rounds: At least this many rounds a pair, however slow the models.
         max_rounds: At most this many, however quick; sessions differ more than rounds do.
@@ -60,7 +60,7 @@ def compare(
         open_original: Loads the original and returns a function that runs it once.
         open_candidate: The same for the candidate.
         effort: How many session pairs, and how long each is timed.
-        seed: Decides the order inside rounds and the bootstrap.
+        seed: Decides the order inside rounds.
         clock_ns: A monotonic clock in nanoseconds; tests pass a fake one.
     """
     order = random.Random(seed)
@@ -68,7 +68,7 @@ def compare(
         _time_pair(open_original, open_candidate, effort, order, clock_ns)
         for _ in range(effort.n_session_pairs)
     )
-    ratio, ci95 = paired_ratio(pairs, seed=seed)
+    ratio, ci95 = paired_ratio(pairs)
     return PairedLatency(
         ratio=ratio,
         ci95=ci95,
@@ -87,33 +87,28 @@ def summary(times_ms: Sequence[float]) -> Latency:
     )
 
 
-def paired_ratio(
-    pairs: Sequence[SessionPair], *, seed: int = 0
-) -> tuple[float, tuple[float, float]]:
+def paired_ratio(pairs: Sequence[SessionPair]) -> tuple[float, tuple[float, float]]:
     """(ratio, its 95 % interval): geometric mean over pairs of the median ratio over rounds.
 
-    The interval is a two-level percentile bootstrap: session pairs are drawn with replacement,
-    and inside each drawn pair its rounds.
+    The interval is Student's t over the pairs' log medians: it holds what rounds and sessions
+    each add. A percentile bootstrap over 4 pairs covered the truth in 85 % of simulated cases
+    where sessions differ by 2 %, t in 95 % (`tests/unit/test_timing.py` counts).
+
+    Args:
+        pairs: At least 2; one says nothing of how sessions differ.
 
     Example:
-        >>> paired_ratio([SessionPair((4.0, 6.0, 2.0), (2.0, 3.0, 1.0))])
-        (2.0, (2.0, 2.0))
+        >>> fast = SessionPair((4.0, 6.0, 2.0), (2.0, 3.0, 1.0))
+        >>> ratio, (low, high) = paired_ratio([fast, fast])
+        >>> round(ratio, 6), round(low, 6), round(high, 6)
+        (2.0, 2.0, 2.0)
     """
-    generator = np.random.default_rng(seed)
-    logs = [np.log(np.array(p.original_ms) / np.array(p.candidate_ms)) for p in pairs]
-    medians = np.array([np.median(log) for log in logs])
-    n_inner = 200
-    inner = np.stack(
-        [
-            np.median(log[generator.integers(len(log), size=(n_inner, len(log)))], axis=1)
-            for log in logs
-        ]
+    logs = np.array(
+        [np.median(np.log(np.array(p.original_ms) / np.array(p.candidate_ms))) for p in pairs]
     )
-    drawn_pairs = generator.integers(len(logs), size=(N_BOOTSTRAP, len(logs)))
-    drawn_inner = generator.integers(n_inner, size=drawn_pairs.shape)
-    means = inner[drawn_pairs, drawn_inner].mean(axis=1)
-    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
-    return float(np.exp(medians.mean())), (float(low), float(high))
+    mean, error = logs.mean(), logs.std(ddof=1) / np.sqrt(len(logs))
+    half = stats.t.ppf(0.975, df=len(logs) - 1) * error
+    return float(np.exp(mean)), (float(np.exp(mean - half)), float(np.exp(mean + half)))
 
 
 def _time_pair(

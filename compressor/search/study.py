@@ -4,6 +4,7 @@ Its parameters are always one width a free group, whatever the phase of the sear
 lost at a rollback. Its two values are accuracy and speed-up, both larger is better.
 """
 
+import sqlite3
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DatabaseError
+from sqlalchemy.pool import NullPool
 
 from compressor.errors import RunFolderError
 from compressor.search.objective import Proposal
@@ -38,7 +40,7 @@ class Study:
         """A new study in a new file at `path`."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
-            storage=f"sqlite:///{path.resolve()}",
+            storage=_storage(path),
             study_name=STUDY_NAME,
             directions=["maximize", "maximize"],
         )
@@ -90,17 +92,29 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
     """
     if not path.is_file():
         raise RunFolderError(f"No study at {path}.")
+    with path.open("rb") as file:
+        if file.read(16) != b"SQLite format 3\0":  # Optuna would make a study of an empty file
+            raise RunFolderError(f"{path} holds no study of compress: it is not an SQLite file.")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{path.resolve()}")
+        study = optuna.load_study(study_name=STUDY_NAME, storage=_storage(path))
     except (KeyError, DatabaseError, optuna.exceptions.StorageInternalError) as err:
         raise RunFolderError(f"{path} holds no study of compress: {err}") from err
     states = (TrialState.COMPLETE, TrialState.FAIL)
     return tuple(_trial(t) for t in study.get_trials(deepcopy=False, states=states))
 
 
+def _storage(path: Path) -> optuna.storages.RDBStorage:
+    """By a connection, not a URL: a path may hold `?`, `%` or `#`."""
+    file = str(path.resolve())
+    return optuna.storages.RDBStorage(
+        "sqlite://",
+        engine_kwargs={"creator": lambda: sqlite3.connect(file), "poolclass": NullPool},
+    )
+
+
 def _trial(frozen: FrozenTrial) -> Trial:
-    measured = frozen.user_attrs.get(MEASURED, {"phase": "", "seconds": {}})
+    measured = frozen.user_attrs[MEASURED]
     common = {
         "number": frozen.number,
         "widths": dict(frozen.params),
@@ -108,7 +122,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
         "seconds": measured["seconds"],
     }
     if frozen.state is TrialState.FAIL:
-        return Trial(**common, failed_because=measured.get("failed_because") or "interrupted")
+        return Trial(**common, failed_because=measured["failed_because"])
     low, high = measured["speedup_ci95"]
     return Trial(
         **common,

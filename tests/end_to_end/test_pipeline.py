@@ -3,7 +3,10 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,8 +23,19 @@ from compressor.errors import (
 )
 from compressor.latency import onnxruntime as runtime
 from compressor.latency.timing import FINAL
-from compressor.pipeline import judge
-from compressor.values import Latency, PairedLatency, Progress, Trial, Verdict
+from compressor.pipeline import Bench, Job, Searched, choose, judge
+from compressor.search.objective import Problem
+from compressor.search.space import make_space
+from compressor.values import (
+    Accuracy,
+    ChannelGroup,
+    Constraint,
+    Latency,
+    PairedLatency,
+    Progress,
+    Trial,
+    Verdict,
+)
 from tests.conftest import randomised
 
 Make = Callable[..., Config]
@@ -56,7 +70,50 @@ def paired(ratio: float, low: float, high: float) -> PairedLatency:
     ],
 )
 def test_verdicts(measured: PairedLatency, verdict: Verdict) -> None:
-    assert judge(measured, min_speedup=2.0) is verdict
+    assert judge(Constraint("speedup", 2.0), measured) is verdict
+
+
+def test_a_limit_in_milliseconds_is_judged_by_milliseconds() -> None:
+    """Of 2 ms and 1 ms medians, whatever the ratio says."""
+    pair = paired(2.0, 1.9, 2.1)
+    assert judge(Constraint("max-latency", 1.0), pair) is Verdict.MET
+    assert judge(Constraint("max-latency", 0.99), pair) is Verdict.INFEASIBLE
+
+
+class FakeBench:
+    """Remeasures to what it is told, in the order it is asked."""
+
+    def __init__(self, *again: PairedLatency) -> None:
+        self.again = list(again)
+
+    def remeasure(self, _plan: object) -> PairedLatency:
+        return self.again.pop(0)
+
+
+def chosen_width(make_config: Make, speedups: list[float], again: list[PairedLatency]) -> int:
+    """Width of the plan chosen; trial `i` keeps 1 + i channels and is the i-th most accurate."""
+    groups = (ChannelGroup("g", 64, ()),)
+    space = make_space(groups, {"g": np.arange(64.0)}, step=1, min_keep_ratio=0.0)
+    trials = [
+        Trial(i, {"g": 1 + i}, "", Accuracy(0.9 - i / 100, 1000), s, (s - 0.05, s + 0.05), 1.0)
+        for i, s in enumerate(speedups)
+    ]
+    job = cast(Job, SimpleNamespace(config=make_config(speedup=2.0), space=space))
+    problem = cast(Problem, SimpleNamespace(min_speedup=2.0))
+    searched = Searched(problem, trials, 1.0, paired(1, 1, 1))
+    bench = cast(Bench, FakeBench(*again))
+    return len(choose(job, searched, bench, lambda _p: None).kept["g"])
+
+
+def test_the_surest_of_the_most_accurate_plans_is_chosen(make_config: Make) -> None:
+    sure, likely, short = paired(2.2, 2.1, 2.3), paired(2.01, 1.9, 2.1), paired(1.98, 1.9, 2.1)
+    assert chosen_width(make_config, [2.1, 2.2], [sure]) == 1
+    assert chosen_width(make_config, [2.1, 2.2], [likely, sure]) == 2
+    assert chosen_width(make_config, [2.1, 2.2], [short, likely]) == 2
+    assert chosen_width(make_config, [2.1, 2.2], [likely, likely]) == 1
+    # Five lucky ones, and a sixth that is far from the limit: it is not forgotten.
+    assert chosen_width(make_config, [2.01] * 5 + [2.05, 3.0], [short] * 5 + [sure]) == 7
+    assert chosen_width(make_config, [1.5, 1.9, 1.7], []) == 2  # none met it: the fastest
 
 
 def test_callbacks_are_told_of_every_trial_and_phase(make_config: Make) -> None:
@@ -196,7 +253,7 @@ def test_more_classes_than_logits_are_refused_before_anything_is_written(
 ) -> None:
     torch.save(three_logits().state_dict(), tmp_path / "model.pt")
     config = make_config(arch="tests.end_to_end.test_pipeline:three_logits")
-    with pytest.raises(DataError, match=r"at least 5 logits.*returns \(1, 3\)"):
+    with pytest.raises(DataError, match=r"5 classes \(0 to 4\), the model 3 logits"):
         compressor.compress(config)
     assert not (tmp_path / "run").exists()
 

@@ -32,6 +32,14 @@ def test_the_file_beside_the_model_then_flags(folder: Path) -> None:
     assert load_config(model, {}).target == "other"
 
 
+def test_paths_in_the_file_are_relative_to_it(folder: Path) -> None:
+    model = write(folder, 'target = "mine.toml"\ndata = "d.npz"\nout = "run"\n')
+    config = load_config(model, {})
+    assert config.target == str(folder / "mine.toml")
+    assert (config.data, config.out) == (folder / "d.npz", folder / "run")
+    assert load_config(model, {"out": Path("here")}).out == Path("here")
+
+
 def test_a_constraint_flag_replaces_the_files(folder: Path) -> None:
     model = write(folder, 'target = "host-cpu"\nspeedup = 2\n')
     config = load_config(model, {"max_latency": "1500us"})
@@ -72,6 +80,8 @@ def test_what_is_written_is_what_is_read(folder: Path) -> None:
         ({"target": "host-cpu", "search": "bocrr"}, "--search:.*'bocr'"),
         ({"target": "host-cpu", "mean": ["0.5"]}, "mean has 1 values and std 0"),
         ({"target": "host-cpu", "mean": ["1"], "std": ["0"]}, "above 0"),
+        ({"target": "host-cpu", "mean": ["nan"], "std": ["1"]}, "--mean:.*finite"),
+        ({"target": "host-cpu", "mean": ["0"], "std": ["inf"]}, "--std:.*finite"),
         ({"target": "host-cpu", "trails": 3}, "Unknown setting 'trails'. Did you mean 'trials'"),
     ],
 )
@@ -143,4 +153,10 @@ def test_own_profile_by_path(tmp_path: Path) -> None:
 def test_broken_profiles_name_the_key(old: str, new: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(PROFILE.replace(old, new))
     with pytest.raises(ConfigError, match=f"Profile mine is broken: {message}|{message}"):
+        load_target(str(tmp_path / "mine.toml"))
+
+
+def test_a_profile_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"Profile .*mine\.toml cannot be read"):
         load_target(str(tmp_path / "mine.toml"))

@@ -110,12 +110,13 @@ def arrays(**changes: object) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (arrays(labels=None), "needs the arrays images and labels"),
+        (arrays(labels=None), "has images but no labels"),
+        ({"x": np.zeros(3)}, "needs the arrays images and labels"),
         (arrays(images=np.zeros((100, 8, 8), np.uint8)), r"shape \(n, c, h, w\); got uint8"),
         (arrays(images=np.zeros((100, 1, 8, 8))), "uint8 or float32.*got float64"),
         (arrays(labels=np.zeros(99, int)), "must be 100 integers"),
         (arrays(labels=np.zeros(100)), "must be 100 integers; got float64"),
-        (arrays(labels=np.arange(100) - 1), "class -1 has 1 images|run from -1"),
+        (arrays(labels=np.arange(100) - 1), r"must lie in 0\.\..*run from -1"),
         (arrays(images=np.zeros((0, 1, 8, 8), np.uint8), labels=np.zeros(0, int)), "no images"),
         (arrays(images=np.full((100, 1, 8, 8), np.nan, np.float32)), "NaN"),
         (arrays(images=np.zeros((100, 1, 8, 8), np.uint8)), "the splits must not overlap"),
@@ -178,3 +179,52 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
     write_images(tmp_path / "e", {"cat": 5, "dog": 1})
     with pytest.raises(DataError, match="class 1 has 1 images left"):
         load_data(tmp_path / "e")
+
+
+def test_split_folders_are_never_taken_for_classes(tmp_path: Path) -> None:
+    for name in ("Train", "TEST"):
+        write_images(tmp_path / "capital" / name, {"cat": 5, "dog": 5})
+    data = load_data(tmp_path / "capital")
+    assert (data.class_names, len(data.test)) == (("cat", "dog"), 10)
+    for name in ("val", "test"):
+        write_images(tmp_path / "lacking" / name, {"cat": 5, "dog": 5})
+    with pytest.raises(DataError, match="holds test, val but no train folder"):
+        load_data(tmp_path / "lacking")
+    for name in ("train", "val", "validation"):
+        write_images(tmp_path / "double" / name, {"cat": 5, "dog": 5})
+    with pytest.raises(DataError, match="two search splits; 'validation' is the second"):
+        load_data(tmp_path / "double")
+
+
+def test_two_names_for_one_split_are_refused(tmp_path: Path) -> None:
+    images, labels = blob_images(60, np.random.default_rng(0))
+    np.savez(tmp_path / "x.npz", fit_images=images, fit_labels=labels, train_images=images,
+             train_labels=labels)  # fmt: skip
+    with pytest.raises(DataError, match="two fit splits"):
+        load_data(tmp_path / "x.npz")
+
+
+def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
+    """Pillow would clip them to white."""
+    write_images(tmp_path, {"cat": 5, "dog": 5})
+    pixels = np.full((9, 7), 30_000, dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "cat" / "0.png")
+    with pytest.raises(DataError, match=r"0\.png has I;16 pixels"):
+        load_data(tmp_path)
+
+
+def test_options_that_do_not_fit_the_source_are_refused(tmp_path: Path, blobs: Path) -> None:
+    with pytest.raises(DataError, match="--image-size resizes image files"):
+        load_data(blobs, image_size=16)
+    write_images(tmp_path, {"cat": 5, "dog": 5})
+    with pytest.raises(DataError, match="1 or 3 channels; --input-shape asks 2"):
+        load_data(tmp_path, n_channels=2)
+
+
+def test_foreign_byte_order_is_read_and_huge_labels_are_named(tmp_path: Path) -> None:
+    images, labels = blob_images(60, np.random.default_rng(0))
+    np.savez(tmp_path / "big.npz", images=images.astype(">f4"), labels=labels.astype(">i8"))
+    assert load_data(tmp_path / "big.npz").fit.images.dtype == torch.float32
+    np.savez(tmp_path / "huge.npz", images=images, labels=labels.astype(np.uint64) + 2**63)
+    with pytest.raises(DataError, match=r"must lie in 0\.\.999999"):
+        load_data(tmp_path / "huge.npz")

@@ -1,13 +1,17 @@
 """Channel groups: who is tied to whom, and what is locked."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import GraphError
 from compressor.graph import channel_groups, cost
+from compressor.surgery import masked, remove_channels
 from compressor.values import ChannelGroup, Role
-from tests.conftest import ConvNet
+from tests.conftest import ConvNet, random_plan, randomised
 
 
 def by_name(model: nn.Module, example: Tensor) -> dict[str, ChannelGroup]:
@@ -123,12 +127,86 @@ class Branches(nn.Module):
 
 def test_untraceable_code_is_named() -> None:
     with pytest.raises(GraphError, match=r"Branches cannot be traced.*test_graph\.py, line \d+"):
-        channel_groups(Branches(), torch.randn(1, 1))
+        channel_groups(Branches().eval(), torch.randn(1, 1))
 
 
 def test_wrong_input_shape_is_named(conv_net: ConvNet) -> None:
     with pytest.raises(GraphError, match=r"\(1, 3, 8, 8\).*--input-shape"):
         channel_groups(conv_net, torch.randn(1, 3, 8, 8))
+
+
+class Careless(nn.Module):
+    """Two convolutions and a head, written in ways that a pruner can trip over."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3)
+        self.norm = nn.BatchNorm2d(8, affine=how != "affine")
+        self.second = nn.Conv2d(8, 8, 3)
+        self.bound = nn.Conv2d(1, 8, 3)
+        self.head = nn.Linear(8, 3)
+        self.how = how
+        if how == "weight norm":
+            nn.utils.parametrizations.weight_norm(self.first)
+        elif how == "spectral norm":
+            nn.utils.parametrizations.spectral_norm(self.second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        if self.how == "clamp":
+            y = torch.clamp(y, min=self.bound(x))
+        elif self.how == "count":
+            y = y * (1.0 / y.shape[1])
+        elif self.how == "unpacked":
+            _, n_channels, _, _ = y.shape
+            y = y / n_channels
+        elif self.how == "by hand":
+            y = y * self.second.weight.sum()
+        y = self.second(input=y) if self.how == "keyword" else self.second(y)
+        n, _c, h, w = y.shape  # reading the batch and the pixels is harmless
+        return self.head(y.reshape(n, -1, h, w).mean((2, 3)) if self.how == "same" else
+                         y.mean((2, 3)))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "locked", "reason"),
+    [
+        ("affine", "first", "affine=False"),
+        ("weight norm", "first", "computes its weight"),
+        ("spectral norm", "first", "computes its weight"),
+        ("clamp", "first", "clamp"),
+        ("clamp", "bound", "clamp"),
+        ("count", "first", "number of its channels is read"),
+        ("unpacked", "first", "number of its channels is read"),
+        ("by hand", "first", "reads second.weight itself"),
+        ("by hand", "second", "reads second.weight itself"),
+        ("keyword", "first", "second"),
+        ("plain", "first", ""),
+        ("plain", "second", ""),
+    ],
+)
+def test_careless_code_is_locked_and_not_broken(how: str, locked: str, reason: str) -> None:
+    """What is still free after the locks must be right: pruned equals masked."""
+    model = randomised(Careless(how).double())
+    example = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    groups = channel_groups(model, example)
+    # A layer whose weight is computed produces nothing that can be cut: it has no group.
+    because = {g.name: g.locked_because for g in groups}.get(locked, "computes its weight")
+    assert reason in (because or "")
+    assert bool(because) == bool(reason)
+    plan = random_plan(groups, np.random.default_rng(0))
+    compact = remove_channels(model, groups, plan)
+    with masked(model, groups, plan) as oracle, torch.no_grad():
+        torch.testing.assert_close(compact(example), oracle(example))
+
+
+def test_training_mode_is_refused() -> None:
+    """A forward pass would change the statistics of the caller's model."""
+    model = ConvNet()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(GraphError, match=r"training mode; call \.eval\(\)"):
+        channel_groups(model, torch.randn(1, 1, 8, 8))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_cost_has_the_closed_form() -> None:

@@ -1,6 +1,7 @@
 """Which model files are taken, and what is said of the others."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,69 @@ def test_missing_file_and_shape(weights: Path, tmp_path: Path) -> None:
         load(tmp_path / "none.pt")
     with pytest.raises(ModelError, match="--input-shape"):
         load(weights, input_shape=None)
+
+
+BROKEN = {
+    "raises": "def make():\n    raise ValueError('no such depth')\n",
+    "typo": "def make(:\n",
+    "at_import": "1 / 0\n",
+    "sibling": "def make():\n    from no_sibling import thing\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_errors_in_the_users_code_are_told_with_their_line(name: str, weights: Path) -> None:
+    (weights.parent / f"broken_{name}.py").write_text(BROKEN[name])
+    with pytest.raises(ModelError, match=rf"--arch broken_{name}:make.*broken_{name}\.py"):
+        load(weights, arch=f"broken_{name}:make")
+
+
+def test_a_factory_may_import_its_neighbours(weights: Path) -> None:
+    (weights.parent / "neighbour_a.py").write_text("from tests.conftest import ConvNet\n")
+    source = "def make():\n    from neighbour_a import ConvNet\n    return ConvNet()\n"
+    (weights.parent / "neighbour_b.py").write_text(source)
+    assert isinstance(load(weights, arch="neighbour_b:make"), ConvNet)
+
+
+def test_two_projects_may_have_modules_of_one_name(conv_net: ConvNet, tmp_path: Path) -> None:
+    for width in (32, 16):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        source = (
+            f"from tests.conftest import ConvNet\n\ndef make():\n    return ConvNet({width})\n"
+        )
+        (folder / "namesake.py").write_text(source)
+        torch.save(ConvNet(width).state_dict(), folder / "m.pt")
+        net = load(folder / "m.pt", arch="namesake:make")
+        assert net.get_parameter("stem.weight").shape[0] == width
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.complex64), "not of real numbers: stem.weight is torch.complex64"),
+        (lambda t: t.to(torch.int32), "not of real numbers: stem.weight is torch.int32"),
+    ],
+)
+def test_weights_of_another_kind_are_named(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+    conv_net: ConvNet,
+    tmp_path: Path,
+) -> None:
+    tensors = conv_net.state_dict()
+    tensors["stem.weight"] = change(tensors["stem.weight"])
+    torch.save(tensors, tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path / "m.pt")
+
+
+def test_networks_that_cannot_be_measured_are_named(tmp_path: Path) -> None:
+    half = nn.Conv2d(1, 4, 3).half()
+    torch.save(half, tmp_path / "half.pt")
+    with pytest.raises(ModelError, match=r"weight is torch\.float16; expected float32"):
+        load(tmp_path / "half.pt", trust=True, arch=None)
+    stateless = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    torch.save(stateless, tmp_path / "stateless.pt")
+    with pytest.raises(ModelError, match="1 has no running statistics"):
+        load(tmp_path / "stateless.pt", trust=True, arch=None)

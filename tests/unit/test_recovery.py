@@ -57,6 +57,12 @@ def test_recalibration_changes_only_a_copys_statistics(conv_net: ConvNet) -> Non
     ]  # fmt: skip
 
 
+def test_one_image_cannot_wipe_the_statistics(conv_net: ConvNet) -> None:
+    recalibrated = recalibrate_batch_norm(conv_net, split(1))
+    before = conv_net.state_dict()
+    assert all(torch.equal(before[k], v) for k, v in recalibrated.state_dict().items())
+
+
 def test_dropout_stays_off_while_recalibrating() -> None:
     norm = nn.BatchNorm2d(1)
     net = nn.Sequential(nn.Dropout(0.9), norm).eval()

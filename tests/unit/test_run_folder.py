@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sqlite3
 from pathlib import Path
 
 import optuna
@@ -95,7 +96,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(ConfigError, match="holds other files"):
         run_folder.create(tmp_path / "other", "x", {})
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(ConfigError, match="is a file"):
         run_folder.create(tmp_path / "other" / "thesis.txt", "x", {})
     assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
@@ -174,9 +175,31 @@ def test_trials_come_back_and_other_tools_can_read_them(tmp_path: Path) -> None:
 def test_files_that_hold_no_study_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="No study at"):
         read_trials(tmp_path / "study.db")
-    (tmp_path / "study.db").write_text("nonsense, and enough of it to be no empty database")
-    with pytest.raises(RunFolderError, match="holds no study"):
-        read_trials(tmp_path / "study.db")
+    for content in (b"", b"nonsense, and enough of it to be no empty database"):
+        (tmp_path / "study.db").write_bytes(content)
+        with pytest.raises(RunFolderError, match="holds no study"):
+            read_trials(tmp_path / "study.db")
+        assert (tmp_path / "study.db").read_bytes() == content
+    for statements in (["create table t (x)"], []):
+        with sqlite3.connect(tmp_path / "other.db") as connection:
+            for statement in statements:
+                connection.execute(statement)
+        connection.close()
+        with pytest.raises(RunFolderError, match="holds no study"):
+            read_trials(tmp_path / "other.db")
+
+
+@pytest.mark.parametrize("name", ["plain", "ünï dir", "o%41#h", "ut?x=1&y"])
+def test_a_study_lies_where_its_path_says(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    space = space_of([64], step=16)
+    study = Study.create(folder / "study.db", space)
+    failed = Trial(0, {"g0": 16}, "start", failed_because="x")
+    study.finish(study.begin(Proposal((16,), "start")), failed, None)
+    assert [p.name for p in folder.iterdir()] == ["study.db"]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert read_trials(folder / "study.db") == (failed,)
 
 
 def test_the_table_says_what_was_asked_and_found(tmp_path: Path) -> None:

@@ -105,6 +105,15 @@ def test_nni_failing_is_an_error_of_ours(example: Tensor) -> None:
         torch.testing.assert_close(compact(example), oracle(example))
 
 
+def test_nni_refusing_an_empty_layer_is_an_error_of_ours(example: Tensor) -> None:
+    """A layer whose weights are all zero; NNI raises an exception of its own family."""
+    model = randomised(ConvNet())
+    model.get_parameter("inner.weight").data.zero_()
+    groups = channel_groups(model, example)
+    with pytest.raises(EngineError, match="NNI"):
+        prune_with_nni(model, example, groups, Plan({"stem": tuple(range(16))}))
+
+
 def test_attributes_dtype_and_flags_survive(conv_net: ConvNet, example: Tensor) -> None:
     model = copy.deepcopy(conv_net).double()
     model.stem.weight.requires_grad_(False)
