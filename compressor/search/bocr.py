@@ -64,7 +64,7 @@ N_ASCENTS = 3  # so many of the best climb on, as a beam
 TOP_K = 10  # plans whose ratios bound the search after the rollback
 FIT_STEPS = 60  # of L-BFGS: as 200 in 5 of 6 proposals of a digits run; 20 only in 3
 MIN_SPEEDUP_ERROR = 0.01  # relative; two finalists came out 1.2 % and 1.6 % from their trials
-Z95 = 1.96
+T95 = 3.18  # half a trial's interval in standard errors: Student's t of its 4 session pairs
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def _fit(features: Tensor, values: Tensor, variances: Tensor) -> SingleTaskGP:
 def _relative_error(trial: Trial) -> float:
     assert trial.speedup_ci95 is not None
     low, high = np.log(trial.speedup_ci95)
-    return float(np.hypot((high - low) / (2 * Z95), MIN_SPEEDUP_ERROR))
+    return float(np.hypot((high - low) / (2 * T95), MIN_SPEEDUP_ERROR))
 
 
 def _column(values: Sequence[float] | npt.NDArray[np.float64]) -> Tensor:
