@@ -50,11 +50,16 @@ def check_agree(what: str, expected: Predict, got: Predict, images: Tensor) -> f
 
     Raises:
         EquivalenceError: The difference exceeds `TOLERANCE` times the largest output, or shapes
-            differ, or an output is not finite.
+            differ, or an output is not finite, or a model cannot run at all.
     """
-    with torch.inference_mode():
-        want = expected(images)
-        have = torch.cat([got(image[None]) for image in images])
+    try:
+        with torch.inference_mode():
+            want = expected(images)
+            have = torch.cat([got(image[None]) for image in images])
+    except (RuntimeError, ValueError, IndexError) as err:
+        raise EquivalenceError(
+            f"{what} cannot be compared: one fails on real images: {err}"
+        ) from err
     if have.shape != want.shape:
         raise EquivalenceError(
             f"{what} disagree: outputs are {tuple(want.shape)} and {tuple(have.shape)}."

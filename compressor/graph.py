@@ -278,6 +278,8 @@ class _Walk:
             return self._channel_count(node, source, rest[0])
         if is_method and target == "dim":
             return None
+        if any(n not in self.of and math.prod(_shape(n) or ()) > 1 for n in node.all_input_nodes):
+            return self._unknown(node)  # a tensor without labels, such as a bias made by a view
         if target in (PER_CHANNEL_METHODS if is_method else PER_CHANNEL_FUNCTIONS):
             return self._pass_on(node, source) if len(tensors) == 1 else self._unknown(node)
         if target in (ELEMENTWISE_METHODS if is_method else ELEMENTWISE_FUNCTIONS):

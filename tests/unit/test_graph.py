@@ -145,6 +145,7 @@ class Careless(nn.Module):
         self.second = nn.Conv2d(8, 8, 3)
         self.bound = nn.Conv2d(1, 8, 3)
         self.head = nn.Linear(8, 3)
+        self.extra = nn.Parameter(torch.rand(8))
         self.how = how
         if how == "weight norm":
             nn.utils.parametrizations.weight_norm(self.first)
@@ -160,9 +161,13 @@ class Careless(nn.Module):
         elif self.how == "unpacked":
             _, n_channels, _, _ = y.shape
             y = y / n_channels
+        elif self.how == "viewed":
+            y = y + self.extra.view(1, -1, 1, 1)
         elif self.how == "by hand":
             y = y * self.second.weight.sum()
         y = self.second(input=y) if self.how == "keyword" else self.second(y)
+        if self.how == "features":
+            return self.head(y.mean((2, 3)) * self.extra)
         n, _c, h, w = y.shape  # reading the batch and the pixels is harmless
         return self.head(y.reshape(n, -1, h, w).mean((2, 3)) if self.how == "same" else
                          y.mean((2, 3)))  # fmt: skip
@@ -181,6 +186,8 @@ class Careless(nn.Module):
         ("by hand", "first", "reads second.weight itself"),
         ("by hand", "second", "reads second.weight itself"),
         ("keyword", "first", "second"),
+        ("viewed", "first", "add"),
+        ("features", "second", "mul"),
         ("plain", "first", ""),
         ("plain", "second", ""),
     ],

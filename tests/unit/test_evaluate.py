@@ -1,0 +1,60 @@
+"""Accuracy counted by hand, its standard error, and what it means to agree."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import EquivalenceError
+from compressor.evaluate import accuracy, check_agree
+from compressor.values import Accuracy, Split
+
+
+def one_hot_split(n: int = 23) -> Split:
+    """Image `i` is filled with `i`; labels are `i % 4`."""
+    images = torch.arange(float(n)).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    return Split(images, torch.arange(n) % 4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 50])
+def test_accuracy_is_the_share_of_right_answers(batch_size: int) -> None:
+    """Right for every image but those divisible by 3; the padded batch must not count."""
+    sizes = set[int]()
+
+    def predict(images: Tensor) -> Tensor:
+        sizes.add(len(images))
+        number = images[:, 0, 0, 0].long()
+        guess = torch.where(number % 3 == 0, (number + 1) % 4, number % 4)
+        return nn.functional.one_hot(guess, 4).float()
+
+    measured = accuracy(predict, one_hot_split(), batch_size=batch_size)
+    assert measured.n == 23
+    assert measured.value == pytest.approx(15 / 23)
+    assert sizes == {batch_size}
+
+
+def test_standard_error_is_binomial_and_never_zero() -> None:
+    assert Accuracy(0.9, 10_000).standard_error == pytest.approx(0.003, rel=0.01)
+    assert Accuracy(1.0, 100).standard_error > 0.005
+
+
+def test_agreement_is_relative_to_the_outputs() -> None:
+    net, images = nn.Linear(3, 2).eval(), torch.rand(4, 3)
+    assert check_agree("same", net, net, images) < 1e-6
+    check_agree("rounding", net, lambda x: net(x) + 5e-4, images)
+    with pytest.raises(EquivalenceError, match=r"off disagree: outputs differ by up to 0\.01"):
+        check_agree("off", net, lambda x: net(x) + 0.01, images)
+    check_agree("large", lambda x: 1e4 * net(x), lambda x: 1e4 * net(x) + 0.01, images)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda x: x[:, :1], r"\(4, 2\) and \(4, 1\)"),
+        (lambda x: x[:, :2] * float("nan"), "NaN or infinite"),
+        (nn.Linear(7, 2), "fails on real images"),
+    ],
+)
+def test_what_cannot_be_compared_does_not_agree(other: nn.Module, message: str) -> None:
+    net, images = nn.Linear(3, 2).eval(), torch.rand(4, 3)
+    with pytest.raises(EquivalenceError, match=message):
+        check_agree("it", net, other, images)
