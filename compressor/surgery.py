@@ -84,12 +84,15 @@ def prune_with_nni(
 
     Raises:
         PlanError: As for `remove_channels`.
-        EngineError: NNI cannot process this network.
+        EngineError: NNI cannot be imported, or cannot process this network.
     """
     check_plan(groups, plan)
-    with contextlib.redirect_stdout(io.StringIO()):  # NNI greets on stdout
-        from nni.compression.speedup import ModelSpeedup
-        from nni.compression.speedup.error_code import SpeedupError
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # NNI greets on stdout
+            from nni.compression.speedup import ModelSpeedup
+            from nni.compression.speedup.error_code import SpeedupError
+    except (ImportError, AttributeError) as err:  # it is archived; a Python may outgrow it
+        raise EngineError(f"NNI cannot be imported here: {err}") from err
 
     logging.getLogger("nni").setLevel(logging.ERROR)
     victim = copy.deepcopy(model).eval()

@@ -1,6 +1,7 @@
 """masked == compact == NNI, for any plan; and the input is never touched."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -112,6 +113,15 @@ def test_nni_refusing_an_empty_layer_is_an_error_of_ours(example: Tensor) -> Non
     groups = channel_groups(model, example)
     with pytest.raises(EngineError, match="NNI"):
         prune_with_nni(model, example, groups, Plan({"stem": tuple(range(16))}))
+
+
+def test_a_python_that_nni_does_not_know_is_an_error_of_ours(
+    conv_net: ConvNet, example: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nni.compression.speedup", None)
+    groups = channel_groups(conv_net, example)
+    with pytest.raises(EngineError, match="NNI cannot be imported here"):
+        prune_with_nni(conv_net, example, groups, Plan({"stem": (0, 1)}))
 
 
 def test_attributes_dtype_and_flags_survive(conv_net: ConvNet, example: Tensor) -> None:
