@@ -31,7 +31,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class ConvNet(nn.Module):
-    """Convolution, batch-norm, pooling, a depthwise layer, a sum, a flatten: all of issue A."""
+    """Convolution, batch-norm, pooling, a depthwise layer, a sum, a flatten."""
 
     def __init__(self, width: int = 32, *, use_flatten: bool = False) -> None:
         super().__init__()
