@@ -116,9 +116,7 @@ def run(
 
     Example: compress model.pt --arch net:make --data images/ --target host-cpu --speedup 2
     """
-    flags = _given(locals(), drop=("model", "as_json", "arch_arg"))
-    if arch_arg:
-        flags["arch_args"] = dict(_key_value(item) for item in arch_arg)
+    flags = _given(locals())
 
     def work() -> int:
         config = compressor.load_config(model, flags)
@@ -146,9 +144,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Lists channel groups and why some are locked, before hours are spent."""
-    flags = _given(locals(), drop=("model", "as_json", "arch_arg")) | {"target": "host-cpu"}
-    if arch_arg:
-        flags["arch_args"] = dict(_key_value(item) for item in arch_arg)
+    flags = _given(locals()) | {"target": "host-cpu"}
 
     def work() -> int:
         loaded, groups = compressor.inspect_model(compressor.load_config(model, flags))
@@ -254,15 +250,18 @@ def _print(text: str) -> None:
         raise CompressorError(f"The result cannot be written to stdout: {err}.") from err
 
 
-def _given(flags: dict[str, Any], *, drop: Sequence[str]) -> dict[str, object]:
-    """The flags that were given; lists of numbers are split at commas."""
+def _given(flags: dict[str, Any]) -> dict[str, object]:
+    """The settings that were given as flags, in the form that `load_config` takes."""
     given: dict[str, object] = {}
     for name, value in flags.items():
-        if value is None or name in drop:
+        if value is None or name in ("model", "as_json"):
             continue
         if name in ("mean", "std", "input_shape"):
-            value = [part.strip() for part in value.split(",")]
-        given[name] = value
+            given[name] = [part.strip() for part in value.split(",")]
+        elif name == "arch_arg":
+            given["arch_args"] = dict(_key_value(item) for item in value)
+        else:
+            given[name] = value
     return given
 
 

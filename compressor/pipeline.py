@@ -34,7 +34,7 @@ from compressor.model_io import load_model
 from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
 from compressor.run_folder import RunFolder
 from compressor.search import STRATEGIES
-from compressor.search.objective import Problem, Proposal, best_first, is_hopeless
+from compressor.search.objective import Problem, Proposal, best_first, feasible_first, is_hopeless
 from compressor.search.space import SearchSpace, make_space
 from compressor.search.study import Study
 from compressor.surgery import masked, prune_with_nni, remove_channels
@@ -348,10 +348,10 @@ def choose(job: Job, searched: Searched, bench: Bench, on_progress: ProgressCall
     no trial met the limit: the fastest one.
     """
     constraint, min_speedup = job.config.constraint, searched.problem.min_speedup
-    ranked = best_first(searched.trials, min_speedup)
-    feasible = [t for t in ranked if t.speedup and t.speedup >= min_speedup]
+    feasible = feasible_first(searched.trials, min_speedup)
     if not feasible:
-        return job.space.plan(job.space.from_names(ranked[0].widths))
+        fastest = best_first(searched.trials, min_speedup)[0]
+        return job.space.plan(job.space.from_names(fastest.widths))
     surest = max(feasible, key=lambda t: t.speedup_ci95[0] if t.speedup_ci95 else 0.0)
     finalists = feasible[:N_FINALISTS]
     if surest not in finalists:

@@ -83,7 +83,7 @@ def fine_tune(
         fit: What may be learned from.
         recipe: Epochs, learning rate, and so on.
         score: Larger is better; called after every epoch, on images that are not in `fit`.
-        on_progress: Told after every epoch, and within it about once in a hundred steps.
+        on_progress: Told after every epoch, and within it every 10 steps.
     """
     student = copy.deepcopy(model).requires_grad_(True)
     best, best_score = copy.deepcopy(model).eval(), score(model)

@@ -52,6 +52,7 @@ from compressor.search.objective import (
     Problem,
     Proposal,
     best_first,
+    feasible_first,
     finished,
 )
 from compressor.search.space import SearchSpace, Widths
@@ -176,8 +177,7 @@ def _bounded(problem: Problem, trials: Sequence[Trial]) -> SearchSpace:
     Two numbers for all groups, as in the released code; unchanged without a feasible plan.
     """
     space = problem.space
-    best = best_first(trials, problem.min_speedup)[:TOP_K]
-    feasible = [t for t in best if t.speedup is not None and t.speedup >= problem.min_speedup]
+    feasible = feasible_first(trials, problem.min_speedup)[:TOP_K]
     if not feasible:
         return space
     used = space.ratios([space.from_names(trial.widths) for trial in feasible])
@@ -198,11 +198,11 @@ def _maximise(
     seed: int,
 ) -> Widths | None:
     """The untried plan of `space` that promises most; None where none is left."""
-    acquisition = _Acquisition(problem, trials, clusters, seed)
     generator = np.random.default_rng(seed)
     pool = {w: None for w in _pool(problem, trials, clusters, space, generator) if w not in tried}
     if not pool:
         return None
+    acquisition = _Acquisition(problem, trials, clusters, seed)
     plans = list(pool)
     values = acquisition.values(plans)
     if clusters.max() + 1 < len(clusters):
@@ -231,15 +231,10 @@ def _pool(
     uniform = generator.uniform(size=(N_RANDOM, n_clusters))[:, clusters]
     plans = space.snap(floors + uniform * (tops - floors))
     if n_clusters == len(clusters):
-        for trial in best_first(trials, problem.min_speedup)[:TOP_K]:
-            kept = [
-                min(choice, key=lambda width: abs(width - old))
-                for choice, old in zip(
-                    space.choices, problem.space.from_names(trial.widths), strict=True
-                )
-            ]
-            near = space.neighbours(tuple(kept))
-            for widths in near:
+        best = best_first(trials, problem.min_speedup)[:TOP_K]
+        used = problem.space.ratios([problem.space.from_names(t.widths) for t in best])
+        for kept in space.snap(used):
+            for widths in space.neighbours(kept):
                 plans.append(widths)
                 further = space.neighbours(widths)
                 plans.append(further[generator.integers(len(further))])

@@ -78,6 +78,12 @@ def best_first(trials: Sequence[Trial], min_speedup: float) -> list[Trial]:
     return sorted(finished(trials), key=rank, reverse=True)
 
 
+def feasible_first(trials: Sequence[Trial], min_speedup: float) -> list[Trial]:
+    """Only the trials that meet the limit, by falling accuracy."""
+    ranked = best_first(trials, min_speedup)
+    return [t for t in ranked if t.speedup is not None and t.speedup >= min_speedup]
+
+
 def is_hopeless(trial: Trial, problem: Problem) -> bool:
     """Whether `trial` shows that no plan of the space can meet the limit."""
     return (
