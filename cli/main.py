@@ -254,7 +254,7 @@ def _given(flags: dict[str, Any]) -> dict[str, object]:
     """The settings that were given as flags, in the form that `load_config` takes."""
     given: dict[str, object] = {}
     for name, value in flags.items():
-        if value is None or name in ("model", "as_json"):
+        if value in (None, []) or name in ("model", "as_json"):
             continue
         if name in ("mean", "std", "input_shape"):
             given[name] = [part.strip() for part in value.split(",")]
