@@ -40,7 +40,8 @@ def main() -> None:
         return torch.stack(norms).sum(dim=0).numpy()
 
     def by_readers(group: ChannelGroup) -> np.ndarray:
-        return WeightNorm().score(model, group).numpy()
+        scores: np.ndarray = WeightNorm().scores(model, [group], None)[group.name].numpy()
+        return scores
 
     def by_chance(group: ChannelGroup) -> np.ndarray:
         return generator.random(group.n_channels)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from compressor.graph import channel_groups, cost
     from compressor.latency.onnxruntime import compare_latency
     from compressor.latency.targets import load_target, target_names
-    from compressor.model_io import load_model
     from compressor.pipeline import compress
+    from compressor.prunable import load_model
     from compressor.report import (
         groups_report,
         latency_json,
@@ -67,8 +67,8 @@ _HOMES = {
     "compressor.graph": ("channel_groups", "cost"),
     "compressor.latency.onnxruntime": ("compare_latency",),
     "compressor.latency.targets": ("load_target", "target_names"),
-    "compressor.model_io": ("load_model",),
     "compressor.pipeline": ("compress",),
+    "compressor.prunable": ("load_model",),
     "compressor.report": (
         "groups_report",
         "latency_json",

@@ -2,60 +2,83 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressor import run_folder
 from compressor.config import Config
-from compressor.errors import ModelError, PlanError, unknown_name
-from compressor.graph import channel_groups
-from compressor.importance import IMPORTANCES
-from compressor.model_io import build, load_weights, read_checkpoint
+from compressor.errors import EquivalenceError, ModelError, PlanError, unknown_name
+from compressor.importance import IMPORTANCES, Batches
+from compressor.model_io import load_weights, read_checkpoint
+from compressor.model_io.architectures import build
 from compressor.pipeline import read_data, read_model
+from compressor.prunable import Prunable, disagreement, make_prunable
 from compressor.report import text_report, trials_json, trials_report
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
-from compressor.surgery import remove_channels
-from compressor.values import ChannelGroup, LoadedModel, Plan
+from compressor.surgery import check_plan, remove_channels
+from compressor.values import ChannelGroup, Example, LoadedModel, Plan
 
 
 def prune(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     plan_or_keep_ratio: Plan | float,
     *,
     importance: str = "l1",
     step: int = 1,
+    batches: Batches | None = None,
 ) -> nn.Module:
-    """A smaller copy of `model`; the input is untouched.
+    """A smaller copy of `model`, proven to answer like the masked original.
+
+    The input is untouched.
+
+    Where the forward code follows the widths of its tensors, the copy is of the model's own
+    class; otherwise it is an fx.GraphModule of its torch.export program, with the same names in
+    its state_dict.
 
     Args:
         model: In eval mode.
-        example_input: `(1, c, h, w)`, as the model takes it.
+        example_input: `(1, c, h, w)`, as the model takes it; a tuple holds positional arguments,
+            a dict keyword arguments.
         plan_or_keep_ratio: Which channels stay; or the share in (0, 1] that every group keeps.
         importance: Which channels stay where a ratio is given: a key of `IMPORTANCES`.
         step: Widths become multiples of it where a ratio is given.
+        batches: Called for `(images, labels)` pairs by criteria that look at gradients.
 
     Raises:
-        GraphError: The network cannot be traced, or nothing in it can be pruned.
+        GraphError: The network cannot be recorded, or nothing in it can be pruned.
         PlanError: The plan or the ratio does not fit the network.
+        EquivalenceError: The pruned network would not answer like the masked original.
     """
-    groups = channel_groups(model, example_input)
-    if isinstance(plan_or_keep_ratio, Plan):
-        return remove_channels(model, groups, plan_or_keep_ratio)
-    keep_ratio = plan_or_keep_ratio
+    prunable = make_prunable(model, example_input)
+    plan = plan_or_keep_ratio
+    if not isinstance(plan, Plan):
+        plan = _plan(prunable, plan, importance=importance, step=step, batches=batches)
+    check_plan(prunable.groups, plan)
+    fault = disagreement(prunable.module, prunable.groups, plan, example_input)
+    if fault is not None:
+        raise EquivalenceError(f"The pruned network is not the masked original: {fault}.")
+    return remove_channels(prunable.module, prunable.groups, plan)
+
+
+def _plan(
+    prunable: Prunable, keep_ratio: float, *, importance: str, step: int, batches: Batches | None
+) -> Plan:
+    """Every free group at `keep_ratio` of its channels, the most important ones."""
     if not 0 < keep_ratio <= 1:
         raise PlanError(f"The keep ratio must lie in (0, 1]; got {keep_ratio}.")
     if importance not in IMPORTANCES:
         raise PlanError(unknown_name("importance", importance, IMPORTANCES))
-    score = IMPORTANCES[importance].score
-    scores = {group.name: score(model, group).numpy() for group in groups}
-    space = make_space(groups, scores, step=step, min_keep_ratio=0.0)
+    scores = IMPORTANCES[importance].scores(prunable.module, prunable.groups, batches)
+    arrays = {name: score.numpy() for name, score in scores.items()}
+    space = make_space(prunable.groups, arrays, step=step, min_keep_ratio=0.0)
     (widths,) = space.snap(np.full((1, len(space.groups)), keep_ratio))
-    return remove_channels(model, groups, space.plan(widths))
+    return space.plan(widths)
 
 
 def load_compressed(
@@ -77,15 +100,17 @@ def load_compressed(
         raise ModelError(f"{path} was made with arch={saved['arch']!r}; name it to rebuild it.")
     original = build(arch, dict(arch_args or saved["arch_args"]), beside=path.parent)
     example = torch.zeros(1, *saved["input_shape"])
-    groups = channel_groups(original.eval(), example)
+    prunable = make_prunable(original.eval(), example)
     plan = Plan({name: tuple(kept) for name, kept in saved["plan"].items()})
-    compact = remove_channels(original, groups, plan)
+    compact = remove_channels(prunable.module, prunable.groups, plan)
     load_weights(path, compact, saved["state_dict"], arch)
     return compact.eval()
 
 
 def inspect_model(config: Config) -> tuple[LoadedModel, tuple[ChannelGroup, ...]]:
-    """The model of `config` and its channel groups; needs its data only for the input's shape.
+    """The model of `config` and its channel groups, as a run would prune it.
+
+    Needs its data only for the input's shape.
 
     Raises:
         CompressorError: As for `compress`.
@@ -94,7 +119,8 @@ def inspect_model(config: Config) -> tuple[LoadedModel, tuple[ChannelGroup, ...]
     if shape is None and config.data is not None:
         shape = read_data(config, config.data).input_shape
     loaded = read_model(config, shape)
-    return loaded, channel_groups(loaded.module, loaded.example_input)
+    prunable = make_prunable(loaded.module, loaded.example_input)
+    return replace(loaded, module=prunable.module), prunable.groups
 
 
 def folder_report(path: Path, *, as_json: bool = False) -> str:

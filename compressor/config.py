@@ -62,9 +62,10 @@ class Config(BaseModel):
         model: The trained network.
         target: Name of a device profile, or the path of one.
         data: Images to fit, search and test with.
-        arch: "package.module:factory" that builds the network of a state_dict.
+        arch: What builds the network of a state_dict: `torchvision:NAME`, `timm:NAME`, or
+            "package.module:factory".
         arch_args: Keyword arguments of the factory.
-        trust: Read a pickled module although that runs code from the file.
+        trust: Read pickles in the model file although that runs code from it.
         input_shape: `(c, h, w)`; only needed where there is no data to take it from.
         image_size: Side in pixels that image files are resized and cropped to.
         mean: Per channel, subtracted after scaling uint8 to [0, 1].
@@ -102,7 +103,9 @@ class Config(BaseModel):
     time_budget: Seconds | None = None
     search: Literal["bocr"] = "bocr"
     clusters: int = Field(default=3, ge=1)
-    importance: Literal["l1", "l2"] = "l1"
+    importance: Literal["l1", "l2", "geometric-median", "bn-scale", "taylor", "cpmc", "random"] = (
+        "l1"
+    )
     min_keep_ratio: float = Field(default=0.1, gt=0, le=1)
     fine_tune_epochs: int = Field(default=10, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)

@@ -1,6 +1,6 @@
 """Model -> ONNX, and candidate ONNX from a template.
 
-Exporting takes 0.1-0.7 s a model; filling a template a few milliseconds. The template is the
+Exporting takes 0.1-0.7 s a model; filling a template a few milliseconds. A template is the
 original network exported once with batch-norm left in place, so that its initialisers carry the
 names of the state_dict; a candidate is the same graph with the candidate's tensors. ONNX Runtime
 folds batch-norm when it loads a file, so template and export run the same kernels.
@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from typing import Any
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.errors import ExportError
+from compressor.values import Example
 
 INPUT, OUTPUT = "input", "output"
 DEFAULT_OPSET = 13
@@ -63,14 +64,43 @@ class OnnxTemplate:
         return content
 
 
+def candidate_writer(
+    model: nn.Module, example_input: Example, pruned: nn.Module, *, opset: int = DEFAULT_OPSET
+) -> Callable[[nn.Module], bytes]:
+    """What turns pruned versions of `model` into ONNX files: its template where that is exact.
+
+    A template fits unless sizes that follow the widths are written into the graph. Which it is,
+    is tried: filled with `pruned` it must be byte for byte what a fresh export of `pruned` is.
+
+    Args:
+        model: In eval mode.
+        example_input: As the model takes it, of the batch size wanted.
+        pruned: `model` with channels removed from every group.
+        opset: Operator set.
+
+    Raises:
+        ExportError: `model` or `pruned` cannot be exported at all.
+    """
+    try:
+        template = make_template(model, example_input, opset=opset)
+        fresh = make_template(pruned, example_input, opset=opset)
+    except ExportError as err:
+        logger.info("candidates are exported one by one: %s", err)
+    else:
+        if template.fill(pruned) == fresh.fill(pruned):
+            return template.fill
+        logger.info("candidates are exported one by one: the graph has sizes written into it")
+    return lambda candidate: _export(candidate, example_input, opset, fold=True)
+
+
 def export_onnx(
-    model: nn.Module, example_input: Tensor, path: Path, *, opset: int | None = None
+    model: nn.Module, example_input: Example, path: Path, *, opset: int | None = None
 ) -> Path:
     """Writes `model` as one ONNX file with the example's static shape, batch-norm folded.
 
     Args:
         model: In eval mode; it is not changed.
-        example_input: `(batch, c, h, w)`.
+        example_input: `(batch, c, h, w)`; a tuple or dict where the model takes several inputs.
         path: Written whole or not at all.
         opset: Operator set, checked in what was written; None takes `DEFAULT_OPSET`.
 
@@ -97,7 +127,7 @@ def export_onnx(
 
 
 def make_template(
-    model: nn.Module, example_input: Tensor, *, opset: int = DEFAULT_OPSET
+    model: nn.Module, example_input: Example, *, opset: int = DEFAULT_OPSET
 ) -> OnnxTemplate:
     """The graph that every pruned version of `model` shares, for the example's batch size.
 
@@ -150,14 +180,16 @@ def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
     return found
 
 
-def _export(model: nn.Module, example_input: Tensor, opset: int, *, fold: bool) -> bytes:
+def _export(model: nn.Module, example_input: Example, opset: int, *, fold: bool) -> bytes:
     buffer: Any = io.BytesIO()  # works, though torch's annotation names paths only
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    args, kwargs = ((), example_input) if isinstance(example_input, dict) else (args, None)
     mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
     try:
         with warnings.catch_warnings(), _silent_stdout():
             warnings.simplefilter("ignore")  # it announces its own age at every call
             torch.onnx.export(
-                model, (example_input,), buffer, dynamo=False, opset_version=opset,
+                model, args, buffer, kwargs=kwargs, dynamo=False, opset_version=opset,
                 input_names=[INPUT], output_names=[OUTPUT], training=mode,
                 do_constant_folding=fold,
             )  # fmt: skip

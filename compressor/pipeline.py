@@ -5,7 +5,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,19 @@ from compressor.errors import (
     ConfigError,
     DataError,
     EngineError,
+    EquivalenceError,
     InterruptedRunError,
     MeasurementError,
     SearchError,
 )
 from compressor.evaluate import accuracy, check_agree
-from compressor.export import export_onnx, make_template
-from compressor.graph import channel_groups, cost
+from compressor.export import candidate_writer, export_onnx
+from compressor.graph import cost, outputs
 from compressor.importance import IMPORTANCES
 from compressor.latency.onnxruntime import compare_latency, predictor
 from compressor.latency.targets import load_target
 from compressor.latency.timing import TRIAL
-from compressor.model_io import load_model
+from compressor.prunable import load_model, make_prunable
 from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
 from compressor.run_folder import RunFolder
 from compressor.search import STRATEGIES
@@ -52,12 +54,14 @@ from compressor.values import (
     ProgressCallback,
     Result,
     Side,
+    Split,
     Target,
     Trial,
     Verdict,
 )
 
 BATCH_SIZE = 50  # of accuracy; larger batches leave the cache and gain nothing
+N_RANKING_IMAGES = 500  # that gradients are averaged over, where importance looks at them
 N_PROOF_IMAGES = 32  # real images that engines must agree on
 N_FINALISTS = 5  # plans measured again, at most, before one is chosen
 
@@ -114,6 +118,12 @@ class Job:
     groups: tuple[ChannelGroup, ...]
     space: SearchSpace
 
+    @property
+    def example(self) -> Tensor:
+        """`(1, c, h, w)`; `prepare` has checked that the model takes one tensor."""
+        assert isinstance(self.loaded.example_input, Tensor)
+        return self.loaded.example_input
+
 
 def prepare(config: Config) -> Job:
     """Everything that bad input can break, before anything is written."""
@@ -129,21 +139,35 @@ def prepare(config: Config) -> Job:
             f"--input-shape is {config.input_shape}, but the images are {data.input_shape}."
         )
     loaded = read_model(config, data.input_shape)
-    model = loaded.module
-    groups = channel_groups(model, loaded.example_input)
-    _check_outputs(model, loaded.example_input, data, is_folder=config.data.is_dir())
-    importance = IMPORTANCES[config.importance]
-    scores = {group.name: importance.score(model, group).numpy() for group in groups}
-    space = make_space(groups, scores, step=target.step, min_keep_ratio=config.min_keep_ratio)
+    _check_outputs(loaded, data, is_folder=config.data.is_dir())
+    prunable = make_prunable(loaded.module, loaded.example_input)
+    loaded, groups = replace(loaded, module=prunable.module), prunable.groups
+    scores = IMPORTANCES[config.importance].scores(
+        loaded.module, groups, partial(_ranking_batches, data.fit)
+    )
+    space = make_space(
+        groups,
+        {name: score.numpy() for name, score in scores.items()},
+        step=target.step,
+        min_keep_ratio=config.min_keep_ratio,
+    )
     job = Job(config, target, loaded, data, groups, space)
     check_surgery(job, space.plan(space.narrowest))
     return job
 
 
-def _check_outputs(model: nn.Module, example: Tensor, data: Data, *, is_folder: bool) -> None:
+def _ranking_batches(fit: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """What importance may look at: some images of every kind, always the same ones."""
+    drawn = torch.randperm(len(fit), generator=torch.Generator().manual_seed(0))
+    for rows in drawn[:N_RANKING_IMAGES].split(BATCH_SIZE):
+        yield fit.model_input(rows), fit.labels[rows]
+
+
+def _check_outputs(loaded: LoadedModel, data: Data, *, is_folder: bool) -> None:
     """Raises `DataError` where the model has not one logit for every class."""
-    with torch.no_grad():
-        output = model(example)
+    if not isinstance(loaded.example_input, Tensor):
+        raise DataError("The model takes several inputs; images alone cannot rank its plans.")
+    output = outputs(loaded.module, loaded.example_input)
     if not isinstance(output, Tensor) or output.ndim != 2:
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise DataError(
@@ -165,9 +189,8 @@ def check_surgery(job: Job, plan: Plan) -> tuple[nn.Module, float]:
     """
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
     compact = remove_channels(job.loaded.module, job.groups, plan)
-    with masked(job.loaded.module, job.groups, plan) as oracle:
-        error = check_agree("Own surgery and the masked original", compact, oracle, images)
-    return compact, error
+    oracle = masked(job.loaded.module, job.groups, plan)
+    return compact, check_agree("Own surgery and the masked original", compact, oracle, images)
 
 
 def read_data(config: Config, source: Path) -> Data:
@@ -202,11 +225,12 @@ class Bench:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        model, example, opset = job.loaded.module, job.loaded.example_input, job.target.opset
-        self._single = make_template(model, example, opset=opset)
+        model, example, opset = job.loaded.module, job.example, job.target.opset
+        pruned = remove_channels(model, job.groups, job.space.plan(job.space.narrowest))
         batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
-        self._batched = make_template(model, batch, opset=opset)
-        self._original_onnx = self._single.fill(model)
+        self._single = candidate_writer(model, example, pruned, opset=opset)
+        self._batched = candidate_writer(model, batch, pruned, opset=opset)
+        self._original_onnx = self._single(model)
         self.noise_floor = compare_latency(
             self._original_onnx, self._original_onnx, job.target, effort=TRIAL
         )
@@ -226,7 +250,7 @@ class Bench:
         with _timed(seconds, "accuracy"):
             measured = self._accuracy(pruned)
         with _timed(seconds, "export"):
-            candidate = self._single.fill(pruned)
+            candidate = self._single(pruned)
         with _timed(seconds, "latency"):
             latency = compare_latency(
                 self._original_onnx, candidate, self.job.target, effort=TRIAL, seed=seed
@@ -236,10 +260,10 @@ class Bench:
     def remeasure(self, plan: Plan) -> PairedLatency:
         """The latency of a finalist, with the effort of a final figure."""
         pruned = remove_channels(self.job.loaded.module, self.job.groups, plan)
-        return compare_latency(self._original_onnx, self._single.fill(pruned), self.job.target)
+        return compare_latency(self._original_onnx, self._single(pruned), self.job.target)
 
     def _accuracy(self, model: nn.Module) -> Accuracy:
-        predict = predictor(self._batched.fill(model), n_threads=n_cores())
+        predict = predictor(self._batched(model), n_threads=n_cores())
         return accuracy(predict, self.job.data.search, batch_size=BATCH_SIZE)
 
 
@@ -376,21 +400,24 @@ def cut_out(
 ) -> tuple[nn.Module, dict[str, object]]:
     """The compact network, and how far each engine's outputs are from it on real images.
 
+    It is NNI's where NNI can process the network and answers the same, else that of our own
+    surgery; `engines` says which and why.
+
     Raises:
-        EquivalenceError: The masked original, or NNI's network, answers differently.
+        EquivalenceError: The masked original answers differently.
     """
     on_progress(Progress("Pruning with NNI and checking", 0, 1))
-    model, example = job.loaded.module, job.loaded.example_input
+    model, example = job.loaded.module, job.example
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
     compact, error = check_surgery(job, plan)
     engines: dict[str, object] = {"masked": error}
     try:
         by_nni = prune_with_nni(model, example, job.groups, plan)
-    except EngineError as err:
+        engines["nni"] = check_agree("NNI and own surgery", compact, by_nni, images)
+    except (EngineError, EquivalenceError) as err:
         logger.warning("%s Own surgery's model is used; it equals the masked original.", err)
         engines["nni"] = str(err)
         return compact, engines
-    engines["nni"] = check_agree("NNI and own surgery", compact, by_nni, images)
     return by_nni, engines
 
 
@@ -422,7 +449,7 @@ def finish(
 ) -> Result:
     """Exports both models, proves and measures the files, and writes the result last."""
     on_progress(Progress("Measuring the exported files", 0, 1))
-    original, example, opset = job.loaded.module, job.loaded.example_input, job.target.opset
+    original, example, opset = job.loaded.module, job.example, job.target.opset
     images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
     original_file = export_onnx(original, example, folder.original_onnx, opset=opset)
     with folder.unproven_onnx() as unproven:

@@ -4,22 +4,31 @@ Legend: `n` images, `c` channels, `h`, `w` pixels. Times are in milliseconds, ra
 original / candidate for speed (larger is faster) and kept / original for widths.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 IndexArray = npt.NDArray[np.int64]
+
+# One input, or the positional arguments, or the keyword arguments of a model's forward.
+Example = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+def call(model: Callable[..., Any], example: Example) -> Any:
+    """What `model` returns for `example`."""
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
 
 
 class Basis(StrEnum):
@@ -45,6 +54,25 @@ class Role(StrEnum):
     CONSUMER = "consumer"  # reads the channels: dimension 1 of a convolution or linear weight
 
 
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested containers, dataclasses and plain objects, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        yield from tensors_in(vars(value))
+
+
+def example_shapes(example: Example) -> str:
+    """The shapes and kinds of every tensor in `example`, for messages."""
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in tensors_in(example))
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelSlice:
     """Where the channels of one group lie in one tensor of the model.
@@ -55,7 +83,9 @@ class ChannelSlice:
         dim: Dimension of the tensor that runs over channels.
         role: What the tensor does with the channels.
         index: `(n_channels, n_inner)`; row `i` lists the positions along `dim` that belong to
-            channel `i` (more than one behind a flatten).
+            channel `i` (more than one behind a flatten, or where channels go in units).
+        params: Numbers of the tensor that belong to one channel.
+        macs: Multiply-accumulates of one example that these numbers take part in.
     """
 
     module: str
@@ -63,6 +93,8 @@ class ChannelSlice:
     dim: int
     role: Role
     index: IndexArray
+    params: int = 0
+    macs: int = 0
 
     @property
     def key(self) -> str:
@@ -71,24 +103,76 @@ class ChannelSlice:
 
 
 @dataclass(frozen=True, eq=False)
+class Reading:
+    """Where one operation of a forward pass reads the channels of a group.
+
+    Attributes:
+        call: The operation's number, counting every operation of the pass from 0.
+        argument: Position of the tensor among the operation's arguments.
+        dim: Dimension of that tensor that runs over channels.
+        index: `(n_channels, n_inner)`, positions along `dim`; -1 where a channel has fewer.
+    """
+
+    call: int
+    argument: int
+    dim: int
+    index: IndexArray
+
+
+@dataclass(frozen=True, eq=False)
+class NodeSlice:
+    """Where the channels of a group lie in the output of a node of an fx graph.
+
+    Attributes:
+        node: The node's name.
+        dim: Dimension of its output that runs over channels.
+        index: `(n_channels, n_inner)`, positions along `dim`; -1 where a channel has fewer.
+    """
+
+    node: str
+    dim: int
+    index: IndexArray
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Channels of several tensors that can only be removed together.
 
     Attributes:
-        name: The first module that produces the channels.
-        n_channels: Channels before pruning.
-        slices: Every place in the model where these channels lie.
+        name: The first module that produces the channels; a part of its channels that goes
+            elsewhere than the first part is `NAME#2`, and so on.
+        n_channels: Channels before pruning. Where several positions of the producer can only go
+            together (grouped convolutions, shuffles, group norms), such a unit is one channel.
+        slices: Every place in the model's tensors where these channels lie.
         locked_because: In words, why no channel may be removed; None where any may.
+        readings: Every operation that reads the channels and writes others.
+        nodes: Where the channels lie in an fx graph; empty for other modules.
     """
 
     name: str
     n_channels: int
     slices: tuple[ChannelSlice, ...]
     locked_because: str | None = None
+    readings: tuple[Reading, ...] = ()
+    nodes: tuple[NodeSlice, ...] = ()
 
     def modules(self, role: Role) -> tuple[str, ...]:
         """Names of the modules that play `role`, each once, in graph order."""
         return tuple(dict.fromkeys(s.module for s in self.slices if s.role is role))
+
+    @property
+    def unit(self) -> int:
+        """Positions of the producer that one channel stands for; 1 in most networks."""
+        widths = (s.index.shape[1] for s in self.slices if s.role is Role.PRODUCER)
+        return int(next(widths, 1))
+
+    @property
+    def cost(self) -> "Cost":
+        """Multiply-accumulates and parameters that go if the whole group went."""
+        return Cost(
+            macs=self.n_channels * sum(s.macs for s in self.slices),
+            params=self.n_channels * sum(s.params for s in self.slices),
+        )
 
 
 @dataclass(frozen=True)
@@ -291,12 +375,13 @@ class LoadedModel:
 
     Attributes:
         module: In eval mode, on the CPU.
-        example_input: `(1, c, h, w)`, what the module is traced with.
+        example_input: `(1, c, h, w)`, what the module is traced with; a tuple or a dict where
+            a program takes several inputs.
         provenance: How the module came to be: arch, arch_args, file, sha256.
     """
 
     module: nn.Module
-    example_input: Tensor
+    example_input: Example
     provenance: Mapping[str, object]
 
 

@@ -5,6 +5,7 @@ with 49, 1.29 ms with 63 and 1.04 ms with 64 (`benchmarks/staircase.py`): plans 
 not even considered.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +100,8 @@ def make_space(
     Args:
         groups: From `graph.channel_groups`.
         scores: Group name -> `(n_channels,)` importance.
-        step: Widths are its multiples; the original width stays allowed off-step.
+        step: Widths are its multiples, in positions of the producer where a channel stands for
+            several; the original width stays allowed off-step.
         min_keep_ratio: In [0, 1]; no group goes below this share of its channels, nor below
             one step.
 
@@ -110,7 +112,8 @@ def make_space(
     for group in groups:
         if group.locked_because is None:
             floor = min_keep_ratio * group.n_channels
-            multiples = range(step, group.n_channels, step)
+            own_step = step // math.gcd(step, group.unit)
+            multiples = range(own_step, group.n_channels, own_step)
             widths = (*(w for w in multiples if w >= floor), group.n_channels)
             if len(widths) > 1:
                 choices[group.name] = widths

@@ -12,16 +12,17 @@ PACKAGE = ROOT / "compressor"
 
 BASE = {"errors", "values"}
 STEPS = {
-    "config", "model_io", "datasets", "graph", "importance", "surgery", "recovery", "export",
-    "evaluate", "latency", "search", "run_folder", "report",
+    "config", "model_io", "datasets", "graph", "program", "importance", "surgery", "recovery",
+    "export", "evaluate", "latency", "search", "run_folder", "report",
 }  # fmt: skip
 MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
     **{step: BASE for step in STEPS},
-    "pipeline": BASE | STEPS,
-    "api": BASE | STEPS | {"pipeline"},
-    "__init__": BASE | STEPS | {"pipeline", "api"},
+    "prunable": BASE | STEPS,
+    "pipeline": BASE | STEPS | {"prunable"},
+    "api": BASE | STEPS | {"prunable", "pipeline"},
+    "__init__": BASE | STEPS | {"prunable", "pipeline", "api"},
 }
 ONLY_IN = {
     "botorch": {"search"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.errors import ModelError, UntrustedModelError
 from compressor.model_io import load_model
@@ -59,6 +59,7 @@ def test_arch_beside_the_model_and_its_arguments(weights: Path) -> None:
 
 def test_example_and_provenance(weights: Path) -> None:
     loaded = load_model(weights, arch=ARCH, input_shape=INPUT_SHAPE)
+    assert isinstance(loaded.example_input, Tensor)
     assert loaded.example_input.shape == (1, *INPUT_SHAPE)
     assert loaded.provenance["arch"] == ARCH
     assert len(str(loaded.provenance["sha256"])) == 64
@@ -68,7 +69,7 @@ def test_example_and_provenance(weights: Path) -> None:
     ("arch", "message"),
     [
         (None, "holds weights only.*--arch"),
-        ("tests.conftest", "must be package.module:factory"),
+        ("tests.conftest", "package.module:factory"),
         ("no_such_module:make", "cannot import no_such_module"),
         ("tests.conftest:make_conv_nett", "Did you mean 'make_conv_net'"),
         ("tests.conftest:INPUT_SHAPE", "Unknown function of tests.conftest"),

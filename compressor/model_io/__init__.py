@@ -1,39 +1,39 @@
 """Model file -> nn.Module and example input; which files are trusted.
 
 A state_dict, or a checkpoint that holds one, is read with torch's restricted unpickler, which
-builds tensors and plain containers and runs no code. Its architecture is a factory that the user
-names (`--arch pkg.mod:factory`). A pickled module runs code from the file while it is read, so it
-needs `--trust`.
+builds tensors and plain containers and runs no code. Its architecture is one of torchvision's or
+timm's (`--arch torchvision:resnet18`), or a factory that the user names
+(`--arch pkg.mod:factory`). A pickled module runs code from the file while it is read, so it needs
+`--trust`. So does a `.pt2` program with pickles in it, which torch.export.load would unpickle
+unasked.
 """
 
-import contextlib
 import hashlib
-import importlib
-import inspect
 import pickle
-import sys
-import traceback
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import ModelError, UntrustedModelError, unknown_name
-from compressor.values import BATCH_NORMS, LoadedModel
+from compressor.errors import ModelError, UntrustedModelError
+from compressor.model_io.architectures import (
+    LIBRARIES,
+    USER_CODE_FAILURES,
+    build,
+    importable,
+    own_input_shape,
+    told,
+)
+from compressor.model_io.programs import PROGRAM_SUFFIX, read_program
+from compressor.values import BATCH_NORMS, Example, LoadedModel
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
-# What code that is not ours may raise while it is imported, called or unpickled.
-_USER_CODE_FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
-    RuntimeError, SyntaxError, TypeError, ValueError,
-)  # fmt: skip
 REFUSED_SUFFIXES = {
     ".onnx": "an ONNX file; give the PyTorch model that it was exported from",
-    ".pt2": "a torch.export program, which is not read yet; save its state_dict and give --arch",
     ".engine": "a TensorRT engine; give the PyTorch model that it was built from",
     ".safetensors": "a safetensors file; load it and torch.save its tensors as a state_dict",
 }
@@ -50,12 +50,14 @@ def load_model(
     """The trained network in eval mode on the CPU, and an input to trace it with.
 
     Args:
-        path: A state_dict or a checkpoint holding one; or a pickled module, with `trust`.
-        arch: "package.module:factory"; called with `arch_args`, returns the module. Modules
-            beside the model file and in the current folder are found too.
+        path: A state_dict or a checkpoint holding one; a `.pt2` program, which comes back as
+            torch.export makes it; or a pickled module, with `trust`.
+        arch: `torchvision:NAME`, `timm:NAME`, or "package.module:factory", which is called with
+            `arch_args` and returns the module. Modules beside the model file and in the current
+            folder are found too. A checkpoint may name one of the first two itself.
         arch_args: Keyword arguments of the factory.
-        input_shape: `(c, h, w)` of one input.
-        trust: Read a pickled module although that runs code from the file.
+        input_shape: `(c, h, w)` of one input; None takes the architecture's or program's own.
+        trust: Read pickles in the file although that runs code from it.
 
     Raises:
         ModelError: The file, the architecture or the weights cannot be used.
@@ -65,22 +67,27 @@ def load_model(
         raise ModelError(f"No model file at {path}.")
     if path.suffix in REFUSED_SUFFIXES:
         raise ModelError(f"{path} is {REFUSED_SUFFIXES[path.suffix]}.")
-    content = _read(path, trust=trust)
-    if isinstance(content, nn.Module):
-        module = content
+    example: Example | None = None
+    if path.suffix == PROGRAM_SUFFIX:
+        if arch is not None:
+            raise ModelError(f"{path} is a program and describes itself; leave --arch away.")
+        module, example = read_program(path, trust=trust)
     else:
-        if arch is None:
-            raise ModelError(
-                f"{path} holds weights only. Name the function that builds their network: "
-                f"--arch package.module:factory."
-            )
-        module = build(arch, dict(arch_args or {}), beside=path.parent)
-        load_weights(path, module, find_state_dict(path, content), arch)
+        content = _read(path, trust=trust)
+        if isinstance(content, nn.Module):
+            module = content
+        else:
+            arch = arch or _named_in(path, content)
+            module = build(arch, dict(arch_args or {}), beside=path.parent)
+            load_weights(path, module, find_state_dict(path, content), arch)
+        module = module.cpu().eval()
     check_usable(path, module)
-    if input_shape is None:
+    if input_shape is None and example is None:
+        input_shape = own_input_shape(module, arch)
+    if input_shape is not None:
+        example = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
+    if example is None:
         raise ModelError("The shape of one input is not known; give --input-shape C,H,W or data.")
-    module = module.cpu().eval()
-    example = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
     provenance = {
         "file": path.name,
         "sha256": sha256(path),
@@ -88,6 +95,22 @@ def load_model(
         "arch_args": dict(arch_args or {}),
     }
     return LoadedModel(module, example, provenance)
+
+
+def _named_in(path: Path, content: object) -> str:
+    """The architecture that a checkpoint names; only well-known ones, for it decides what runs.
+
+    Raises:
+        ModelError: It names none, or another.
+    """
+    named = content.get("arch") if isinstance(content, Mapping) else None
+    if isinstance(named, str) and named.partition(":")[0] in LIBRARIES:
+        return named
+    says = f" (it says arch={named!r})" if isinstance(named, str) else ""
+    raise ModelError(
+        f"{path} holds weights only{says}. Name their network: --arch torchvision:NAME, "
+        f"--arch timm:NAME, or the function that builds it, --arch package.module:factory."
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -188,77 +211,10 @@ def _read(path: Path, *, trust: bool) -> object:
     else:
         return content
     try:
-        with _importable(path.parent):
+        with importable(path.parent):
             return torch.load(path, map_location="cpu", weights_only=False)
-    except (*_USER_CODE_FAILURES, EOFError, pickle.UnpicklingError) as err:
-        raise ModelError(f"{path} cannot be unpickled: {_told(err)}.") from err
-
-
-def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Module:
-    """What the factory `arch`, "package.module:factory", returns for `arch_args`.
-
-    Raises:
-        ModelError: It cannot be imported or called, or returns no module.
-    """
-    module_name, _, factory_name = arch.partition(":")
-    if not module_name or not factory_name:
-        raise ModelError(f"--arch must be package.module:factory; got {arch!r}.")
-    with _importable(beside):
-        _forget_namesake(module_name.partition(".")[0], beside)
-        try:
-            python_module = importlib.import_module(module_name)
-        except _USER_CODE_FAILURES as err:
-            raise ModelError(
-                f"--arch {arch}: cannot import {module_name}: {_told(err)}. It is looked for in "
-                f"the current folder, beside the model and among installed packages."
-            ) from err
-    factory = getattr(python_module, factory_name, None)
-    if not callable(factory):
-        known = [n for n, v in vars(python_module).items() if callable(v) and n[0] != "_"]
-        where = f"function of {module_name} (--arch)"
-        raise ModelError(unknown_name(where, factory_name, known))
-    try:
-        with contextlib.suppress(ValueError):  # some builtins tell no signature
-            inspect.signature(factory).bind(**arch_args)
-    except TypeError as err:
-        raise ModelError(f"--arch {arch} does not take --arch-arg {arch_args}: {err}.") from err
-    with _importable(beside):
-        try:
-            module = factory(**arch_args)
-        except _USER_CODE_FAILURES as err:
-            raise ModelError(f"--arch {arch} failed: {_told(err)}.") from err
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"--arch {arch} returned a {type(module).__name__}, not an nn.Module.")
-    return module
-
-
-def _told(err: BaseException) -> str:
-    """The kind and text of an error in the user's code, and its line."""
-    place = ""
-    for frame in traceback.extract_tb(err.__traceback__):
-        if frame.filename != __file__ and not frame.filename.startswith("<"):
-            place = f" ({frame.filename}, line {frame.lineno})"
-    return f"{type(err).__name__}: {err}{place}"
-
-
-def _forget_namesake(module_name: str, beside: Path) -> None:
-    """Two projects may each have a `network.py`; Python would keep the first it saw."""
-    wanted = (beside / f"{module_name}.py").resolve()
-    known = getattr(sys.modules.get(module_name), "__file__", None)
-    if known is not None and wanted.is_file() and Path(known).resolve() != wanted:
-        del sys.modules[module_name]
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Python modules in `folder` and in the current folder can be imported meanwhile."""
-    extra = [str(folder.resolve()), str(Path.cwd())]
-    sys.path[:0] = extra
-    try:
-        yield
-    finally:
-        for entry in extra:
-            sys.path.remove(entry)
+    except (*USER_CODE_FAILURES, EOFError, pickle.UnpicklingError) as err:
+        raise ModelError(f"{path} cannot be unpickled: {told(err)}.") from err
 
 
 def load_weights(
@@ -294,5 +250,20 @@ def load_weights(
         if keys
     ]
     if faults:
-        raise ModelError(f"{path} does not fit --arch {arch}. {'; '.join(faults)}.")
+        hint = _class_count_hint(arch, state_dict, expected)
+        raise ModelError(f"{path} does not fit --arch {arch}. {'; '.join(faults)}.{hint}")
     module.load_state_dict(dict(state_dict))
+
+
+def _class_count_hint(
+    arch: str, state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> str:
+    """What to do where nothing but the number of classes differs."""
+    other = [key for key in expected if key in state_dict
+             and state_dict[key].shape != expected[key].shape]  # fmt: skip
+    counts = {state_dict[key].shape[:1] for key in other}
+    tails = all(state_dict[key].shape[1:] == expected[key].shape[1:] for key in other)
+    if arch.partition(":")[0] not in LIBRARIES or len(counts) != 1 or not tails:
+        return ""
+    (count,) = counts
+    return f" It seems to have {count[0]} classes: give --arch-arg num_classes={count[0]}."

@@ -1,0 +1,111 @@
+"""From a network to its channel groups, and why a group is locked.
+
+How it works. The network runs once on the example input while `record.py` watches every ATen
+operation. Each position along the channel dimension of every tensor carries a *label*. A
+convolution writes fresh labels; batch-norm, activations and pooling hand them on; a view, a
+concatenation or a shuffle moves them; a sum *joins* the labels of its operands position by
+position. Labels that end up joined can only be removed together, and those that lie in the same
+tensors form one channel group.
+
+Why not torch.export or torch.fx. Both need code that they can trace, which detection networks and
+much of timm are not; both would need a rule for every spelling of an operation (module, function,
+method). ATen, which torch.export itself is built on, has one spelling, whatever runs is seen, and
+exported programs (`.pt2`) go the same way. What a recording cannot see is another branch of the
+code, so code that looks at values of the input is found and locks what it could reach.
+
+An operation without a rule in `rules.py` locks what it reads, with its name and the user's line:
+unknown means locked, never guessed.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compressor.errors import GraphError
+from compressor.graph.record import Record, record
+from compressor.values import ChannelGroup, Cost, Example, call, example_shapes
+
+# What code that is not ours may raise while it runs.
+FORWARD_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def channel_groups(model: nn.Module, example_input: Example) -> tuple[ChannelGroup, ...]:
+    """Channels that can only be removed together, in graph order.
+
+    Args:
+        model: In eval mode; it is not changed.
+        example_input: `(1, c, h, w)`, as the model takes it; a tuple holds positional arguments,
+            a dict keyword arguments.
+
+    Raises:
+        GraphError: The network is in training mode, does not take `example_input`, or depends on
+            values of its input so early that nothing is left to prune.
+    """
+    if any(module.training for module in model.modules()):
+        raise GraphError(f"{type(model).__name__} is in training mode; call .eval() first.")
+    try:
+        seen = record(model, example_input)
+    except FORWARD_FAILURES as err:
+        raise _not_taken(model, example_input, err) from err
+    groups = seen.labels.groups(seen.locked_tensors)
+    _check_static(model, seen, groups)
+    return groups
+
+
+def outputs(model: nn.Module, example_input: Example) -> Any:
+    """What `model` returns for `example_input`, without gradients.
+
+    Raises:
+        GraphError: It does not take that input.
+    """
+    try:
+        with torch.no_grad():
+            return call(model, example_input)
+    except FORWARD_FAILURES as err:
+        raise _not_taken(model, example_input, err) from err
+
+
+def cost(module: nn.Module, example_input: Example) -> Cost:
+    """Multiply-accumulates of convolutions and matrix products, and parameters, for one example.
+
+    Biases, norms, activations and pooling are not counted, as usual in this field.
+
+    Args:
+        module: Not changed.
+        example_input: One example.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        call(module, example_input)
+    return Cost(
+        macs=counter.get_total_flops() // 2,
+        params=sum(p.numel() for p in module.parameters()),
+    )
+
+
+def _check_static(model: nn.Module, seen: Record, groups: tuple[ChannelGroup, ...]) -> None:
+    """Refuses a network in which nothing but its dynamic code keeps channels from pruning."""
+    if seen.dynamic is not None and all(g.locked_because for g in groups):
+        raise GraphError(
+            f"{type(model).__name__} cannot be pruned: {seen.dynamic}. Another input may take "
+            f"another way, which one forward pass does not show. Move that code out of the "
+            f"model, or freeze that part into one way."
+        )
+
+
+def _not_taken(model: nn.Module, example: Example, err: BaseException) -> GraphError:
+    return GraphError(
+        f"{type(model).__name__} does not take an input of shape {example_shapes(example)}: "
+        f"{_told(err)}. Give the shape that it was trained with (--input-shape C,H,W; image "
+        f"files are read as colour unless C is 1)."
+    )
+
+
+def _told(err: BaseException) -> str:
+    lines = str(err).strip().splitlines()
+    return f"{type(err).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,257 @@
+"""Rules for operations that move channels about: views, slices, concatenations, shuffles.
+
+Legend: `g` groups of a channel shuffle, `r` upscale factor of a pixel shuffle.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from compressor.graph.layers import labels_read
+from compressor.graph.record import Call, Channels, Outcome, all_equal, tensor_dim
+
+_WHOLE = slice(None)
+
+
+def view(call: Call) -> Outcome:
+    """Reshapes. Where channels are cut in two dimensions they stay a rectangle.
+
+    The positions of old and new shape are refined to common factors. The new dimension that
+    holds most of the channels becomes the channel dimension; channels that share a place in it
+    are tied, so that user code that reads the sizes goes on working.
+    """
+    source = next(call.tensors())
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    if "dtype" in call.args:
+        return call.unknown()
+    shape = tuple(call.out.shape)
+    n = len(state.labels)
+    if n == 1:
+        call.lock(state.labels, "it has a single channel")
+        return call.fixed("it has a single channel")
+    start = math.prod(source.shape[: state.dim])
+    ends = {start, start * n, *np.cumprod(shape).tolist(), 1}
+    factors: list[tuple[int, int]] = []  # (first position, size), coarse to fine
+    for low, high in zip(sorted(ends), sorted(ends)[1:], strict=False):
+        if high % low:
+            return call.unknown()
+        factors.append((low, high // low))
+    within = [size for low, size in factors if start <= low < start * n]
+    labels = state.labels.reshape(within)
+    at = 1
+    spans = []  # the factors that each new dimension covers
+    for size in shape:
+        spans.append([(low, f) for low, f in factors if at <= low < at * size])
+        at *= size
+    inside = [[f for low, f in span if start <= low < start * n] for span in spans]
+    dim = max(range(len(shape)), key=lambda d: math.prod(inside[d]) if inside[d] else 0)
+    first = sum(len(inside[d]) for d in range(dim))
+    axes = range(first, first + len(inside[dim]))
+    others = tuple(axis for axis in range(labels.ndim) if axis not in axes)
+    if others:
+        kept = labels[tuple(_WHOLE if a in axes else slice(0, 1) for a in range(labels.ndim))]
+        call.labels.join(labels, kept)
+        labels = kept.reshape([within[a] for a in axes])
+    full = [f for _, f in spans[dim]]
+    shown = [f if start <= low < start * n else 1 for low, f in spans[dim]]
+    return Channels(dim, np.broadcast_to(labels.reshape(shown), full).ravel())
+
+
+def permute(call: Call) -> Outcome:
+    """Transposes of all kinds."""
+    source = next(call.tensors())
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    return Channels(order_of(call, source).index(state.dim), state.labels)
+
+
+def order_of(call: Call, source: Tensor) -> list[int]:
+    """Old dimension of each new one."""
+    order = list(range(source.ndim))
+    if call.name == "permute":
+        return [tensor_dim(d, source.ndim) for d in call.args["dims"]]
+    a, b = (call.args["dim0"], call.args["dim1"]) if call.name == "transpose" else (0, -1)
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def expand(call: Call) -> Outcome:
+    """Repeats along dimensions of size 1, without copying."""
+    source = next(call.tensors())
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    dim = state.dim + call.out.ndim - source.ndim
+    if call.out.shape[dim] != len(state.labels):
+        return call.unknown(f"{call.where} spreads it over all channels")
+    return Channels(dim, state.labels)
+
+
+def repeat(call: Call) -> Outcome:
+    """Copies the tensor along each dimension."""
+    source = next(call.tensors())
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    dim = state.dim + call.out.ndim - source.ndim
+    return Channels(dim, np.tile(state.labels, call.args["repeats"][dim]))
+
+
+def select(call: Call) -> Outcome:
+    """One place of a dimension, which disappears."""
+    source = next(call.tensors())
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    dim = tensor_dim(call.args["dim"], source.ndim)
+    if dim == state.dim:
+        return call.unknown(f"{call.where} picks single channels")
+    one = Channels(state.dim - (dim < state.dim), state.labels)
+    return one if isinstance(call.out, Tensor) else [one] * len(call.out)
+
+
+def slice_(call: Call) -> Outcome:
+    """A range of a dimension."""
+    state, dim = _along(call)
+    if dim != state.dim:
+        return state
+    if call.args.get("step", 1) != 1:
+        return call.unknown(f"{call.where} picks every other channel")
+    start = call.args.get("start") or 0
+    start = start + len(state.labels) if start < 0 else start
+    return Channels(dim, state.labels[start : start + call.out.shape[dim]])
+
+
+def split(call: Call) -> Outcome:
+    """Several ranges of a dimension; equal ones lose the same channels and stay equal."""
+    state, dim = _along(call)
+    if dim != state.dim:
+        return [state] * len(call.out)
+    sizes = [part.shape[dim] for part in call.out]
+    parts = np.split(state.labels, np.cumsum(sizes)[:-1])
+    if all_equal(sizes):
+        for part in parts[1:]:
+            call.labels.join(parts[0], part)
+    return [Channels(dim, part) for part in parts]
+
+
+def cat(call: Call) -> Outcome:
+    """Tensors side by side; along another dimension than their channels they are tied."""
+    tensors = [t for t in call.args["tensors"] if t.numel() or t.ndim > 1]
+    states = [call.state(t) for t in tensors]
+    dim = tensor_dim(call.args["dim"], call.out.ndim)
+    dims = {s.dim for s in states if isinstance(s, Channels)}
+    if len(dims) > 1:
+        return call.unknown(f"{call.where} mixes two kinds of channels")
+    channel_dim = dims.pop()
+    parts = [
+        s.labels if isinstance(s, Channels)
+        else labels_read(call, s, t.shape[channel_dim])
+        for t, s in zip(tensors, states, strict=True)
+    ]  # fmt: skip
+    if channel_dim == dim:
+        return Channels(dim, np.concatenate(parts))
+    for part in parts[1:]:
+        call.labels.join(parts[0], part)
+    return Channels(channel_dim, parts[0])
+
+
+def stack(call: Call) -> Outcome:
+    """Tensors along a new dimension."""
+    tensors = call.args["tensors"]
+    states = [call.state(t) for t in tensors]
+    dims = {s.dim if isinstance(s, Channels) else None for s in states}
+    (dim, *more) = dims
+    if more or dim is None:
+        return call.unknown()
+    first, *rest = [s.labels for s in states if isinstance(s, Channels)]
+    for labels in rest:
+        call.labels.join(first, labels)
+    new = tensor_dim(call.args["dim"], call.out.ndim)
+    return Channels(dim + (new <= dim), first)
+
+
+def pad(call: Call) -> Outcome:
+    """Constant padding; padded channels hold a constant and go with what they are added to."""
+    source = call.args["self"]
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    sizes = call.args["pad"]
+    at = 2 * (source.ndim - 1 - state.dim)
+    left, right = sizes[at : at + 2] if at < len(sizes) else (0, 0)
+    if left < 0 or right < 0:
+        return call.unknown()
+    fresh = call.labels.fresh
+    parts = (fresh(left), state.labels, fresh(right)) if left or right else (state.labels,)
+    return Channels(state.dim, np.concatenate(parts))
+
+
+def pixel_shuffle(call: Call) -> Outcome:
+    """`r*r` channels become the pixels of one; they go together."""
+    state = call.state(call.args["self"])
+    assert isinstance(state, Channels)
+    if state.dim != call.out.ndim - 3:
+        return call.unknown()
+    blocks = state.labels.reshape(call.out.shape[-3], -1)
+    call.labels.join(blocks, blocks[:, :1])
+    return Channels(state.dim, blocks[:, 0])
+
+
+def pixel_unshuffle(call: Call) -> Outcome:
+    """The pixels of one channel become `r*r` channels."""
+    state = call.state(call.args["self"])
+    assert isinstance(state, Channels)
+    if state.dim != call.out.ndim - 3:
+        return call.unknown()
+    return Channels(state.dim, np.repeat(state.labels, call.args["downscale_factor"] ** 2))
+
+
+def channel_shuffle(call: Call) -> Outcome:
+    """Position `(i, j)` of `(g, n/g)` goes to `(j, i)`; the same `j` of every group is tied."""
+    state = call.state(call.args["self"])
+    assert isinstance(state, Channels)
+    if state.dim != 1:
+        return call.unknown()
+    g = call.args["groups"]
+    rows = state.labels.reshape(g, -1)
+    call.labels.join(rows[:1], rows)
+    return Channels(1, np.repeat(rows[0], g))
+
+
+def glu(call: Call) -> Outcome:
+    """One half gates the other."""
+    state, dim = _along(call)
+    if dim != state.dim:
+        return state
+    first, second = np.split(state.labels, 2)
+    call.labels.join(first, second)
+    return Channels(dim, first)
+
+
+def unchanged_elsewhere(call: Call) -> Outcome:
+    """Operations along one dimension that would mix channels, were they along theirs."""
+    state, dim = _along(call)
+    if dim == state.dim:
+        return call.unknown()
+    return state
+
+
+def flip(call: Call) -> Outcome:
+    """Turns dimensions around."""
+    source = next(call.tensors())
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    dims = call.args["dims"]
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims or state.dim in {tensor_dim(d, source.ndim) for d in dims}:
+        return call.unknown()
+    return state
+
+
+def _along(call: Call) -> tuple[Channels, int]:
+    """The state of the first tensor, and the dimension that the operation goes along."""
+    source = next(call.tensors())
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    dim: Any = call.args.get("dim", 0)
+    return state, tensor_dim(dim, source.ndim)

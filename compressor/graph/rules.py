@@ -1,0 +1,168 @@
+"""Which rule an ATen operation follows.
+
+Every rule is a function of a `Call`; it returns the state of the output (or one state for each
+output) after joining and locking labels. What has no rule locks what it reads: unknown means
+locked, never guessed.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from compressor.graph.layers import convolution, linear
+from compressor.graph.moves import (
+    cat,
+    channel_shuffle,
+    expand,
+    flip,
+    glu,
+    order_of,
+    pad,
+    permute,
+    pixel_shuffle,
+    pixel_unshuffle,
+    repeat,
+    select,
+    slice_,
+    split,
+    stack,
+    unchanged_elsewhere,
+    view,
+)
+from compressor.graph.per_channel import (
+    TRAILING_DIMS,
+    elementwise,
+    group_norm,
+    layer_norm,
+    norm_over_batch,
+    over_dims,
+    over_trailing_dims,
+    roi_align,
+)
+from compressor.graph.record import (
+    Call,
+    Channels,
+    Fixed,
+    Outcome,
+    State,
+    Weight,
+    depends_on_input,
+)
+
+Rule = Callable[[Call], Outcome]
+
+LOOKS_AT_VALUES = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
+
+
+def outcome(call: Call, *, is_pointwise: bool) -> Outcome:
+    """The states of what `call` returned."""
+    states = [call.state(tensor) for tensor in call.tensors()]
+    if call.name in LOOKS_AT_VALUES:
+        if any(map(depends_on_input, states)):
+            call.record.look_at_value(call.where)
+        return call.unknown()
+    if not any(isinstance(state, Channels) for state in states) and call.name not in PRODUCERS:
+        return _without_channels(call, states, is_pointwise=is_pointwise)
+    if call.name in METADATA:
+        return call.fixed("it is a constant")
+    if call.name in RULES:
+        is_ready = call.name in MANY or isinstance(states[0], Channels)
+        return RULES[call.name](call) if is_ready else call.unknown()
+    if is_pointwise or call.name in POINTWISE:
+        return elementwise(call)
+    if call.name in TRAILING_DIMS:
+        return over_trailing_dims(call)
+    return call.unknown()
+
+
+def _without_channels(
+    call: Call, states: Sequence[State | None], *, is_pointwise: bool
+) -> Outcome:
+    """Weights stay weights under views and functions of each element; the rest is fixed."""
+    weights = [state for state in states if isinstance(state, Weight)]
+    fixed = [state for state in states if isinstance(state, Fixed)]
+    if weights and not fixed and isinstance(call.out, Tensor):
+        if is_pointwise or call.name in POINTWISE:
+            return _pointwise_weight(call)
+        if len(weights) == 1:
+            dims = _view_dims(call)
+            if dims is not None:
+                return weights[0].through(dims)
+    for weight in weights:
+        call.record.lock_tensors(weight, f"{weight.sources[0][0]} is used by {call.where}")
+    if fixed:
+        return call.fixed(fixed[0].because)
+    return call.fixed(f"it is computed from {weights[0].sources[0][0]}")
+
+
+def _pointwise_weight(call: Call) -> Outcome:
+    """Each element of the output depends on one element of each weight."""
+    n_dims = call.out.ndim
+    sources: list[tuple[str, tuple[int | None, ...]]] = []
+    for tensor in call.tensors():
+        state, shift = call.state(tensor), call.out.ndim - tensor.ndim
+        if isinstance(state, Weight):
+            dims = [
+                None if d < shift or tensor.shape[d - shift] == 1 else d - shift
+                for d in range(n_dims)
+            ]
+            sources += state.through(dims).sources
+        elif tensor.numel() > 1:
+            return call.unknown(f"{call.where} combines it with a constant")
+    return Weight(tuple(sources))
+
+
+def _view_dims(call: Call) -> Sequence[int | None] | None:
+    """For each dimension of a view, the viewed one; None if this is more than a view."""
+    source = next(call.tensors())
+    if call.name in ("permute", "transpose", "t"):
+        return order_of(call, source)
+    is_view = call.name in VIEWS
+    if call.name == "repeat":
+        is_view = set(call.args["repeats"]) == {1}
+    sizes = [n for n in source.shape if n != 1]
+    if not is_view or sizes != [n for n in call.out.shape if n != 1]:
+        return None
+    rest = [d for d, n in enumerate(source.shape) if n != 1]
+    return [None if n == 1 else rest.pop(0) for n in call.out.shape]
+
+
+VIEWS = frozenset({
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "expand",
+    "detach", "alias", "clone", "_to_copy", "contiguous", "lift_fresh",
+})  # fmt: skip
+# Element by element, though ATen does not tag them so.
+POINTWISE = frozenset({
+    "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "celu", "selu", "mish",
+    "softplus", "gelu", "silu", "relu6", "relu", "log_sigmoid_forward", "detach", "alias",
+    "clone", "_to_copy", "contiguous", "lift_fresh", "copy", "fill", "zero", "native_dropout",
+    "dropout", "nan_to_num", "threshold", "softshrink", "hardshrink", "zeros_like", "ones_like",
+    "rsub", "masked_fill", "_prelu_kernel",
+})  # fmt: skip
+# Take from the tensor no more than its shape, kind and place.
+METADATA = frozenset({
+    "new_zeros", "new_ones", "new_full", "new_empty", "empty_like", "rand_like", "randn_like",
+})  # fmt: skip
+MANY = frozenset({"convolution", "mm", "addmm", "linear", "cat", "stack"})
+PRODUCERS = frozenset({"convolution", "mm", "addmm", "linear"})
+RULES: dict[str, Rule] = {
+    "convolution": convolution, "mm": linear, "addmm": linear, "linear": linear,
+    "native_batch_norm": norm_over_batch, "_native_batch_norm_legit": norm_over_batch,
+    "_native_batch_norm_legit_no_training": norm_over_batch, "cudnn_batch_norm": norm_over_batch,
+    "miopen_batch_norm": norm_over_batch, "batch_norm": norm_over_batch,
+    "native_group_norm": group_norm, "native_layer_norm": layer_norm,
+    "mean": over_dims, "sum": over_dims, "amax": over_dims, "amin": over_dims, "var": over_dims,
+    "std": over_dims, "var_mean": over_dims, "std_mean": over_dims, "max": over_dims,
+    "min": over_dims, "argmax": over_dims, "argmin": over_dims, "logsumexp": over_dims,
+    "linalg_vector_norm": over_dims, "norm": over_dims, "prod": over_dims, "any": over_dims,
+    "all": over_dims, "_softmax": over_dims, "_log_softmax": over_dims, "cumsum": over_dims,
+    "view": view, "_unsafe_view": view, "reshape": view, "_reshape_alias": view,
+    "squeeze": view, "unsqueeze": view, "permute": permute, "transpose": permute, "t": permute,
+    "expand": expand, "repeat": repeat, "select": select, "unbind": select, "slice": slice_,
+    "split": split, "split_with_sizes": split, "cat": cat, "stack": stack,
+    "constant_pad_nd": pad, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
+    "channel_shuffle": channel_shuffle, "native_channel_shuffle": channel_shuffle, "glu": glu,
+    "index_select": unchanged_elsewhere, "sort": unchanged_elsewhere,
+    "topk": unchanged_elsewhere, "flip": flip, "roll": flip,
+    "torchvision::roi_align": roi_align, "torchvision::roi_pool": roi_align,
+}  # fmt: skip

@@ -1,0 +1,140 @@
+"""Architectures: a library's own by name, or a factory of the user's."""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from compressor.errors import ModelError, unknown_name
+
+OWN_FOLDER = str(Path(__file__).parent)
+LIBRARIES = ("torchvision", "timm")  # networks that a file may name itself
+# What code that is not ours may raise while it is imported, called or unpickled.
+USER_CODE_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Module:
+    """What the factory `arch`, "package.module:factory", returns for `arch_args`.
+
+    Raises:
+        ModelError: It cannot be imported or called, or returns no module.
+    """
+    module_name, _, factory_name = arch.partition(":")
+    if not module_name or not factory_name:
+        raise ModelError(
+            f"--arch must be torchvision:NAME, timm:NAME or package.module:factory; got {arch!r}."
+        )
+    if module_name in LIBRARIES:
+        return _build_from_library(module_name, factory_name, arch_args)
+    with importable(beside):
+        _forget_namesake(module_name.partition(".")[0], beside)
+        try:
+            python_module = importlib.import_module(module_name)
+        except USER_CODE_FAILURES as err:
+            raise ModelError(
+                f"--arch {arch}: cannot import {module_name}: {told(err)}. It is looked for in "
+                f"the current folder, beside the model and among installed packages."
+            ) from err
+    factory = getattr(python_module, factory_name, None)
+    if not callable(factory):
+        known = [n for n, v in vars(python_module).items() if callable(v) and n[0] != "_"]
+        where = f"function of {module_name} (--arch)"
+        raise ModelError(unknown_name(where, factory_name, known))
+    try:
+        with contextlib.suppress(ValueError):  # some builtins tell no signature
+            inspect.signature(factory).bind(**arch_args)
+    except TypeError as err:
+        raise ModelError(f"--arch {arch} does not take --arch-arg {arch_args}: {err}.") from err
+    with importable(beside):
+        try:
+            module = factory(**arch_args)
+        except USER_CODE_FAILURES as err:
+            raise ModelError(f"--arch {arch} failed: {told(err)}.") from err
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"--arch {arch} returned a {type(module).__name__}, not an nn.Module.")
+    return module
+
+
+def _build_from_library(library: str, name: str, arch_args: Mapping[str, object]) -> nn.Module:
+    """A network of torchvision or timm, without pretrained weights: nothing is downloaded."""
+    try:
+        if library == "torchvision":
+            from torchvision import models
+
+            known, factory = models.list_models(), models.get_model
+            fixed: dict[str, object] = {"weights": None}
+            if name in ("googlenet", "inception_v3"):
+                fixed["init_weights"] = False
+            if name in models.list_models(module=models.detection) or name in models.list_models(
+                module=models.segmentation
+            ):
+                fixed["weights_backbone"] = None
+        else:
+            import timm
+
+            known, factory, fixed = timm.list_models(), timm.create_model, {"pretrained": False}
+    except ImportError as err:
+        raise ModelError(
+            f"--arch {library}:{name} needs {library}: pip install 'compressor[{library}]'."
+        ) from err
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise ModelError(f"{library} has no network {name!r}.{hint}")
+    try:
+        module = factory(name, **{**fixed, **arch_args})
+    except USER_CODE_FAILURES as err:
+        raise ModelError(
+            f"--arch {library}:{name} does not take --arch-arg {dict(arch_args)}: {told(err)}."
+        ) from err
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def told(err: BaseException) -> str:
+    """The kind and text of an error in the user's code, and its line."""
+    place = ""
+    for frame in traceback.extract_tb(err.__traceback__):
+        if not frame.filename.startswith(OWN_FOLDER) and not frame.filename.startswith("<"):
+            place = f" ({frame.filename}, line {frame.lineno})"
+    return f"{type(err).__name__}: {err}{place}"
+
+
+def _forget_namesake(module_name: str, beside: Path) -> None:
+    """Two projects may each have a `network.py`; Python would keep the first it saw."""
+    wanted = (beside / f"{module_name}.py").resolve()
+    known = getattr(sys.modules.get(module_name), "__file__", None)
+    if known is not None and wanted.is_file() and Path(known).resolve() != wanted:
+        del sys.modules[module_name]
+
+
+@contextlib.contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Python modules in `folder` and in the current folder can be imported meanwhile."""
+    extra = [str(folder.resolve()), str(Path.cwd())]
+    sys.path[:0] = extra
+    try:
+        yield
+    finally:
+        for entry in extra:
+            sys.path.remove(entry)
+
+
+def own_input_shape(module: nn.Module, arch: str | None) -> tuple[int, ...] | None:
+    """The input that an architecture of a library was made for; None where it is not known."""
+    library, _, name = (arch or "").partition(":")
+    if library == "timm":
+        config = getattr(module, "default_cfg", None) or {}
+        return tuple(config["input_size"]) if "input_size" in config else None
+    if library == "torchvision":
+        return (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
+    return None

@@ -1,0 +1,170 @@
+"""A network in the form in which it can be pruned, proven on the network itself.
+
+Slicing tensors is half of surgery; the forward code must follow the new widths. Code that reads
+sizes from its tensors does, and the user's own module stays what is pruned. Code with sizes
+written into it (`x.view(-1, 256)`) does not: such a network is pruned as its torch.export
+program, in which those numbers are rewritten. Which it is, is not guessed: every group is cut at
+once, and the pruned network must answer like the masked original.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from compressor.errors import GraphError
+from compressor.graph import FORWARD_FAILURES, channel_groups
+from compressor.model_io import load_model as read_file
+from compressor.model_io.programs import PROGRAM_SUFFIX
+from compressor.program import export_program, free_batch, with_layers
+from compressor.surgery import masked, remove_channels
+from compressor.values import ChannelGroup, Example, LoadedModel, Plan, call, tensors_in
+
+# Of the largest output, in float32. A wrong channel shows at 1e-1, rounding at 1e-5.
+PROOF_TOLERANCE = 1e-3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Prunable:
+    """A network and the channel groups that were proven on it.
+
+    Attributes:
+        module: The very network that was given, or its torch.export program.
+        groups: In graph order.
+    """
+
+    module: nn.Module
+    groups: tuple[ChannelGroup, ...]
+
+
+def load_model(
+    path: Path,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, object] | None = None,
+    input_shape: Sequence[int] | None = None,
+    trust: bool = False,
+) -> LoadedModel:
+    """The trained network in eval mode on the CPU, and an input to trace it with.
+
+    See `model_io.load_model` for the arguments and errors. A `.pt2` program comes back with nn
+    modules for its layers, and for any batch size.
+    """
+    loaded = read_file(path, arch=arch, arch_args=arch_args, input_shape=input_shape, trust=trust)
+    if path.suffix != PROGRAM_SUFFIX:
+        return loaded
+    program = free_batch(with_layers(loaded.module), loaded.example_input)
+    return replace(loaded, module=program)
+
+
+def make_prunable(model: nn.Module, example: Example) -> Prunable:
+    """`model`, or its program where its code does not follow the widths of its tensors.
+
+    Where neither can be pruned whole, the groups that cannot be are locked, one by one.
+
+    Raises:
+        GraphError: As for `channel_groups`.
+    """
+    groups = channel_groups(model, example)
+    stirred = _stirred(model)
+    fault = _fault(stirred, groups, _halved(groups), example)
+    if fault is None:
+        return Prunable(model, groups)
+    logger.info("%s does not follow its widths: %s", type(model).__name__, fault)
+    if not isinstance(model, fx.GraphModule):
+        try:
+            program = export_program(model, example)
+        except GraphError as err:
+            logger.info("%s", err)
+        else:
+            theirs = channel_groups(program, example)
+            if _fault(_stirred(program), theirs, _halved(theirs), example) is None:
+                return Prunable(program, theirs)
+    return Prunable(model, _locked_where_wrong(stirred, groups, example))
+
+
+def disagreement(
+    model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan, example: Example
+) -> str | None:
+    """How `model` pruned by `plan` differs from the masked original; None where it does not."""
+    return _fault(_stirred(model), groups, plan, example)
+
+
+def _locked_where_wrong(
+    stirred: nn.Module, groups: tuple[ChannelGroup, ...], example: Example
+) -> tuple[ChannelGroup, ...]:
+    """`groups`, those locked that alone make the pruned network answer wrongly."""
+    checked = []
+    for group in groups:
+        if group.locked_because is None:
+            fault = _fault(stirred, groups, _halved([group]), example)
+            if fault is not None:
+                because = f"the forward code does not follow its width: {fault}"
+                group = replace(group, locked_because=because)
+        checked.append(group)
+    fault = _fault(stirred, checked, _halved(checked), example)
+    if fault is not None:
+        because = f"the forward code does not follow its widths: {fault}"
+        checked = [replace(g, locked_because=g.locked_because or because) for g in checked]
+    return tuple(checked)
+
+
+def _halved(groups: Sequence[ChannelGroup]) -> Plan:
+    """Half the channels of every free group, drawn at random so that a wrong order shows."""
+    rng = np.random.default_rng(0)
+    return Plan({
+        group.name: tuple(sorted(rng.permutation(group.n_channels)[: -(-group.n_channels // 2)]))
+        for group in groups
+        if group.locked_because is None
+    })  # fmt: skip
+
+
+def _stirred(model: nn.Module) -> nn.Module:
+    """A copy in which no norm scale is 0 and no two channels are alike.
+
+    Networks often start with residual branches scaled by 0, behind which nothing can be seen.
+    """
+    stirred = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*stirred.parameters(), *stirred.buffers()):
+            if tensor.is_floating_point() and tensor.numel() == max(tensor.shape, default=0):
+                drawn = torch.rand(tensor.shape, generator=generator) + 0.5
+                tensor.copy_(drawn.to(tensor))
+    return stirred
+
+
+def _fault(
+    model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan, example: Example
+) -> str | None:
+    if not plan.kept:
+        return None
+    expected = _outputs(call(masked(model, groups, plan), example))
+    try:
+        with torch.no_grad():
+            got = _outputs(call(remove_channels(model, groups, plan), example))
+    except FORWARD_FAILURES as err:
+        lines = str(err).strip().splitlines()
+        return f"{type(err).__name__}: {lines[0] if lines else 'no message'}"
+    shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
+    if shapes[0] != shapes[1]:
+        return f"outputs are {shapes[1]}, not {shapes[0]}"
+    largest = max((float(t.abs().max()) for t in expected if t.numel()), default=0.0)
+    error = max(
+        (float((a - b).abs().max()) for a, b in zip(expected, got, strict=True) if a.numel()),
+        default=0.0,
+    )
+    if not error <= PROOF_TOLERANCE * largest:
+        return f"outputs differ by {error:.2g} where the largest is {largest:.2g}"
+    return None
+
+
+def _outputs(output: object) -> list[Tensor]:
+    return [t.double() for t in tensors_in(output)]

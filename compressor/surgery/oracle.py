@@ -1,0 +1,69 @@
+"""What a pruned network is compared with: the original whose readers see zeros."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compressor.surgery.positions import removed_channels
+from compressor.values import ChannelGroup, Plan
+
+
+def masked(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> nn.Module:
+    """`model` whose readers of removed channels see zeros.
+
+    Returns:
+        A module around the very `model`; it answers without gradients, and changes no tensor.
+    """
+    cuts: dict[int, list[tuple[int, int, Tensor]]] = defaultdict(list)
+    for group in groups:
+        removed = removed_channels(group, plan)
+        for reading in group.readings:
+            rows = reading.index[removed].ravel()
+            cut = (reading.argument, reading.dim, torch.from_numpy(rows[rows >= 0]))
+            cuts[reading.call].append(cut)
+    return _Masked(model, cuts)
+
+
+class _Masked(nn.Module):
+    """See `masked`."""
+
+    def __init__(
+        self, model: nn.Module, cuts: Mapping[int, Sequence[tuple[int, int, Tensor]]]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.cuts = cuts
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Operations are numbered as they were recorded: without gradients or inference mode.
+        was_fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), _ZeroInputs(self.cuts):
+                return self.model(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(was_fused)
+
+
+class _ZeroInputs(TorchDispatchMode):
+    """Clears some channels of what some operations read."""
+
+    def __init__(self, cuts: Mapping[int, Sequence[tuple[int, int, Tensor]]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cuts = cuts
+        self.n_calls = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        cleared = list(args)
+        for argument, dim, columns in self.cuts.get(self.n_calls, ()):
+            rows = columns.to(cleared[argument].device)
+            cleared[argument] = cleared[argument].index_fill(dim, rows, 0)
+        self.n_calls += 1
+        return func(*cleared, **(kwargs or {}))

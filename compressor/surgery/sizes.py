@@ -1,0 +1,146 @@
+"""Sizes that stand in the code of a program, made those of its new widths."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from compressor.surgery.positions import Mask, removed_channels
+from compressor.values import ChannelGroup, Plan
+
+aten = torch.ops.aten
+Kept = Mapping[str, tuple[int, Mask]]
+
+
+def rewrite_sizes(program: fx.GraphModule, keep: Mapping[str, tuple[int, Mask]]) -> None:
+    """Makes the numbers in a program's graph those of its new widths, in place.
+
+    Args:
+        program: From `compressor.program`.
+        keep: Node name -> the channel dimension of its output and which positions stay.
+    """
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (node.target in _SIZES):
+            _SIZES[node.target](node, keep)
+    program.recompile()
+
+
+def _rewrite_shape(node: fx.Node, keep: Kept) -> None:
+    """view, reshape, expand: the size of the channel dimension."""
+    if node.name in keep:
+        dim, mask = keep[node.name]
+        sizes = list(_as_list(node.args[1]))
+        if sizes[dim] == len(mask):
+            sizes[dim] = int(mask.sum())
+            node.update_arg(1, sizes)
+
+
+def _rewrite_unflatten(node: fx.Node, keep: Kept) -> None:
+    if node.name in keep:
+        dim, mask = keep[node.name]
+        sizes = list(_as_list(node.args[2]))
+        first = _dim(node, node.args[1])
+        if first <= dim < first + len(sizes) and sizes[dim - first] == len(mask):
+            sizes[dim - first] = int(mask.sum())
+            node.update_arg(2, sizes)
+
+
+def _rewrite_slice(node: fx.Node, keep: Kept) -> None:
+    mask = _source_mask(node, keep)
+    if mask is not None:
+        for position in (2, 3):
+            at = node.args[position] if len(node.args) > position else None
+            if isinstance(at, int):
+                at = at + len(mask) if at < 0 else at
+                node.update_arg(position, int(mask[:at].sum()))
+
+
+def _rewrite_narrow(node: fx.Node, keep: Kept) -> None:
+    mask = _source_mask(node, keep)
+    if mask is not None:
+        start, length = node.args[2], node.args[3]
+        assert isinstance(start, int)
+        assert isinstance(length, int)
+        node.update_arg(2, int(mask[:start].sum()))
+        node.update_arg(3, int(mask[start : start + length].sum()))
+
+
+def _rewrite_split(node: fx.Node, keep: Kept) -> None:
+    mask = _source_mask(node, keep)
+    if mask is None:
+        return
+    (source, how, dim) = (*node.args, 0)[:3]
+    if node.target is aten.split_with_sizes.default:
+        sizes = list(_as_list(how))
+    else:
+        assert isinstance(how, int)
+        size = -(-len(mask) // how) if node.target is aten.chunk.default else how
+        sizes = [min(size, len(mask) - start) for start in range(0, len(mask), size)]
+    parts = np.split(mask, np.cumsum(sizes)[:-1])
+    node.target = aten.split_with_sizes.default
+    node.args = (source, [int(part.sum()) for part in parts], dim)
+
+
+def _rewrite_pad(node: fx.Node, keep: Kept) -> None:
+    if node.name in keep:
+        dim, mask = keep[node.name]
+        sizes = list(_as_list(node.args[1]))
+        at = 2 * (node.meta["val"].ndim - 1 - dim)
+        if at < len(sizes):
+            left, right = sizes[at : at + 2]
+            sizes[at] = int(mask[:left].sum())
+            sizes[at + 1] = int(mask[len(mask) - right :].sum())
+            node.update_arg(1, sizes)
+
+
+def _source_mask(node: fx.Node, keep: Kept) -> Mask | None:
+    """What stays of the node's input, if the node works along its channels."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.name not in keep:
+        return None
+    dim, mask = keep[source.name]
+    position = 1 if node.target in (aten.slice.Tensor, aten.narrow.default) else 2
+    along = node.args[position] if len(node.args) > position else 0
+    return mask if _dim(source, along) == dim else None
+
+
+def _dim(node: fx.Node, dim: Any) -> int:
+    return int(dim) % int(node.meta["val"].ndim)
+
+
+def _as_list(sizes: Any) -> list[Any]:
+    assert isinstance(sizes, (list, tuple))
+    return list(sizes)
+
+
+_SIZES: dict[Any, Callable[[fx.Node, Kept], None]] = {
+    aten.view.default: _rewrite_shape, aten.reshape.default: _rewrite_shape,
+    aten._unsafe_view.default: _rewrite_shape, aten.expand.default: _rewrite_shape,
+    aten.unflatten.int: _rewrite_unflatten, aten.slice.Tensor: _rewrite_slice,
+    aten.narrow.default: _rewrite_narrow, aten.split.Tensor: _rewrite_split,
+    aten.split_with_sizes.default: _rewrite_split, aten.chunk.default: _rewrite_split,
+    aten.constant_pad_nd.default: _rewrite_pad, aten.pad.default: _rewrite_pad,
+}  # fmt: skip
+
+
+def kept_in_nodes(
+    program: fx.GraphModule, groups: Sequence[ChannelGroup], plan: Plan
+) -> dict[str, tuple[int, Mask]]:
+    """Node name -> the channel dimension of its output and which positions stay."""
+    sizes = {
+        node.name: node.meta["val"].shape
+        for node in program.graph.nodes
+        if isinstance(node.meta.get("val"), Tensor)
+    }
+    keep: dict[str, tuple[int, Mask]] = {}
+    for group in groups:
+        removed = removed_channels(group, plan)
+        for where in group.nodes:
+            if len(removed) and where.node in sizes:
+                whole = np.ones(sizes[where.node][where.dim], dtype=np.bool_)
+                _, mask = keep.setdefault(where.node, (where.dim, whole))
+                rows = where.index[removed].ravel()
+                mask[rows[rows >= 0]] = False
+    return keep
