@@ -35,13 +35,20 @@ compress targets            device profiles
 compress report RUN         the result of a run, or what an unfinished one has
 """
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Trained network (state_dict).")]
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="Trained network: state_dict, checkpoint or .pt2."),
+]
 Target = Annotated[
     str | None, typer.Option(help="Device profile: a name from `compress targets`, or a path.")
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(metavar="PKG.MOD:FUNC", help="Function that builds a state_dict's network."),
+    typer.Option(
+        metavar="LIB:NAME",
+        help="What builds a state_dict's network: torchvision:resnet18, timm:NAME, or your own "
+        "package.module:function.",
+    ),
 ]
 ArchArg = Annotated[
     list[str] | None,
@@ -52,7 +59,7 @@ InputShape = Annotated[
     str | None, typer.Option(metavar="C,H,W", help="Shape of one input, where there is no data.")
 ]
 Trust = Annotated[
-    bool | None, typer.Option("--trust", help="Read a pickled module; runs code from the file.")
+    bool | None, typer.Option("--trust", help="Read pickles in MODEL; runs code from it.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -79,7 +86,11 @@ def run(
         int | None, typer.Option(help="Clusters channel groups start in. Default 3.")
     ] = None,
     importance: Annotated[
-        str | None, typer.Option(help="How channels are ranked: l1, l2. Default l1.")
+        str | None,
+        typer.Option(
+            help="How channels are ranked: l1, l2, geometric-median, bn-scale, taylor, cpmc, "
+            "random. Default l1."
+        ),
     ] = None,
     min_keep_ratio: Annotated[
         float | None, typer.Option(help="Floor of every group's width. Default 0.1.")
@@ -143,17 +154,16 @@ def inspect(
     trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
-    """Lists channel groups and why some are locked, before hours are spent."""
+    """Lists channel groups, what they cost, and why some are locked, before hours are spent.
+
+    Example: compress inspect weights.pt --arch torchvision:resnet50
+    """
     flags = _given(locals()) | {"target": "host-cpu"}
 
     def work() -> int:
         loaded, groups = compressor.inspect_model(compressor.load_config(model, flags))
         if as_json:
-            rows = [
-                {"name": g.name, "channels": g.n_channels, "locked_because": g.locked_because}
-                for g in groups
-            ]
-            _print(json.dumps(rows, indent=2))
+            _print(json.dumps(compressor.groups_json(groups), indent=2))
         else:
             paper = compressor.cost(loaded.module, loaded.example_input)
             _print(compressor.groups_report(groups, paper))

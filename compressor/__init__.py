@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compressor.pipeline import compress
     from compressor.prunable import load_model
     from compressor.report import (
+        groups_json,
         groups_report,
         latency_json,
         latency_report,
@@ -43,6 +44,7 @@ __all__ = [
     "cost",
     "export_onnx",
     "folder_report",
+    "groups_json",
     "groups_report",
     "inspect_model",
     "latency_json",
@@ -70,6 +72,7 @@ _HOMES = {
     "compressor.pipeline": ("compress",),
     "compressor.prunable": ("load_model",),
     "compressor.report": (
+        "groups_json",
         "groups_report",
         "latency_json",
         "latency_report",

@@ -25,6 +25,10 @@ _CONVOLUTIONS: dict[Any, type[nn.Module]] = {
     aten.conv_transpose2d.input: nn.ConvTranspose2d,
     aten.conv_transpose3d.input: nn.ConvTranspose3d,
 }  # fmt: skip
+_CORE_CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {  # (dimensions, transposed)
+    (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
+    (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
+}  # fmt: skip
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
@@ -162,13 +166,14 @@ def _with_options(
 ) -> nn.Module | None:
     """The layer with the node's options and no tensors of its own yet; None for other nodes."""
     weight, has_bias = tensors["weight"], "bias" in tensors
-    kind = _CONVOLUTIONS.get(node.target)
+    kind, n_dims = _CONVOLUTIONS.get(node.target), weight.ndim - 2
+    is_transposed = bool(given.get("transposed", "output_padding" in given))
+    if node.target is aten.convolution.default:
+        kind = _CORE_CONVOLUTIONS[n_dims, is_transposed]
     if kind is not None and isinstance(given["padding"], (list, tuple)):
-        is_transposed = "output_padding" in given
         n_in, n_out = weight.shape[0], weight.shape[1] * given["groups"]
         if not is_transposed:
             n_in, n_out = weight.shape[1] * given["groups"], weight.shape[0]
-        n_dims = weight.ndim - 2
         names = ("stride", "padding", "dilation", *(["output_padding"] * is_transposed))
         options = {name: _per_dim(given[name], n_dims) for name in names}
         return kind(

@@ -1,5 +1,6 @@
 """Result -> text for people."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,21 +98,60 @@ def trials_json(trials: Sequence[Trial]) -> str:
 
 
 def groups_report(groups: Sequence[ChannelGroup], paper: Cost) -> str:
-    """Every channel group, who writes and reads it, and why it is locked."""
-    rows = [("group", "channels", "", "written by", "read by")]
+    """Every channel group: who is tied to whom, what it costs, and why it is locked."""
+    rows = [("group", "channels", "", "MACs", "params", "written by", "read by")]
     rows += [
-        (g.name, str(g.n_channels), "locked" if g.locked_because else "",
-         ", ".join(g.modules(Role.PRODUCER)), ", ".join(g.modules(Role.CONSUMER)) or "-")
+        (g.name, f"{g.n_channels} x {g.unit}" if g.unit > 1 else str(g.n_channels),
+         "locked" if g.locked_because else "", _si(g.cost.macs), _si(g.cost.params),
+         _names(g.modules(Role.PRODUCER)), _names(g.modules(Role.CONSUMER)) or "-")
         for g in groups
     ]  # fmt: skip
-    locked = [f"  {g.name}: {g.locked_because}" for g in groups if g.locked_because]
+    free = [g for g in groups if not g.locked_because]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for group in groups:
+        if group.locked_because:
+            reasons[group.locked_because].append(group.name)
     return "\n".join([
-        *_aligned(rows, right=(1,)),
+        *_aligned(rows, right=(1, 3, 4)),
         "",
-        f"{paper.macs / 1e6:.2f} M multiply-accumulates, {paper.params / 1e6:.3f} M parameters",
-        "locked:" if locked else "no group is locked",
-        *locked,
+        f"{paper.macs / 1e6:.2f} M multiply-accumulates, {paper.params / 1e6:.3f} M parameters; "
+        f"{len(free)} of {len(groups)} groups can be pruned.",
+        "MACs and params are those that go if the whole group goes; groups share them.",
+        "locked:" if reasons else "no group is locked",
+        *(f"  {_names(names)}: {because}" for because, names in reasons.items()),
     ])  # fmt: skip
+
+
+def groups_json(groups: Sequence[ChannelGroup]) -> list[dict[str, object]]:
+    """The same as plain values."""
+    return [
+        {
+            "name": g.name,
+            "channels": g.n_channels,
+            "unit": g.unit,
+            "macs": g.cost.macs,
+            "params": g.cost.params,
+            "written_by": list(g.modules(Role.PRODUCER)),
+            "read_by": list(g.modules(Role.CONSUMER)),
+            "locked_because": g.locked_because,
+        }
+        for g in groups
+    ]
+
+
+def _names(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown = [name or "(model)" for name in names[:4]]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{', '.join(shown)}{more}"
+
+
+def _si(count: int) -> str:
+    """`1.2 M`, three figures at most."""
+    for factor, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= factor:
+            return f"{count / factor:.3g}{prefix}"
+    return str(count)
 
 
 def latency_report(pair: PairedLatency, *, is_pair: bool) -> str:

@@ -84,7 +84,7 @@ class ChannelSlice:
         role: What the tensor does with the channels.
         index: `(n_channels, n_inner)`; row `i` lists the positions along `dim` that belong to
             channel `i` (more than one behind a flatten, or where channels go in units).
-        params: Numbers of the tensor that belong to one channel.
+        params: Numbers of the tensor that belong to one channel; 0 for buffers.
         macs: Multiply-accumulates of one example that these numbers take part in.
     """
 

@@ -25,6 +25,7 @@ class Slot:
     labels: IndexArray
     shape: tuple[int, ...]
     macs_per_number: int = 0
+    is_parameter: bool = True
 
 
 @dataclass
@@ -124,7 +125,7 @@ def _slice(slot: Slot, index: IndexArray) -> ChannelSlice:
     n_numbers = int(np.prod(slot.shape)) // slot.shape[slot.dim] * index.shape[1]
     return ChannelSlice(
         module, tensor, slot.dim, slot.role, index,
-        params=n_numbers, macs=n_numbers * slot.macs_per_number,
+        params=n_numbers * slot.is_parameter, macs=n_numbers * slot.macs_per_number,
     )  # fmt: skip
 
 

@@ -120,6 +120,7 @@ class Call:
                 shape = self.record.shapes[name]
                 slot = self.labels.place(name, own_dim, shape, role, labels)
                 slot.macs_per_number += macs_per_number
+                slot.is_parameter = name in self.record.parameters
 
     def read(self, argument: int, dim: int, labels: IndexArray) -> None:
         """Says that the operation reads `labels` along `dim` and writes other channels."""
@@ -164,6 +165,7 @@ class Record(TorchDispatchMode):
         labels: Filled as operations run.
         states: Tensor -> state, while the tensor lives.
         shapes: Of the parameters and buffers.
+        parameters: Names of those that are parameters.
         locked_tensors: Parameter -> why it must stay whole.
         dynamic: The first place where the code looked at a value that depends on the input.
     """
@@ -173,6 +175,7 @@ class Record(TorchDispatchMode):
         self.labels = Labels()
         self.states: Any = WeakTensorKeyDictionary()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.parameters = {name for name, _ in model.named_parameters()}
         self.locked_tensors: dict[str, str] = {}
         self.dynamic: str | None = None
         self.node: fx.Node | None = None
@@ -230,7 +233,8 @@ class Record(TorchDispatchMode):
         """A norm without tensors of its own keeps its width as a number, `num_features`."""
         if self._stack and hasattr(self._stack[-1], "num_features"):
             name = f"{self._names[id(self._stack[-1])]}.num_features".removeprefix(".")
-            self.labels.place(name, 0, tuple(labels.shape), Role.PER_CHANNEL, labels)
+            slot = self.labels.place(name, 0, tuple(labels.shape), Role.PER_CHANNEL, labels)
+            slot.is_parameter = False
 
     def lock_tensors(self, weight: Weight, because: str) -> None:
         """No channel may be removed from the parameters behind `weight`."""

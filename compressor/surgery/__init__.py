@@ -37,8 +37,8 @@ def remove_channels(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan
         plan: Group name -> kept channels; groups not named stay whole.
 
     Returns:
-        The same class of module with smaller tensors; dtype, device, training mode and
-        requires_grad as before.
+        The same class of module with smaller tensors; dtype, device, memory format, training
+        mode, hooks and requires_grad as before, and shared parameters still shared.
 
     Raises:
         PlanError: The plan names unknown or locked groups, or impossible channels.
@@ -79,6 +79,8 @@ def check_plan(groups: Sequence[ChannelGroup], plan: Plan) -> None:
         if name not in by_name:
             raise PlanError(unknown_name("channel group", name, by_name))
         group = by_name[name]
+        if not all(isinstance(channel, (int, np.integer)) for channel in kept):
+            raise PlanError(f"Plan for {name} must list whole numbers; got {list(kept)}.")
         if not kept:
             raise PlanError(f"Plan keeps no channel of {name}; at least 1 must stay.")
         if len(set(kept)) != len(kept):

@@ -95,6 +95,29 @@ def _rewrite_pad(node: fx.Node, keep: Kept) -> None:
             node.update_arg(1, sizes)
 
 
+def _rewrite_groups(node: fx.Node, keep: Kept) -> None:
+    """A convolution whose weight is no layer's: as many groups as its weight has inputs for."""
+    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    at = schema.index("groups")
+    source, weight = node.args[0], node.args[1]
+    assert isinstance(source, fx.Node)
+    is_grouped = len(node.args) > at and node.args[at] != 1 and source.name in keep
+    if is_grouped and isinstance(weight, fx.Node) and weight.op == "get_attr":
+        owner, _, name = str(weight.target).rpartition(".")
+        module = node.graph.owning_module
+        assert module is not None
+        per_group = getattr(module.get_submodule(owner), name).shape[1]
+        node.update_arg(at, int(keep[source.name][1].sum()) // per_group)
+
+
+def _rewrite_group_norm(node: fx.Node, keep: Kept) -> None:
+    if node.name in keep:
+        _, mask = keep[node.name]
+        n_groups = node.args[1]
+        assert isinstance(n_groups, int)
+        node.update_arg(1, n_groups * int(mask.sum()) // len(mask))
+
+
 def _source_mask(node: fx.Node, keep: Kept) -> Mask | None:
     """What stays of the node's input, if the node works along its channels."""
     source = node.args[0]
@@ -122,6 +145,9 @@ _SIZES: dict[Any, Callable[[fx.Node, Kept], None]] = {
     aten.narrow.default: _rewrite_narrow, aten.split.Tensor: _rewrite_split,
     aten.split_with_sizes.default: _rewrite_split, aten.chunk.default: _rewrite_split,
     aten.constant_pad_nd.default: _rewrite_pad, aten.pad.default: _rewrite_pad,
+    aten.conv1d.default: _rewrite_groups, aten.conv2d.default: _rewrite_groups,
+    aten.conv3d.default: _rewrite_groups, aten.convolution.default: _rewrite_groups,
+    aten.group_norm.default: _rewrite_group_norm,
 }  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """Which model files are taken, and what is said of the others."""
 
+import io
+import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError, UntrustedModelError
 from compressor.model_io import load_model
+from compressor.model_io.architectures import build
 from tests.conftest import INPUT_SHAPE, ConvNet
 
 ARCH = "tests.conftest:make_conv_net"
@@ -232,3 +236,152 @@ def test_networks_that_cannot_be_measured_are_named(tmp_path: Path) -> None:
     torch.save(stateless, tmp_path / "stateless.pt")
     with pytest.raises(ModelError, match="1 has no running statistics"):
         load(tmp_path / "stateless.pt", trust=True, arch=None)
+
+
+@pytest.mark.parametrize(
+    ("arch", "args", "shape"),
+    [
+        ("torchvision:squeezenet1_1", {"num_classes": 7}, (3, 224, 224)),
+        ("timm:lcnet_050", {"num_classes": 7, "in_chans": 1}, (3, 224, 224)),
+    ],
+)
+def test_networks_of_libraries_by_name(
+    arch: str, args: dict[str, object], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Without any source of the user's; the input's shape is the architecture's own."""
+    if arch.startswith("timm"):
+        pytest.importorskip("timm")
+    original = build(arch, args, beside=tmp_path)
+    torch.save(original.state_dict(), tmp_path / "weights.pt")
+    loaded = load_model(tmp_path / "weights.pt", arch=arch, arch_args=args)
+    assert isinstance(loaded.example_input, Tensor)
+    assert loaded.example_input.shape == (1, *shape)
+    assert_same(loaded.module, original)
+
+
+def test_a_checkpoint_may_name_a_library_network_and_no_other(tmp_path: Path) -> None:
+    original = build("torchvision:squeezenet1_1", {}, beside=tmp_path)
+    path = tmp_path / "weights.pt"
+    torch.save({"arch": "torchvision:squeezenet1_1", "state_dict": original.state_dict()}, path)
+    assert_same(load_model(path).module, original)
+    for arch in ("os:system", "resnet18", "tests.conftest:make_conv_net"):
+        torch.save({"arch": arch, "state_dict": original.state_dict()}, path)
+        with pytest.raises(ModelError, match=rf"it says arch='{arch}'.*--arch torchvision:NAME"):
+            load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (
+            "torchvision:resnet81",
+            r"has no network 'resnet81'\. Did you mean .*resnet18",
+        ),
+        ("timm:resnet81", r"timm has no network 'resnet81'\. Did you mean"),
+        ("torchvision:squeezenet1_1", r"have 7 classes: give --arch-arg num_classes=7"),
+    ],
+)
+def test_library_names_are_helped_with(arch: str, message: str, tmp_path: Path) -> None:
+    if arch.startswith("timm"):
+        pytest.importorskip("timm")
+    original = build("torchvision:squeezenet1_1", {"num_classes": 7}, beside=tmp_path)
+    torch.save(original.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path / "weights.pt", arch=arch)
+
+
+def test_arguments_that_a_library_does_not_take_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"does not take --arch-arg {'wings': 2}.*wings"):
+        build("torchvision:resnet18", {"wings": 2}, beside=tmp_path)
+
+
+# --- programs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(conv_net: ConvNet, tmp_path: Path) -> Path:
+    path = tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(conv_net, (torch.randn(1, *INPUT_SHAPE),)), path)
+    return path
+
+
+def test_a_program_describes_itself(conv_net: ConvNet, program: Path) -> None:
+    loaded = load_model(program)
+    assert isinstance(loaded.example_input, Tensor)
+    assert loaded.example_input.shape == (1, *INPUT_SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded.module(loaded.example_input), conv_net(loaded.example_input)
+        )
+    with pytest.raises(ModelError, match="describes itself; leave --arch away"):
+        load_model(program, arch=ARCH)
+
+
+class Payload:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return (Path.touch, (self.proof,))
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], bytes], **extra: bytes) -> None:
+    """The archive with every entry passed through `change`, and `extra` entries."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    root = next(iter(entries)).partition("/")[0]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(name, content))
+        for name, content in extra.items():
+            archive.writestr(f"{root}/{name.replace('__', '/')}", content)
+
+
+@pytest.mark.parametrize("where", ["sample inputs", "a weight", "an object"])
+def test_pickles_in_a_program_run_no_code(where: str, program: Path, tmp_path: Path) -> None:
+    """torch.export.load itself would run them: it falls back to the unrestricted unpickler."""
+    proof = tmp_path / "ran"
+    buffer = io.BytesIO()
+    torch.save({"a": Payload(proof)}, buffer)
+    if where == "sample inputs":
+        rewritten(program, lambda n, old: buffer.getvalue() if n.endswith(".pt") else old)
+    elif where == "a weight":
+
+        def flag(name: str, old: bytes) -> bytes:
+            if not name.endswith("weights_config.json"):
+                return buffer.getvalue() if name.endswith("weights/weight_0") else old
+            content = json.loads(old)
+            for payload in content["config"].values():
+                payload["use_pickle"] |= payload["path_name"] == "weight_0"
+            return json.dumps(content).encode()
+
+        rewritten(program, flag)
+    else:
+        rewritten(
+            program, lambda _, old: old, data__constants__opaque_obj_0=pickle.dumps(Payload(proof))
+        )
+    with pytest.raises(UntrustedModelError, match=r"would run code from the file.*--trust"):
+        load_model(program)
+    assert not proof.exists()
+
+
+def test_a_program_that_calls_something_else_is_refused(program: Path, tmp_path: Path) -> None:
+    """The graph names what is called; names that are no operation on tensors are not followed."""
+
+    def call_system(name: str, old: bytes) -> bytes:
+        if not name.endswith("models/model.json"):
+            return old
+        return old.replace(b"torch.ops.aten.relu.default", b"torch.os.system")
+
+    rewritten(program, call_system)
+    with pytest.raises(ModelError, match="calls something that is no operation on tensors"):
+        load_model(program)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut short"])
+def test_what_is_no_program_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "net.pt2").write_bytes(content)
+    with pytest.raises(ModelError, match=r"not a program that torch\.export\.save wrote"):
+        load_model(tmp_path / "net.pt2")

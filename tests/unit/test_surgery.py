@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,11 +146,69 @@ def test_attributes_dtype_and_flags_survive(conv_net: ConvNet, example: Tensor) 
     assert not compact.training
 
 
+def test_memory_format_stays(conv_net: ConvNet, example: Tensor) -> None:
+    last = torch.channels_last
+    model = copy.deepcopy(conv_net).to(memory_format=last)
+    groups = channel_groups(model, example)
+    compact = remove_channels(model, groups, Plan({"stem": (0, 2, 4), "inner": (1, 2, 3, 9)}))
+    assert compact.get_parameter("inner.weight").is_contiguous(memory_format=last)
+    assert not compact.get_parameter("inner.weight").is_contiguous()
+    plain = remove_channels(conv_net, groups, Plan({"stem": (0, 2, 4), "inner": (1, 2, 3, 9)}))
+    assert plain.get_parameter("inner.weight").is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(compact(example), plain(example))
+
+
+def test_hooks_and_training_flags_stay(conv_net: ConvNet, example: Tensor) -> None:
+    model = copy.deepcopy(conv_net)
+    seen = []
+    model.inner.register_forward_hook(lambda _module, _args, out: seen.append(out.shape[1]))
+    groups = channel_groups(model, example)
+    model.norm.train()
+    compact = remove_channels(model, groups, Plan({"inner": (1, 2, 3, 9)}))
+    assert [m.training for m in compact.modules()] == [m.training for m in model.modules()]
+    seen.clear()
+    compact(example)
+    assert seen == [4]
+
+
+def test_half_precision_stays(conv_net: ConvNet, example: Tensor) -> None:
+    model = copy.deepcopy(conv_net).to(torch.bfloat16)
+    groups = channel_groups(model, example.to(torch.bfloat16))
+    compact = remove_channels(model, groups, Plan({"inner": (1, 2, 3, 9)}))
+    assert {p.dtype for p in compact.parameters()} == {torch.bfloat16}
+    assert compact(example.to(torch.bfloat16)).isfinite().all()
+
+
+class OneChannel(nn.Module):
+    """A convolution of one channel is not depthwise, and a group of one cannot get smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(1, 1, 3)
+        self.widen = nn.Conv2d(1, 8, 3)
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.widen(self.squeeze(x))).mean((2, 3))
+
+
+def test_a_convolution_of_one_channel_is_not_depthwise(example: Tensor) -> None:
+    model = randomised(OneChannel())
+    groups = channel_groups(model, example)
+    assert [(g.name, g.n_channels) for g in groups] == [("squeeze", 1), ("widen", 8), ("head", 3)]
+    plan = Plan({"squeeze": (0,), "widen": (1, 6)})
+    compact = remove_channels(model, groups, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(example), masked(model, groups, plan)(example))
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
         ({"sten": (0,)}, "Unknown channel group 'sten'. Did you mean 'stem'"),
         ({"stem": ()}, "keeps no channel of stem"),
+        ({"stem": (0.5,)}, "must list whole numbers"),
         ({"stem": (0, 0)}, "lists channels of stem twice"),
         ({"stem": (0, 32)}, r"must lie in 0\.\.31"),
         ({"stem": (-1, 3)}, r"must lie in 0\.\.31"),
@@ -157,7 +216,7 @@ def test_attributes_dtype_and_flags_survive(conv_net: ConvNet, example: Tensor) 
     ],
 )
 def test_bad_plans_are_refused(
-    conv_net: ConvNet, example: Tensor, kept: dict[str, tuple[int, ...]], message: str
+    conv_net: ConvNet, example: Tensor, kept: dict[str, tuple[Any, ...]], message: str
 ) -> None:
     with pytest.raises(PlanError, match=message):
         remove_channels(conv_net, channel_groups(conv_net, example), Plan(kept))
