@@ -82,28 +82,36 @@ def _plan(
 
 
 def load_compressed(
-    path: Path, *, arch: str | None = None, arch_args: Mapping[str, object] | None = None
+    path: Path,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, object] | None = None,
+    original: nn.Module | None = None,
 ) -> nn.Module:
     """The compressed network of a run, from its `model.pt`.
 
     Args:
         path: `model.pt` of a run folder; it holds tensors and plain values only.
-        arch: The factory of the *original* network, as given to the run. The one the file names
-            is not called unless you name it here: a file must not decide what code is run.
+        arch: The architecture of the *original* network, as given to the run. The one the file
+            names is not called unless you name it here: a file must not decide what code is run.
         arch_args: Keyword arguments of the factory; the run's own where not given.
+        original: The original network itself, where the run read a module or a `.pt2` program:
+            `load_model(...).module`.
 
     Raises:
-        ModelError: The file is not a `model.pt` of a run, or does not fit the factory.
+        ModelError: The file is not a `model.pt` of a run, or does not fit the original.
     """
     saved = read_checkpoint(path)
-    if arch is None:
-        raise ModelError(f"{path} was made with arch={saved['arch']!r}; name it to rebuild it.")
-    original = build(arch, dict(arch_args or saved["arch_args"]), beside=path.parent)
-    example = torch.zeros(1, *saved["input_shape"])
-    prunable = make_prunable(original.eval(), example)
+    if original is None and arch is None:
+        how = f"arch={saved['arch']!r}" if saved["arch"] else "original=load_model(...).module"
+        raise ModelError(f"{path} can be rebuilt with {how}; name it.")
+    if original is None:
+        assert arch is not None
+        original = build(arch, dict(arch_args or saved["arch_args"]), beside=path.parent).eval()
+    prunable = make_prunable(original, torch.zeros(1, *saved["input_shape"]))
     plan = Plan({name: tuple(kept) for name, kept in saved["plan"].items()})
     compact = remove_channels(prunable.module, prunable.groups, plan)
-    load_weights(path, compact, saved["state_dict"], arch)
+    load_weights(path, compact, saved["state_dict"], arch or type(original).__name__)
     return compact.eval()
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,10 +102,7 @@ def fine_tune(
         parameters,
         lr=recipe.learning_rate, momentum=0.9, nesterov=True,
     )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=n_steps + 1, pct_start=0.1,
-        cycle_momentum=False, final_div_factor=1e4,
-    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate_at, n_steps=n_steps))
     generator = torch.Generator().manual_seed(recipe.seed)
     for epoch in range(recipe.n_epochs):
         student.train()
@@ -125,3 +124,11 @@ def fine_tune(
         note = f"accuracy {epoch_score:.2%}"
         on_progress(Progress("Fine-tuning", (epoch + 1) * n_batches, n_steps, note))
     return best.eval()
+
+
+def _rate_at(step: int, *, n_steps: int) -> float:
+    """Share of the peak rate at `step`: up over the first tenth of the steps, then cosine to 0."""
+    n_warm_up = max(1, n_steps // 10)
+    if step < n_warm_up:
+        return (step + 1) / n_warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - n_warm_up) / max(1, n_steps - n_warm_up)))

@@ -251,7 +251,7 @@ def load_weights(
     ]
     if faults:
         hint = _class_count_hint(arch, state_dict, expected)
-        raise ModelError(f"{path} does not fit --arch {arch}. {'; '.join(faults)}.{hint}")
+        raise ModelError(f"{path} does not fit {arch}. {'; '.join(faults)}.{hint}")
     module.load_state_dict(dict(state_dict))
 
 

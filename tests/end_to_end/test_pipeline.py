@@ -36,7 +36,7 @@ from compressor.values import (
     Trial,
     Verdict,
 )
-from tests.conftest import randomised
+from tests.conftest import ConvNet, make_conv_net, randomised
 
 Make = Callable[..., Config]
 
@@ -265,6 +265,66 @@ def test_more_classes_than_logits_are_refused_before_anything_is_written(
 def three_logits() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(32, 3))  # fmt: skip
+
+
+def test_a_program_goes_all_the_way(make_config: Make, tmp_path: Path) -> None:
+    """A .pt2 file in, a measured ONNX file and a loadable model.pt out; NNI says why it cannot."""
+    net = make_conv_net()
+    net.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    program = torch.export.export(net.eval(), (torch.randn(1, 1, 8, 8),))
+    torch.export.save(program, tmp_path / "model.pt2")
+    flags = make_config().model_dump(exclude_unset=True) | {"fine_tune_epochs": 1}
+    del flags["model"], flags["arch"]
+    config = compressor.load_config(tmp_path / "model.pt2", flags)
+    result = compressor.compress(config)
+    assert result.verdict is Verdict.MET
+    engines = result.equivalence["engines"]
+    assert isinstance(engines, dict)
+    assert isinstance(engines["nni"], str | float)
+    original = compressor.load_model(tmp_path / "model.pt2").module
+    compact = compressor.load_compressed(tmp_path / "run" / "model.pt", original=original)
+    answers = runtime.predictor(tmp_path / "run" / "model.onnx", n_threads=1)
+    image = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(image), answers(image), rtol=1e-3, atol=1e-3)
+    with pytest.raises(compressor.CompressorError, match="rebuilt with original=load_model"):
+        compressor.load_compressed(tmp_path / "run" / "model.pt")
+
+
+class Written(ConvNet):
+    """Has the width of its last layer written into its code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.outer(self.depthwise(torch.relu(self.inner_norm(self.inner(x)))))
+        x = nn.functional.adaptive_avg_pool2d(torch.relu(self.last(x)), 1).view(-1, 64)
+        return self.head(torch.relu(self.hidden(x)))
+
+
+def make_written() -> nn.Module:
+    return Written()
+
+
+def test_a_network_with_numbers_in_its_code_goes_all_the_way(
+    make_config: Make, tmp_path: Path
+) -> None:
+    result = compressor.compress(make_config(arch="tests.end_to_end.test_pipeline:make_written"))
+    assert result.verdict is Verdict.MET
+    (last,) = (g for g in result.groups if g["name"] == "last")
+    assert last["kept"] != last["channels"]
+    compact = compressor.load_compressed(
+        tmp_path / "run" / "model.pt", arch="tests.end_to_end.test_pipeline:make_written"
+    )
+    answers = runtime.predictor(tmp_path / "run" / "model.onnx", n_threads=1)
+    image = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(image), answers(image), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("importance", ["taylor", "cpmc", "random"])
+def test_other_importances_rank_too(make_config: Make, importance: str) -> None:
+    result = compressor.compress(make_config(importance=importance, trials=1))
+    assert result.search["n_failed"] == 0
 
 
 @pytest.mark.parametrize("keep_ratio", [0.25, 0.5, 1.0])

@@ -2,10 +2,11 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
-from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
+from compressor.recovery import FineTuneRecipe, _rate_at, fine_tune, recalibrate_batch_norm
 from compressor.values import Progress, Split
 from tests.conftest import INPUT_SHAPE, ConvNet
 
@@ -102,6 +103,17 @@ def test_fine_tuning_that_only_hurts_gives_back_what_came(conv_net: ConvNet) -> 
     )
     assert all(torch.equal(before[k], v) for k, v in tuned.state_dict().items())
     assert all(torch.equal(before[k], v) for k, v in conv_net.state_dict().items())
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 9, 10, 11, 500])
+def test_the_rate_rises_for_a_tenth_and_falls_to_nothing(n_steps: int) -> None:
+    rates = [_rate_at(step, n_steps=n_steps) for step in range(n_steps + 1)]
+    top = max(1, n_steps // 10)
+    assert max(rates) == rates[top] == 1
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert all(rate > 0 for rate in rates[:n_steps])
+    assert rates[n_steps] == pytest.approx(0) or n_steps == 1
 
 
 def test_same_seed_same_weights(conv_net: ConvNet) -> None:
