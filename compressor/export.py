@@ -42,12 +42,12 @@ class OnnxTemplate:
     Attributes:
         graph: The exported model; its initialisers only lend their names.
         names: state_dict names of the initialisers.
-        depthwise: Positions of nodes whose `group` follows their weight's first dimension.
+        grouped: Positions of convolutions whose `group` is that of their module.
     """
 
     graph: onnx.ModelProto
     names: tuple[str, ...]
-    depthwise: tuple[int, ...]
+    grouped: tuple[int, ...]
 
     def fill(self, model: nn.Module) -> bytes:
         """ONNX file of `model`, a pruned version of the network the template was made from."""
@@ -57,9 +57,11 @@ class OnnxTemplate:
         for name in self.names:
             value = tensors[name].detach().cpu().numpy()
             filled.graph.initializer.append(numpy_helper.from_array(value, name))
-        for position in self.depthwise:
+        for position in self.grouped:
             node = filled.graph.node[position]
-            _attribute(node, "group").i = tensors[node.input[1]].shape[0]
+            owner = model.get_submodule(node.input[1].rpartition(".")[0])
+            assert isinstance(owner.groups, int)
+            _attribute(node, "group").i = owner.groups
         content: bytes = filled.SerializeToString()
         return content
 
@@ -147,15 +149,17 @@ def make_template(
             f"{type(model).__name__} has tensors that are computed in its forward pass "
             f"({', '.join(renamed[:5])}), so candidates cannot be filled into one ONNX graph."
         )
-    n_filters = {tensor.name: tensor.dims[0] for tensor in exported.graph.initializer}
-    depthwise = tuple(
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules()}
+    grouped = tuple(
         position
         for position, node in enumerate(exported.graph.node)
-        if node.op_type == "Conv" and 1 < _attribute(node, "group").i == n_filters[node.input[1]]
+        if node.op_type in ("Conv", "ConvTranspose")
+        and isinstance(layers.get(node.input[1]), nn.modules.conv._ConvNd)
+        and _attribute(node, "group").i > 1
     )
     del exported.graph.initializer[:]
     del exported.graph.value_info[:]
-    return OnnxTemplate(exported, names, depthwise)
+    return OnnxTemplate(exported, names, grouped)
 
 
 @contextlib.contextmanager

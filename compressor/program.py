@@ -3,7 +3,8 @@
 A program is an fx graph of ATen operations with every size written out, so surgery can rewrite
 the sizes that user code has hard-coded (`x.view(-1, 256)`, `torch.split(x, [16, 48], 1)`). The
 convolutions, norms and dropouts in it become `nn` modules again under their old names: batch-norm
-can then be recalibrated and trained, and the state_dict keeps its keys.
+can then be recalibrated and trained, and the state_dict keeps its keys. A weight that the code
+computes from others (weight norm, standardised convolutions) becomes the numbers it is.
 """
 
 import copy
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._export.verifier import SpecViolationError
 
 from compressor.errors import GraphError, ModelError
-from compressor.values import Example, call
+from compressor.values import FORWARD_FAILURES, Example, call
 
 aten = torch.ops.aten
 _CONVOLUTIONS: dict[Any, type[nn.Module]] = {
@@ -30,6 +32,7 @@ _CORE_CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {  # (dimensions, 
     (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
 }  # fmt: skip
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_OTHER_LAYERS = (aten.linear.default, aten.convolution.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -53,7 +56,7 @@ def export_program(model: nn.Module, example: Example) -> fx.GraphModule:
             program = torch.export.export(
                 copy.deepcopy(model), args, kwargs, dynamic_shapes=sizes, strict=False
             )
-    except Exception as err:
+    except (SpecViolationError, *FORWARD_FAILURES) as err:
         reason = str(err).strip().splitlines()
         raise GraphError(
             f"{type(model).__name__} cannot be exported by torch.export: "
@@ -70,13 +73,15 @@ def with_layers(program: nn.Module) -> fx.GraphModule:
     """
     assert isinstance(program, fx.GraphModule)
     root = copy.deepcopy(program)
+    _compute_weights(root)
+    used = {str(node.target) for node in root.graph.nodes if node.op == "get_attr"}
     for node in list(root.graph.nodes):
         if node.op != "call_function":
             continue
         made = _layer(root, node)
         if made is not None:
             path, layer, source = made
-            if path and path in dict(root.named_modules()) and not _is_bare(root, path, layer):
+            if not _is_free(root, path, layer, used):
                 continue
             root.set_submodule(path, layer)
             with root.graph.inserting_before(node):
@@ -211,13 +216,64 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return given
 
 
-def _is_bare(root: fx.GraphModule, path: str, layer: nn.Module) -> bool:
-    """Whether the module at `path` holds nothing but the tensors of `layer`, or is one like it."""
-    found = root.get_submodule(path)
-    if type(found) is type(layer):
+def _is_free(root: fx.GraphModule, path: str, layer: nn.Module, used: set[str]) -> bool:
+    """Whether `layer` can be put at `path`: nothing else there is used, or it is one like it."""
+    found = dict(root.named_modules()).get(path)
+    if found is not None and type(found) is type(layer):
         return repr(found) == repr(layer)
-    names = {name for name, _ in (*found.named_parameters(), *found.named_buffers())}
-    return not list(found.children()) and names <= set(layer.state_dict())
+    own = {f"{path}.{name}" for name in layer.state_dict()}
+    return {name for name in used if name.startswith(f"{path}.")} <= own
+
+
+def _compute_weights(root: fx.GraphModule) -> None:
+    """Replaces weights that are computed from parameters alone by their values, in place."""
+    constant: set[fx.Node] = set()
+    for node in list(root.graph.nodes):
+        inputs = node.all_input_nodes
+        is_function = node.op == "call_function" and bool(inputs)
+        if (node.op == "get_attr" or is_function) and all(each in constant for each in inputs):
+            constant.add(node)
+            continue
+        is_layer = node.target in _CONVOLUTIONS or node.target in _OTHER_LAYERS
+        weight = node.args[1] if is_layer and len(node.args) > 1 else None
+        if isinstance(weight, fx.Node) and weight in constant and weight.op != "get_attr":
+            _store(root, weight, constant)
+    for node in reversed(root.graph.nodes):
+        if node in constant and not node.users:
+            root.graph.erase_node(node)
+
+
+def _store(root: fx.GraphModule, weight: fx.Node, constant: set[fx.Node]) -> None:
+    """Puts the value of `weight` beside the parameters it is computed from, as `weight`."""
+    sources: list[str] = []
+    values: dict[fx.Node, Any] = {}
+
+    def value(node: fx.Node) -> Any:
+        if node not in values:
+            if node.op == "get_attr":
+                sources.append(str(node.target))
+                values[node] = _get(root, str(node.target))
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+                assert callable(node.target)
+                values[node] = node.target(*args, **kwargs)
+        return values[node]
+
+    with torch.no_grad():
+        computed = value(weight).detach().clone()
+    owner = sources[0].rpartition(".")[0].partition(".parametrizations")[0]
+    name = f"{owner}.weight"
+    for node in root.graph.nodes:
+        if node.op == "get_attr" and node.target == name and not constant.issuperset(node.users):
+            return  # the parameter of that name is also used as it is
+    module = root.get_submodule(owner)
+    if "weight" in module._parameters or "weight" in module._buffers:
+        delattr(module, "weight")
+    module.register_parameter("weight", nn.Parameter(computed))
+    with root.graph.inserting_before(weight):
+        stored = root.graph.get_attr(name)
+    stored.meta = dict(weight.meta)
+    weight.replace_all_uses_with(stored)
 
 
 def _per_dim(value: Any, n_dims: int) -> tuple[int, ...]:

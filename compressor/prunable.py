@@ -18,12 +18,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from compressor.errors import GraphError
-from compressor.graph import FORWARD_FAILURES, channel_groups
+from compressor.graph import channel_groups
 from compressor.model_io import load_model as read_file
 from compressor.model_io.programs import PROGRAM_SUFFIX
 from compressor.program import export_program, free_batch, with_layers
 from compressor.surgery import masked, remove_channels
-from compressor.values import ChannelGroup, Example, LoadedModel, Plan, call, tensors_in
+from compressor.values import (
+    FORWARD_FAILURES,
+    ChannelGroup,
+    Example,
+    LoadedModel,
+    Plan,
+    call,
+    tensors_in,
+)
 
 # Of the largest output, in float32. A wrong channel shows at 1e-1, rounding at 1e-5.
 PROOF_TOLERANCE = 1e-3
@@ -67,6 +75,8 @@ def load_model(
 def make_prunable(model: nn.Module, example: Example) -> Prunable:
     """`model`, or its program where its code does not follow the widths of its tensors.
 
+    A network whose layers compute their weights from others (weight norm, standardised
+    convolutions) is a program too, if more can be pruned in it: there these weights are numbers.
     Where neither can be pruned whole, the groups that cannot be are locked, one by one.
 
     Raises:
@@ -75,19 +85,42 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
     groups = channel_groups(model, example)
     stirred = _stirred(model)
     fault = _fault(stirred, groups, _halved(groups), example)
+    if fault is None and not _has_layers_without_group(model, groups):
+        return Prunable(model, groups)
+    if fault is not None:
+        logger.info("%s does not follow its widths: %s", type(model).__name__, fault)
+    if not isinstance(model, fx.GraphModule):
+        program = _proven_program(model, example)
+        if program is not None and (fault or _size(program.groups) > _size(groups)):
+            return program
     if fault is None:
         return Prunable(model, groups)
-    logger.info("%s does not follow its widths: %s", type(model).__name__, fault)
-    if not isinstance(model, fx.GraphModule):
-        try:
-            program = export_program(model, example)
-        except GraphError as err:
-            logger.info("%s", err)
-        else:
-            theirs = channel_groups(program, example)
-            if _fault(_stirred(program), theirs, _halved(theirs), example) is None:
-                return Prunable(program, theirs)
     return Prunable(model, _locked_where_wrong(stirred, groups, example))
+
+
+def _proven_program(model: nn.Module, example: Example) -> Prunable | None:
+    """The program of `model`; None where there is none, or it cannot be pruned rightly."""
+    try:
+        program = export_program(model, example)
+    except GraphError as err:
+        logger.info("%s", err)
+        return None
+    groups = channel_groups(program, example)
+    if _fault(_stirred(program), groups, _halved(groups), example) is not None:
+        return None
+    return Prunable(program, groups)
+
+
+def _has_layers_without_group(model: nn.Module, groups: Sequence[ChannelGroup]) -> bool:
+    """Whether a layer's weight lies in no group: it is computed, or the layer was not used."""
+    known = {where.module for group in groups for where in group.slices}
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    return any(isinstance(m, kinds) and name not in known for name, m in model.named_modules())
+
+
+def _size(groups: Sequence[ChannelGroup]) -> int:
+    """Parameters that go with the channels that can be pruned."""
+    return sum(group.cost.params for group in groups if group.locked_because is None)
 
 
 def disagreement(

@@ -20,6 +20,12 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 IndexArray = npt.NDArray[np.int64]
 
+# What code that is not ours may raise while it runs.
+FORWARD_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
 # One input, or the positional arguments, or the keyword arguments of a model's forward.
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 

@@ -25,13 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import GraphError
 from compressor.graph.record import Record, record
-from compressor.values import ChannelGroup, Cost, Example, call, example_shapes
-
-# What code that is not ours may raise while it runs.
-FORWARD_FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
+from compressor.values import (
+    FORWARD_FAILURES,
+    ChannelGroup,
+    Cost,
+    Example,
+    call,
+    example_shapes,
+)
 
 
 def channel_groups(model: nn.Module, example_input: Example) -> tuple[ChannelGroup, ...]:

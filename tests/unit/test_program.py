@@ -73,6 +73,7 @@ class Written(nn.Module):
 WAYS = [
     "view", "view of pixels", "slices", "uneven split", "even split", "narrow", "shuffle", "pad",
     "count", "expand",
+    "depthwise by hand",
 ]  # fmt: skip
 
 
@@ -92,13 +93,6 @@ def test_numbers_in_the_code_follow_the_widths(how: str) -> None:
                 oracle = masked(prunable.module, prunable.groups, plan)
                 torch.testing.assert_close(compact(images), oracle(images))
     assert set(compact.state_dict()) <= set(model.state_dict())  # what is used keeps its name
-
-
-def test_a_weight_that_is_cut_by_hand_is_locked() -> None:
-    model = randomised(Written("depthwise by hand").double()).eval()
-    reasons = {g.name: g.locked_because for g in make_prunable(model, EXAMPLE).groups}
-    assert "F" not in reasons
-    assert reasons["first"]
 
 
 def test_code_that_follows_its_widths_stays_the_users_own(conv_net: ConvNet) -> None:
@@ -132,6 +126,42 @@ def test_numbers_of_layers_written_as_functions_follow_too() -> None:
         with torch.no_grad():
             oracle = masked(prunable.module, prunable.groups, plan)
             torch.testing.assert_close(compact(EXAMPLE), oracle(EXAMPLE))
+
+
+class Standardised(nn.Conv2d):
+    """Normalises every filter before it is used, as BiT and NFNets do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+@pytest.mark.parametrize(
+    "kind", ["standardised", "weight norm", "spectral norm", "old weight norm"]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_weights_that_are_computed_become_numbers(kind: str) -> None:
+    def layer(n_in: int, n_out: int) -> nn.Module:
+        if kind == "standardised":
+            return Standardised(n_in, n_out, 3)
+        if kind == "weight norm":
+            return nn.utils.parametrizations.weight_norm(nn.Conv2d(n_in, n_out, 3))
+        return nn.utils.parametrizations.spectral_norm(nn.Conv2d(n_in, n_out, 3))
+
+    net = nn.Sequential(layer(1, 8), nn.ReLU(), layer(8, 6), nn.Flatten(), nn.Linear(96, 3))
+    model = net.double().eval()
+    prunable = make_prunable(model, EXAMPLE)
+    assert isinstance(prunable.module, fx.GraphModule)
+    assert [g.name for g in prunable.groups if not g.locked_because] == ["0", "2"]
+    assert isinstance(prunable.module.get_submodule("0"), nn.Conv2d)
+    plan = random_plan(prunable.groups, np.random.default_rng(0))
+    compact = remove_channels(prunable.module, prunable.groups, plan)
+    images = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(prunable.module(images), model(images))
+        oracle = masked(prunable.module, prunable.groups, plan)
+        torch.testing.assert_close(compact(images), oracle(images))
 
 
 class Unexportable(nn.Module):
