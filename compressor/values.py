@@ -113,12 +113,14 @@ class Reading:
     """Where one operation of a forward pass reads the channels of a group.
 
     Attributes:
-        call: The operation's number, counting every operation of the pass from 0.
+        operation: "aten::convolution" and the like.
+        call: Its number among the operations of that name in the pass, from 0.
         argument: Position of the tensor among the operation's arguments.
         dim: Dimension of that tensor that runs over channels.
         index: `(n_channels, n_inner)`, positions along `dim`; -1 where a channel has fewer.
     """
 
+    operation: str
     call: int
     argument: int
     dim: int

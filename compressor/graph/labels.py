@@ -36,7 +36,7 @@ class Labels:
     joins: list[tuple[IndexArray, IndexArray]] = field(default_factory=list)
     locks: list[tuple[IndexArray, str]] = field(default_factory=list)
     slots: dict[tuple[str, int], Slot] = field(default_factory=dict)
-    readings: list[tuple[int, int, int, IndexArray]] = field(default_factory=list)
+    readings: list[tuple[str, int, int, int, IndexArray]] = field(default_factory=list)
     nodes: list[tuple[str, int, IndexArray]] = field(default_factory=list)
 
     def fresh(self, n: int, locked_because: str | None = None) -> IndexArray:
@@ -100,7 +100,7 @@ class Labels:
             n_named[producer] += 1
             name = producer if n_named[producer] == 1 else f"{producer}#{n_named[producer]}"
             readings = tuple(
-                Reading(*self.readings[i][:3], index=index)
+                Reading(*self.readings[i][:4], index=index)
                 for i, index in _common(channels, read_at)
             )
             nodes = tuple(

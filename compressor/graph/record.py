@@ -7,6 +7,7 @@ few operations that ATen has, how the states of its inputs become those of its o
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ class Call:
     """One operation as it ran.
 
     Attributes:
-        number: Its place among the operations of the pass, from 0.
+        number: Its place among the operations of its full name in the pass, from 0.
+        full_name: "aten::convolution".
         name: "convolution"; in-place variants have the name of the plain one.
         args: By the names of the operation's schema, defaults filled in.
         out: What it returned.
@@ -89,6 +91,7 @@ class Call:
     """
 
     number: int
+    full_name: str
     name: str
     args: Mapping[str, Any]
     out: Any
@@ -124,7 +127,8 @@ class Call:
 
     def read(self, argument: int, dim: int, labels: IndexArray) -> None:
         """Says that the operation reads `labels` along `dim` and writes other channels."""
-        self.labels.readings.append((self.number, argument, dim, labels))
+        place = (self.full_name, self.number, argument, dim)
+        self.labels.readings.append((*place, labels))
 
     def lock(self, labels: IndexArray, because: str) -> None:
         """No channel with one of `labels` may be removed."""
@@ -179,7 +183,7 @@ class Record(TorchDispatchMode):
         self.locked_tensors: dict[str, str] = {}
         self.dynamic: str | None = None
         self.node: fx.Node | None = None
-        self._n_calls = 0
+        self._n_calls: Counter[str] = Counter()
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[nn.Module] = []
         for tensors in (model.named_parameters(), model.named_buffers()):
@@ -195,17 +199,19 @@ class Record(TorchDispatchMode):
 
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        number, self._n_calls = self._n_calls, self._n_calls + 1
+        full_name = func._schema.name
+        number = self._n_calls[full_name]
+        self._n_calls[full_name] += 1
         if not any(t in self.states for t in tensors_in((args, kwargs))):
             return out  # arithmetic on constants
         schema = func._schema
         given = {a.name: a.default_value for a in schema.arguments}
         given.update({a.name: v for a, v in zip(schema.arguments, args, strict=False)})
         given.update(kwargs)
-        name = schema.name.removeprefix("aten::")
+        name = full_name.removeprefix("aten::")
         if schema.is_mutable and name.endswith("_") and not name.endswith("__"):
             name = name[:-1]
-        this = Call(number, name, given, out, self)
+        this = Call(number, full_name, name, given, out, self)
         is_pointwise = torch.Tag.pointwise in func.tags
         states = outcome(this, is_pointwise=is_pointwise)
         self._assign(out, states)

@@ -1,7 +1,7 @@
 """What a pruned network is compared with: the original whose readers see zeros."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compressor.surgery.positions import removed_channels
 from compressor.values import ChannelGroup, Plan
 
+# (operation, its number) -> (argument, dimension, positions) that it is to see zeros at
+Cuts = dict[tuple[str, int], list[tuple[int, int, Tensor]]]
+
 
 def masked(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> nn.Module:
     """`model` whose readers of removed channels see zeros.
@@ -18,22 +21,20 @@ def masked(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> nn.M
     Returns:
         A module around the very `model`; it answers without gradients, and changes no tensor.
     """
-    cuts: dict[int, list[tuple[int, int, Tensor]]] = defaultdict(list)
+    cuts: Cuts = defaultdict(list)
     for group in groups:
         removed = removed_channels(group, plan)
         for reading in group.readings:
             rows = reading.index[removed].ravel()
             cut = (reading.argument, reading.dim, torch.from_numpy(rows[rows >= 0]))
-            cuts[reading.call].append(cut)
+            cuts[reading.operation, reading.call].append(cut)
     return _Masked(model, cuts)
 
 
 class _Masked(nn.Module):
     """See `masked`."""
 
-    def __init__(
-        self, model: nn.Module, cuts: Mapping[int, Sequence[tuple[int, int, Tensor]]]
-    ) -> None:
+    def __init__(self, model: nn.Module, cuts: Cuts) -> None:
         super().__init__()
         self.model = model
         self.cuts = cuts
@@ -53,17 +54,18 @@ class _Masked(nn.Module):
 class _ZeroInputs(TorchDispatchMode):
     """Clears some channels of what some operations read."""
 
-    def __init__(self, cuts: Mapping[int, Sequence[tuple[int, int, Tensor]]]) -> None:
+    def __init__(self, cuts: Cuts) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cuts = cuts
-        self.n_calls = 0
+        self.n_calls: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        name = func._schema.name
         cleared = list(args)
-        for argument, dim, columns in self.cuts.get(self.n_calls, ()):
+        for argument, dim, columns in self.cuts.get((name, self.n_calls[name]), ()):
             rows = columns.to(cleared[argument].device)
             cleared[argument] = cleared[argument].index_fill(dim, rows, 0)
-        self.n_calls += 1
+        self.n_calls[name] += 1
         return func(*cleared, **(kwargs or {}))
