@@ -247,10 +247,14 @@ class Record(TorchDispatchMode):
         for name, _ in weight.sources:
             self.locked_tensors.setdefault(name, because)
 
-    def look_at_value(self, where: str) -> None:
+    def look_at_value(self) -> None:
         """The code turned a tensor that depends on the input into a Python number."""
         if self.dynamic is None:
-            self.dynamic = f"the forward code depends on a value of the input: {where}"
+            module = self.innermost_module()
+            self.dynamic = (
+                f"the forward code takes a Python value from a tensor that depends on the input"
+                f"{f', in {module}' if module else ''}{self.place()}"
+            )
             for state in self.states.values():  # another way could use whatever is still alive
                 if isinstance(state, Channels):
                     self.labels.lock(state.labels, self.dynamic)

@@ -59,7 +59,7 @@ def outcome(call: Call, *, is_pointwise: bool) -> Outcome:
     states = [call.state(tensor) for tensor in call.tensors()]
     if call.name in LOOKS_AT_VALUES:
         if any(map(depends_on_input, states)):
-            call.record.look_at_value(call.where)
+            call.record.look_at_value()
         return call.unknown()
     if not any(isinstance(state, Channels) for state in states) and call.name not in PRODUCERS:
         return _without_channels(call, states, is_pointwise=is_pointwise)

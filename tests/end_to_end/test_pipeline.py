@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import compressor
-from compressor import evaluate, export, pipeline, surgery
+from compressor import evaluate, export, pipeline, prunable, surgery
 from compressor.config import Config
 from compressor.errors import (
     DataError,
     EngineError,
     EquivalenceError,
+    GraphError,
     MeasurementError,
     SearchError,
 )
@@ -339,3 +340,42 @@ def test_prune_with_one_ratio(keep_ratio: float) -> None:
             compressor.prune(net, example, bad)
     with pytest.raises(compressor.CompressorError, match="Did you mean 'l1'"):
         compressor.prune(net, example, 0.5, importance="l11")
+
+
+def test_prune_gives_a_program_where_the_code_has_numbers() -> None:
+    net, example = randomised(make_written()), torch.randn(1, 1, 8, 8)
+    small = compressor.prune(net, example, 0.5)
+    assert isinstance(small, torch.fx.GraphModule)
+    assert small.get_parameter("last.weight").shape[0] == 32
+    assert small(torch.randn(3, 1, 8, 8)).shape == (3, 5)
+    assert isinstance(compressor.prune(randomised(ConvNet()), example, 0.5), ConvNet)
+
+
+def test_prune_by_gradients_takes_batches() -> None:
+    net, example = randomised(ConvNet()), torch.randn(1, 1, 8, 8)
+    batch = (torch.randn(8, 1, 8, 8), torch.arange(8) % 5)
+    small = compressor.prune(net, example, 0.5, importance="taylor", batches=lambda: [batch])
+    assert small.get_parameter("last.weight").shape[0] == 32
+    with pytest.raises(compressor.CompressorError, match="give it labelled images"):
+        compressor.prune(net, example, 0.5, importance="taylor")
+
+
+def test_prune_never_returns_a_wrong_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If surgery ever cut a wrong channel, the caller would get an error and no model."""
+
+    def wrong(model: nn.Module, *args: object) -> nn.Module:
+        pruned = surgery.remove_channels(model, *args)  # type: ignore[arg-type]
+        last = pruned.get_parameter("last.weight")
+        last.data.copy_(last.data.flip(0))
+        return pruned
+
+    net, example = randomised(ConvNet()), torch.randn(1, 1, 8, 8)
+    plan = compressor.Plan({"last": tuple(range(20))})
+    monkeypatch.setattr(prunable, "remove_channels", wrong)
+    monkeypatch.setattr(prunable, "export_program", no_program)
+    with pytest.raises(compressor.CompressorError, match=r"does not follow|not the masked"):
+        compressor.prune(net, example, plan)
+
+
+def no_program(*_args: object) -> nn.Module:
+    raise GraphError("not today")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ExportError
-from compressor.export import DEFAULT_OPSET, export_onnx, make_template
+from compressor.export import DEFAULT_OPSET, candidate_writer, export_onnx, make_template
 from compressor.graph import channel_groups
 from compressor.surgery import remove_channels
-from tests.conftest import ConvNet, random_plan
+from compressor.values import Example
+from tests.conftest import ConvNet, random_plan, randomised
 
 
 def run(content: bytes, images: Tensor) -> Tensor:
@@ -102,3 +103,91 @@ def test_what_onnx_lacks_is_an_error_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
     assert len(str(err.value).splitlines()) == 1
     assert capfd.readouterr().out == ""  # the exporter prints its graph, which stdout is not for
+
+
+class Grouped(nn.Module):
+    """A grouped convolution that loses whole groups, and one that loses channels of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3)
+        self.many = nn.Conv2d(16, 16, 3, groups=8)
+        self.few = nn.Conv2d(16, 8, 1, groups=2)
+        self.up = nn.ConvTranspose2d(8, 8, 2, groups=8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.few(torch.relu(self.many(torch.relu(self.first(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_templates_follow_groups_byte_for_byte(example: Tensor, seed: int) -> None:
+    """A filled template is, byte for byte, the template of the pruned network, filled."""
+    model = randomised(Grouped())
+    groups = channel_groups(model, example)
+    pruned = remove_channels(model, groups, random_plan(groups, np.random.default_rng(seed)))
+    filled = make_template(model, example).fill(pruned)
+    assert filled == make_template(pruned, example).fill(pruned)
+    with torch.no_grad():
+        torch.testing.assert_close(run(filled, example), pruned(example), rtol=1e-4, atol=1e-4)
+    writer = candidate_writer(model, example, pruned)
+    assert writer(pruned) == filled
+
+
+class Sizes(nn.Module):
+    """Sizes of the graph that follow the widths: a template would keep the old ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3)
+        self.norm = nn.GroupNorm(4, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x)).mean((2, 3)))
+
+
+class Computed(nn.Module):
+    """A weight that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3)
+        self.second = nn.Conv2d(16, 16, 3)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = nn.functional.conv2d(x, torch.tanh(self.second.weight) * 2)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Sizes, Computed])
+def test_where_a_template_would_be_wrong_candidates_are_exported(
+    kind: type[nn.Module], example: Tensor
+) -> None:
+    model = randomised(kind())
+    groups = channel_groups(model, example)
+    for seed in range(2):
+        pruned = remove_channels(model, groups, random_plan(groups, np.random.default_rng(seed)))
+        content = candidate_writer(model, example, pruned)(pruned)
+        with torch.no_grad():
+            expected = pruned(example)
+        torch.testing.assert_close(run(content, example), expected, rtol=1e-4, atol=1e-4)
+
+
+class Two(nn.Module):
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.relu(first) + second
+
+
+def test_several_inputs_are_exported(tmp_path: Path) -> None:
+    a, b = torch.randn(1, 3), torch.randn(1, 3)
+    examples: list[Example] = [(a, b), {"first": a, "second": b}]
+    for number, example in enumerate(examples):
+        path = export_onnx(Two().eval(), example, tmp_path / f"{number}.onnx")
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_inputs()]
+        (got,) = session.run(None, dict(zip(names, (a.numpy(), b.numpy()), strict=True)))
+        torch.testing.assert_close(torch.from_numpy(got), torch.relu(a) + b)

@@ -336,7 +336,7 @@ def test_code_that_looks_at_values_is_named() -> None:
 def test_what_comes_before_such_code_is_still_free() -> None:
     groups = by_name(Branches(early=False), torch.randn(1, 1, 8, 8))
     assert groups["first"].locked_because is None
-    assert "depends on a value" in (groups["second"].locked_because or "")
+    assert "takes a Python value" in (groups["second"].locked_because or "")
 
 
 def test_wrong_input_is_named(conv_net: ConvNet) -> None:
