@@ -93,8 +93,8 @@ def _check_static(model: nn.Module, seen: Record, groups: tuple[ChannelGroup, ..
     """Refuses a network in which nothing but its dynamic code keeps channels from pruning."""
     if seen.dynamic is not None and all(g.locked_because for g in groups):
         raise GraphError(
-            f"{type(model).__name__} cannot be pruned: {seen.dynamic}. With another value the code "
-            f"may go another way, which one forward pass does not show. Write it with "
+            f"{type(model).__name__} cannot be pruned: {seen.dynamic}. With another value the "
+            f"code may go another way, which one forward pass does not show. Write it with "
             f"torch.where, move it out of the model, or freeze that part into one way."
         )
 
