@@ -7,16 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from compressor import run_folder
 from compressor.config import Config
 from compressor.errors import EquivalenceError, ModelError, PlanError, unknown_name
+from compressor.graph import channel_groups
 from compressor.importance import IMPORTANCES, Batches
 from compressor.model_io import load_weights, read_checkpoint
 from compressor.model_io.architectures import build
 from compressor.pipeline import read_data, read_model
-from compressor.prunable import Prunable, disagreement, make_prunable
+from compressor.program import export_program
+from compressor.prunable import PROGRAM, Prunable, disagreement, make_prunable
 from compressor.report import text_report, trials_json, trials_report
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
@@ -108,9 +110,11 @@ def load_compressed(
     if original is None:
         assert arch is not None
         original = build(arch, dict(arch_args or saved["arch_args"]), beside=path.parent).eval()
-    prunable = make_prunable(original, torch.zeros(1, *saved["input_shape"]))
+    example = torch.zeros(1, *saved["input_shape"])
+    if saved.get("form") == PROGRAM and not isinstance(original, fx.GraphModule):
+        original = export_program(original, example)
     plan = Plan({name: tuple(kept) for name, kept in saved["plan"].items()})
-    compact = remove_channels(prunable.module, prunable.groups, plan)
+    compact = remove_channels(original, channel_groups(original, example), plan)
     load_weights(path, compact, saved["state_dict"], arch or type(original).__name__)
     return compact.eval()
 

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from compressor.importance import IMPORTANCES
 from compressor.latency.onnxruntime import compare_latency, predictor
 from compressor.latency.targets import load_target
 from compressor.latency.timing import TRIAL
-from compressor.prunable import load_model, make_prunable
+from compressor.prunable import Prunable, load_model, make_prunable
 from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
 from compressor.run_folder import RunFolder
 from compressor.search import STRATEGIES
@@ -115,8 +115,18 @@ class Job:
     target: Target
     loaded: LoadedModel
     data: Data
-    groups: tuple[ChannelGroup, ...]
+    prunable: Prunable
     space: SearchSpace
+
+    @property
+    def model(self) -> nn.Module:
+        """The original, in the form in which it is pruned."""
+        return self.prunable.module
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """Its channel groups."""
+        return self.prunable.groups
 
     @property
     def example(self) -> Tensor:
@@ -141,9 +151,9 @@ def prepare(config: Config) -> Job:
     loaded = read_model(config, data.input_shape)
     _check_outputs(loaded, data, is_folder=config.data.is_dir())
     prunable = make_prunable(loaded.module, loaded.example_input)
-    loaded, groups = replace(loaded, module=prunable.module), prunable.groups
+    groups = prunable.groups
     scores = IMPORTANCES[config.importance].scores(
-        loaded.module, groups, partial(_ranking_batches, data.fit)
+        prunable.module, groups, partial(_ranking_batches, data.fit)
     )
     space = make_space(
         groups,
@@ -151,7 +161,7 @@ def prepare(config: Config) -> Job:
         step=target.step,
         min_keep_ratio=config.min_keep_ratio,
     )
-    job = Job(config, target, loaded, data, groups, space)
+    job = Job(config, target, loaded, data, prunable, space)
     check_surgery(job, space.plan(space.narrowest))
     return job
 
@@ -188,8 +198,8 @@ def check_surgery(job: Job, plan: Plan) -> tuple[nn.Module, float]:
         EquivalenceError: It does not answer like the original whose wires were cut.
     """
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
-    compact = remove_channels(job.loaded.module, job.groups, plan)
-    oracle = masked(job.loaded.module, job.groups, plan)
+    compact = remove_channels(job.model, job.groups, plan)
+    oracle = masked(job.model, job.groups, plan)
     return compact, check_agree("Own surgery and the masked original", compact, oracle, images)
 
 
@@ -225,7 +235,7 @@ class Bench:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        model, example, opset = job.loaded.module, job.example, job.target.opset
+        model, example, opset = job.model, job.example, job.target.opset
         pruned = remove_channels(model, job.groups, job.space.plan(job.space.narrowest))
         batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
         self._single = candidate_writer(model, example, pruned, opset=opset)
@@ -237,14 +247,14 @@ class Bench:
 
     def original_accuracy(self) -> Accuracy:
         """Of the original on the search split."""
-        return self._accuracy(self.job.loaded.module)
+        return self._accuracy(self.job.model)
 
     def measure(
         self, plan: Plan, seconds: dict[str, float], seed: int
     ) -> tuple[Accuracy, PairedLatency]:
         """One trial; adds to `seconds` what each part took."""
         with _timed(seconds, "surgery"):
-            pruned = remove_channels(self.job.loaded.module, self.job.groups, plan)
+            pruned = remove_channels(self.job.model, self.job.groups, plan)
         with _timed(seconds, "recalibration"):
             pruned = recalibrate_batch_norm(pruned, self.job.data.fit)
         with _timed(seconds, "accuracy"):
@@ -259,7 +269,7 @@ class Bench:
 
     def remeasure(self, plan: Plan) -> PairedLatency:
         """The latency of a finalist, with the effort of a final figure."""
-        pruned = remove_channels(self.job.loaded.module, self.job.groups, plan)
+        pruned = remove_channels(self.job.model, self.job.groups, plan)
         return compare_latency(self._original_onnx, self._single(pruned), self.job.target)
 
     def _accuracy(self, model: nn.Module) -> Accuracy:
@@ -407,7 +417,7 @@ def cut_out(
         EquivalenceError: The masked original answers differently.
     """
     on_progress(Progress("Pruning with NNI and checking", 0, 1))
-    model, example = job.loaded.module, job.example
+    model, example = job.model, job.example
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
     compact, error = check_surgery(job, plan)
     engines: dict[str, object] = {"masked": error}
@@ -497,6 +507,7 @@ def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:
         "arch": job.config.arch,
         "arch_args": dict(job.config.arch_args),
         "input_shape": list(job.data.input_shape),
+        "form": job.prunable.form,
     }
 
 
@@ -519,6 +530,7 @@ def groups_table(groups: Sequence[ChannelGroup], plan: Plan) -> list[dict[str, o
         {
             "name": group.name,
             "channels": group.n_channels,
+            "unit": group.unit,
             "kept": plan.width(group),
             "locked_because": group.locked_because,
         }

@@ -36,6 +36,8 @@ from compressor.values import (
 # Of the largest output. A wrong channel shows at 1e-1; rounding at 1e-5 and 1e-13.
 PROOF_TOLERANCE, PROOF_TOLERANCE_FLOAT64 = 1e-3, 1e-8
 
+MODULE, PROGRAM = "module", "program"  # the two forms
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,6 +52,11 @@ class Prunable:
 
     module: nn.Module
     groups: tuple[ChannelGroup, ...]
+
+    @property
+    def form(self) -> str:
+        """`MODULE` or `PROGRAM`."""
+        return PROGRAM if isinstance(self.module, fx.GraphModule) else MODULE
 
 
 def load_model(

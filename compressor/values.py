@@ -475,7 +475,7 @@ class Result:
         accuracy_drop_points: Percentage points on the test split; None with `compressed`.
         equivalence: Which engines were compared on how many inputs, and the largest error.
         search: How the plan was found, and what a trial cost.
-        groups: name, channels, kept, locked_because of every channel group.
+        groups: name, channels, unit, kept, locked_because of every channel group.
         environment: Versions, machine, and hashes of model and data.
         out: The run folder.
     """

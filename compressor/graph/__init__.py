@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import GraphError
 from compressor.graph.record import Record, record
+from compressor.graph.rules import outcome
 from compressor.values import (
     FORWARD_FAILURES,
     ChannelGroup,
@@ -50,7 +51,7 @@ def channel_groups(model: nn.Module, example_input: Example) -> tuple[ChannelGro
     if any(module.training for module in model.modules()):
         raise GraphError(f"{type(model).__name__} is in training mode; call .eval() first.")
     try:
-        seen = record(model, example_input)
+        seen = record(model, example_input, outcome)
     except FORWARD_FAILURES as err:
         raise _not_taken(model, example_input, err) from err
     groups = seen.labels.groups(seen.locked_tensors)

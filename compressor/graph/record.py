@@ -8,7 +8,7 @@ few operations that ATen has, how the states of its inputs become those of its o
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +75,7 @@ class Fixed:
 
 State = Channels | Weight | Fixed
 Outcome = State | Sequence[State | None] | None  # of the output, or of each output
+Rules = Callable[["Call", bool], Outcome]  # (call, whether ATen tags it element-wise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +167,7 @@ class Record(TorchDispatchMode):
     """What is known of the tensors of one forward pass.
 
     Attributes:
+        rules: From a call to the states of its outputs.
         labels: Filled as operations run.
         states: Tensor -> state, while the tensor lives.
         shapes: Of the parameters and buffers.
@@ -174,8 +176,9 @@ class Record(TorchDispatchMode):
         dynamic: The first place where the code looked at a value that depends on the input.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rules: "Rules") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.rules = rules
         self.labels = Labels()
         self.states: Any = WeakTensorKeyDictionary()
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -195,8 +198,6 @@ class Record(TorchDispatchMode):
         self, func: OpOverload, types: object, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Runs `func` and gives its outputs their states."""
-        from compressor.graph.rules import outcome
-
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         full_name = func._schema.name
@@ -213,7 +214,7 @@ class Record(TorchDispatchMode):
             name = name[:-1]
         this = Call(number, full_name, name, given, out, self)
         is_pointwise = torch.Tag.pointwise in func.tags
-        states = outcome(this, is_pointwise=is_pointwise)
+        states = self.rules(this, is_pointwise)
         self._assign(out, states)
         if schema.is_mutable and isinstance(states, Fixed):
             for argument, value in zip(schema.arguments, args, strict=False):
@@ -313,9 +314,9 @@ class Record(TorchDispatchMode):
                 hook.remove()
 
 
-def record(model: nn.Module, example: Example) -> Record:
+def record(model: nn.Module, example: Example, rules: "Rules") -> Record:
     """Runs `model` once and returns what was seen; errors of its forward code pass through."""
-    seen = Record(model)
+    seen = Record(model, rules)
     for tensor in tensors_in(example):
         seen.states[tensor] = Fixed("it is the model's input", from_input=True)
     with torch.no_grad(), seen.watching_modules(), unfused_attention():

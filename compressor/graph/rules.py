@@ -54,7 +54,7 @@ Rule = Callable[[Call], Outcome]
 LOOKS_AT_VALUES = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
 
 
-def outcome(call: Call, *, is_pointwise: bool) -> Outcome:
+def outcome(call: Call, is_pointwise: bool) -> Outcome:
     """The states of what `call` returned."""
     states = [call.state(tensor) for tensor in call.tensors()]
     if call.name in LOOKS_AT_VALUES:
