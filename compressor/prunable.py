@@ -91,7 +91,7 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
     """
     groups = channel_groups(model, example)
     probe = _probe(model, example)
-    fault = _fault(probe, groups, _halved(groups))
+    fault = _fault(probe, groups, *_halves(groups))
     if fault is None and not _has_layers_without_group(model, groups):
         return Prunable(model, groups)
     if fault is not None:
@@ -113,7 +113,7 @@ def _proven_program(model: nn.Module, example: Example) -> Prunable | None:
         logger.info("%s", err)
         return None
     groups = channel_groups(program, example)
-    if _fault(_probe(program, example), groups, _halved(groups)) is not None:
+    if _fault(_probe(program, example), groups, *_halves(groups)) is not None:
         return None
     return Prunable(program, groups)
 
@@ -144,26 +144,31 @@ def _locked_where_wrong(
     checked = []
     for group in groups:
         if group.locked_because is None:
-            fault = _fault(probe, groups, _halved([group]))
+            fault = _fault(probe, groups, *_halves([group]))
             if fault is not None:
                 because = f"the forward code does not follow its width: {fault}"
                 group = replace(group, locked_because=because)
         checked.append(group)
-    fault = _fault(probe, checked, _halved(checked))
+    fault = _fault(probe, checked, *_halves(checked))
     if fault is not None:
         because = f"the forward code does not follow its widths: {fault}"
         checked = [replace(g, locked_because=g.locked_because or because) for g in checked]
     return tuple(checked)
 
 
-def _halved(groups: Sequence[ChannelGroup]) -> Plan:
-    """Half the channels of every free group, drawn at random so that a wrong order shows."""
+def _halves(groups: Sequence[ChannelGroup]) -> tuple[Plan, ...]:
+    """Half the channels of every free group, drawn at random, and then the other half.
+
+    A number in the code that happens to fit one half cannot fit the other as well.
+    """
     rng = np.random.default_rng(0)
-    return Plan({
-        group.name: tuple(sorted(rng.permutation(group.n_channels)[: -(-group.n_channels // 2)]))
-        for group in groups
-        if group.locked_because is None
-    })  # fmt: skip
+    kept: tuple[dict[str, tuple[int, ...]], ...] = ({}, {})
+    for group in groups:
+        if group.locked_because is None and group.n_channels > 1:
+            halves = np.array_split(rng.permutation(group.n_channels), 2)
+            for each, half in zip(kept, halves, strict=True):
+                each[group.name] = tuple(sorted(half.tolist()))
+    return tuple(Plan(each) for each in kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,24 +216,25 @@ def _stirred(model: nn.Module) -> nn.Module:
     return stirred
 
 
-def _fault(probe: _Probe, groups: Sequence[ChannelGroup], plan: Plan) -> str | None:
+def _fault(probe: _Probe, groups: Sequence[ChannelGroup], *plans: Plan) -> str | None:
     """What is wrong with the pruned network, beside the masked one; None where nothing is."""
-    if not plan.kept:
-        return None
-    try:
-        expected = _outputs(call(masked(probe.model, groups, plan), probe.example))
-        with torch.no_grad():
-            got = _outputs(call(remove_channels(probe.model, groups, plan), probe.example))
-    except FORWARD_FAILURES as err:
-        lines = str(err).strip().splitlines()
-        return f"{type(err).__name__}: {lines[0] if lines else 'no message'}"
-    shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
-    if shapes[0] != shapes[1]:
-        return f"outputs are {shapes[1]}, not {shapes[0]}"
-    for want, have in zip(expected, got, strict=True):
-        error, largest = float((want - have).abs().max()), float(want.abs().max())
-        if not error <= probe.tolerance * largest:
-            return f"outputs differ by {error:.2g} where the largest is {largest:.2g}"
+    for plan in plans:
+        if not plan.kept:
+            continue
+        try:
+            expected = _outputs(call(masked(probe.model, groups, plan), probe.example))
+            with torch.no_grad():
+                got = _outputs(call(remove_channels(probe.model, groups, plan), probe.example))
+        except FORWARD_FAILURES as err:
+            lines = str(err).strip().splitlines()
+            return f"{type(err).__name__}: {lines[0] if lines else 'no message'}"
+        shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
+        if shapes[0] != shapes[1]:
+            return f"outputs are {shapes[1]}, not {shapes[0]}"
+        for want, have in zip(expected, got, strict=True):
+            error, largest = float((want - have).abs().max()), float(want.abs().max())
+            if not error <= probe.tolerance * largest:
+                return f"outputs differ by {error:.2g} where the largest is {largest:.2g}"
     return None
 
 

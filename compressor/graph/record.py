@@ -5,6 +5,7 @@ methods and shapes are behind it. Each tensor gets a *state*, and `rules.py` say
 few operations that ATen has, how the states of its inputs become those of its outputs.
 """
 
+import logging
 import os
 import sys
 from collections import Counter
@@ -23,6 +24,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.graph.labels import Labels
 from compressor.values import Example, IndexArray, Role, call, tensors_in
+
+logger = logging.getLogger(__name__)
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 OWN_FOLDER = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -214,7 +217,11 @@ class Record(TorchDispatchMode):
             name = name[:-1]
         this = Call(number, full_name, name, given, out, self)
         is_pointwise = torch.Tag.pointwise in func.tags
-        states = self.rules(this, is_pointwise)
+        try:
+            states = self.rules(this, is_pointwise)
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):
+            logger.warning("no rule fits %s", this.where, exc_info=True)
+            states = this.unknown()
         self._assign(out, states)
         if schema.is_mutable and isinstance(states, Fixed):
             for argument, value in zip(schema.arguments, args, strict=False):

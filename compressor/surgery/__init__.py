@@ -59,10 +59,19 @@ def remove_channels(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan
         for name, module in model.named_modules()
         if any(id(t) in memo for t in (*module._parameters.values(), *module._buffers.values()))
     }
-    left = _groups_left(model, groups, keep)
+    by_group = {  # weights of convolutions that lose whole groups
+        id(tensor_of(model, where.key))
+        for group in groups
+        for where in group.slices
+        if where.role is Role.PER_CHANNEL
+    }
     pruned = copy.deepcopy(model, memo)
-    for name in touched:
-        _fix_attributes(pruned.get_submodule(name), left.get(name))
+    for name, old_module in touched.items():
+        n_groups = None
+        if isinstance(old_module, nn.modules.conv._ConvNd) and id(old_module.weight) in by_group:
+            n_filters = len(memo[id(old_module.weight)])
+            n_groups = old_module.groups * n_filters // len(old_module.weight)
+        _fix_attributes(pruned.get_submodule(name), n_groups)
     for key, masks in keep.items():
         if isinstance(tensor_of(model, key), int):
             module, _, attribute = key.rpartition(".")
@@ -92,22 +101,6 @@ def check_plan(groups: Sequence[ChannelGroup], plan: Plan) -> None:
             )
         if group.locked_because is not None and len(kept) < group.n_channels:
             raise PlanError(f"{name} cannot be pruned: {group.locked_because}.")
-
-
-def _groups_left(
-    model: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Mapping[int, Mask]]
-) -> dict[str, int]:
-    """Name of each convolution that lost whole groups -> how many of its groups are left."""
-    left = {}
-    for group in groups:
-        for where in group.slices:
-            module = model.get_submodule(where.module)
-            is_grouped = isinstance(module, nn.modules.conv._ConvNd) and where.tensor == "weight"
-            if is_grouped and where.role is Role.PER_CHANNEL and where.key in keep:
-                mask = keep[where.key][where.dim]
-                assert isinstance(module.groups, int)
-                left[where.module] = module.groups * int(mask.sum()) // len(mask)
-    return left
 
 
 def _cut(old: Tensor, keep: Mapping[int, Mask]) -> Tensor:

@@ -99,6 +99,32 @@ def test_code_that_follows_its_widths_stays_the_users_own(conv_net: ConvNet) -> 
     assert make_prunable(conv_net, torch.randn(1, 1, 8, 8)).module is conv_net
 
 
+class WrittenInto(nn.Module):
+    """Changes its first channels in place; cut to channels 0 to 3, the wrong code is right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).clone()
+        y[:, :5] = y[:, :5].sigmoid()
+        return self.head(y.mean((2, 3)))
+
+
+def test_a_number_that_fits_one_plan_is_found_by_another() -> None:
+    model = randomised(WrittenInto().double()).eval()
+    prunable = make_prunable(model, EXAMPLE)
+    for seed in range(8):
+        plan = random_plan(prunable.groups, np.random.default_rng(seed))
+        compact = remove_channels(prunable.module, prunable.groups, plan)
+        with torch.no_grad():
+            oracle = masked(prunable.module, prunable.groups, plan)
+            torch.testing.assert_close(compact(EXAMPLE), oracle(EXAMPLE))
+    assert prunable.module is not model
+
+
 class Kernels(nn.Module):
     """Layers written as functions, with weights that no layer owns."""
 

@@ -220,3 +220,30 @@ def test_bad_plans_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match=message):
         remove_channels(conv_net, channel_groups(conv_net, example), Plan(kept))
+
+
+class TiedDepthwise(nn.Module):
+    """Two depthwise convolutions with one weight: both lose the same groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 1)
+        self.one = nn.Conv2d(8, 8, 3, groups=8)
+        self.other = nn.Conv2d(8, 8, 3, groups=8)
+        self.other.weight = self.one.weight
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.other(torch.relu(self.one(self.first(x))))).mean((2, 3))
+
+
+def test_tied_depthwise_convolutions_lose_the_same_groups(example: Tensor) -> None:
+    model = randomised(TiedDepthwise())
+    groups = channel_groups(model, example)
+    plan = Plan({"first": (1, 4, 6)})
+    compact = remove_channels(model, groups, plan)
+    assert isinstance(compact, TiedDepthwise)
+    assert compact.one.groups == compact.other.groups == 3
+    assert compact.one.weight is compact.other.weight
+    with torch.no_grad():
+        torch.testing.assert_close(compact(example), masked(model, groups, plan)(example))
