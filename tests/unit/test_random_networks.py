@@ -6,13 +6,23 @@ too, which is what Hypothesis needs to shrink a failure well.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from compressor.graph import channel_groups
+from compressor.prunable import make_prunable
+from compressor.surgery import masked, remove_channels
+from compressor.values import ChannelGroup, Plan, tensors_in
+from tests.conftest import randomised
 
 WIDTHS = (4, 8, 2, 6, 3, 1, 12, 16)
 IMAGE = (8, 6)
@@ -475,11 +485,15 @@ HARD_CODED: dict[str, Maker] = {
 
 def made(op: Op, shape: torch.Size) -> nn.Module:
     """The operation on a tensor of `shape`."""
-    site = Site(*shape[1:], k=op.k, v=op.v)
+    c, h, w = shape[1:]
+    site = Site(c, h, w, k=op.k, v=op.v)
     if op.kind in MIXING:
         run = MIXING[op.kind](site)
-        parts = {"mark": parameter(1, site.c, 1, 1), "norm": nn.LayerNorm(site.c)}
-        return Step(lambda s, x: run(s, x * s.mark), **parts)
+        return Step(
+            lambda s, x: run(s, x * s.mark),
+            mark=parameter(1, site.c, 1, 1),
+            norm=nn.LayerNorm(site.c),
+        )
     return {**FOLLOWING, **HARD_CODED}[op.kind](site)
 
 
@@ -543,7 +557,7 @@ class RandomNet(nn.Module):
     def _add(self, op: Op, pool: list[Tensor]) -> None:
         """Appends the operation and what it returns, if it fits."""
         first = len(pool) - 1 - op.back[0] % len(pool)
-        reads = (first,)
+        reads: tuple[int, ...] = (first,)
         if op.kind in JOINING:
             others = partners(op.kind, pool, first)
             reads = (first, *(others[i % len(others)] for i in op.back[1:]))
@@ -574,7 +588,8 @@ def drawn(*extra: str) -> st.SearchStrategy[Network]:
         return st.lists(op, min_size=at_least, max_size=at_most)
 
     parts = (some(kinds, 0, 4), some(extra, 1, 2), some(kinds, 0, 4))
-    ops = st.tuples(*parts).map(lambda lists: sum(lists, [])) if extra else some(kinds, 1, 9)
+    joined = st.tuples(*parts).map(lambda lists: [op for part in lists for op in part])
+    ops = joined if extra else some(kinds, 1, 9)
     return st.builds(
         Network,
         ops.map(tuple),
@@ -663,7 +678,9 @@ def images_for(network: Network, n: int = 2) -> Tensor:
     return torch.rand(n, network.n_inputs, *IMAGE, generator=generator, dtype=torch.float64) - 0.5
 
 
-def check_module(network: Network, plan_for: Callable[[Sequence[ChannelGroup]], Plan]) -> Counter[str]:
+def check_module(
+    network: Network, plan_for: Callable[[Sequence[ChannelGroup]], Plan]
+) -> Counter[str]:
     """The network as it is: what mixes channels locked them, and the rest can be pruned."""
     net, images = prepared(network), images_for(network)
     groups = channel_groups(net, images[:1])
@@ -690,5 +707,20 @@ def test_a_random_network_is_pruned_as_it_is_masked(n_examples: int) -> None:
         tally.update(check_module(network, lambda groups: plan_from(data, groups)))
 
     draws()
-    print(tally)
     assert is_telling(tally), tally
+
+
+@pytest.mark.parametrize(
+    "n_examples", [6, pytest.param(200, marks=(pytest.mark.slow, pytest.mark.timeout(3000)))]
+)
+def test_numbers_in_the_code_of_a_random_network_follow(n_examples: int) -> None:
+    """As its program, where its code does not follow; whatever is free in it is right."""
+
+    @settings(max_examples=n_examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(network=drawn(*HARD_CODED), data=st.data())
+    def draws(network: Network, data: st.DataObject) -> None:
+        net, images = prepared(network), images_for(network)
+        prunable = make_prunable(net, images[:1])
+        check(prunable.module, prunable.groups, plan_from(data, prunable.groups), images)
+
+    draws()

@@ -1,33 +1,46 @@
-"""Real architectures: pruned == masked in float64, with random batch-norm statistics."""
+"""torchvision's architectures: pruned equals masked, ONNX Runtime equals torch, template holds."""
 
-import numpy as np
 import pytest
-import torch
-import torchvision
 
-from compressor.graph import channel_groups
-from compressor.surgery import masked, remove_channels
-from tests.conftest import random_plan, randomised
+from benchmarks.zoo import (
+    CLASSIFICATION,
+    DETECTION,
+    EXACT,
+    LITTLE_PRUNED,
+    ONNX_TOLERANCE,
+    SEGMENTATION,
+    check,
+)
 
-# name -> free groups; depthwise, squeeze-excite, flatten with pixels and residual sums are in it
-ZOO = {"resnet18": 12, "mobilenet_v2": 25, "mobilenet_v3_small": 27, "alexnet": 7}
+QUICK = (
+    "resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet0_5",
+    "regnet_y_400mf", "googlenet",
+)  # fmt: skip
+SLOW = [name for name in (*CLASSIFICATION, *SEGMENTATION) if name not in QUICK]
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_pruned_equals_masked(name: str) -> None:
-    model = randomised(torchvision.models.get_model(name, num_classes=10).double())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # keep the scale of activations from layer to layer
-                parameter.mul_(2 / parameter[0].numel() ** 0.5)
-    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    groups = channel_groups(model, image)
-    assert sum(group.locked_because is None for group in groups) == ZOO[name]
-    for seed in range(2):
-        plan = random_plan(groups, np.random.default_rng(seed))
-        compact = remove_channels(model, groups, plan)
-        oracle = masked(model, groups, plan)
-        with torch.no_grad():
-            expected = oracle(image)
-            assert expected.abs().max() > 1e-6  # not everything died on the way
-            torch.testing.assert_close(compact(image), expected)
+def slowly(names: list[str]) -> list[object]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *slowly(SLOW)])
+def test_pruned_network_is_exact(name: str) -> None:
+    row = check(f"torchvision:{name}", 64 if name in QUICK else None)
+    assert row.faults == []
+    assert row.error is not None
+    assert row.error < EXACT
+    assert row.onnx_error is not None
+    assert row.onnx_error < ONNX_TOLERANCE
+    assert row.form == "module"
+    assert row.params_kept_ratio < LITTLE_PRUNED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTION)
+def test_pruned_detection_network_finds_the_same(name: str) -> None:
+    """Boxes, labels and scores of every proposal, behind sorting and suppression."""
+    row = check(f"torchvision:{name}")
+    assert row.faults == []
+    assert row.error is not None
+    assert row.error < EXACT
+    assert row.params_kept_ratio < LITTLE_PRUNED

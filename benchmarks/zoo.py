@@ -1,0 +1,501 @@
+"""Does pruning stay exact on the architectures that people use?
+
+Every network is built without trained weights and made random where a fresh one is not: no two
+channels are alike, no branch is scaled by 0. Half the channels of every free group go, drawn at
+random; in a second plan, a fifth. Then three things are asked, each with an oracle of its own:
+
+1. float64: do both pruned networks answer like the masked ones ("error", of the largest output)?
+   Where a masked one answers like the whole network the question says nothing: "blind".
+2. float32: does ONNX Runtime answer like torch ("ONNX error")?
+3. Where candidates are filled into a template: is the second plan's file, byte for byte, what a
+   template made from that candidate gives?
+
+Every network runs in a process of its own, under a time limit.
+
+    python benchmarks/zoo.py torchvision --out benchmarks/results/zoo-torchvision.md
+    python benchmarks/zoo.py timm --out benchmarks/results/zoo-timm.md
+    python benchmarks/zoo.py torchvision:resnet18 timm:res2net50_26w_4s
+"""
+
+import argparse
+import copy
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from compressor.errors import ExportError
+from compressor.export import (
+    DEFAULT_OPSET,
+    OnnxTemplate,
+    candidate_writer,
+    export_onnx,
+    make_template,
+)
+from compressor.graph import channel_groups, outputs
+from compressor.prunable import Prunable, make_prunable
+from compressor.surgery import masked, remove_channels
+from compressor.values import ChannelGroup, Example, Plan, tensors_in
+
+EXACT = 1e-9  # of the largest output, float64: rounding is at 1e-13, a wrong channel at 1e-2
+ONNX_TOLERANCE = 1e-3  # of the largest output, float32
+NEWER_OPSET = 17  # for networks with operations that the default one lacks
+BLIND = 1e-6  # a masked network that differs by less is no oracle
+HALF, MOST = 0.5, 0.8  # keep ratios of the two plans
+LITTLE_PRUNED = 0.7  # with half of every free group gone, this share of parameters says why
+
+CLASSIFICATION = (
+    "alexnet", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2",
+    "densenet121", "googlenet", "inception_v3", "squeezenet1_1", "shufflenet_v2_x1_0",
+    "mobilenet_v2", "mobilenet_v3_large", "mnasnet1_0", "efficientnet_b0", "efficientnet_v2_s",
+    "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny", "vit_b_16", "swin_t", "maxvit_t",
+)  # fmt: skip
+SEGMENTATION = ("deeplabv3_resnet50", "lraspp_mobilenet_v3_large", "fcn_resnet50")
+DETECTION = (
+    "fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn", "maskrcnn_resnet50_fpn",
+    "keypointrcnn_resnet50_fpn", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large",
+    "retinanet_resnet50_fpn", "fcos_resnet50_fpn",
+)  # fmt: skip
+TIMM = (
+    "test_resnet", "test_byobnet", "test_efficientnet", "test_convnext", "test_nfnet", "resnet10t",
+    "resnet26d", "resnetrs50", "resnetblur50", "resnetaa50", "resnet50_gn", "resnetv2_50",
+    "resnetv2_50x1_bit", "res2net50_26w_4s", "res2next50", "resnext26ts", "seresnext26t_32x4d",
+    "ecaresnet26t", "seresnet18", "legacy_seresnet18", "legacy_seresnext26_32x4d", "skresnet18",
+    "resnest14d", "gcresnet33ts", "gcresnext26ts", "bat_resnext26ts", "botnet26t_256",
+    "eca_botnext26ts_256", "halonet26t", "sehalonet33ts", "haloregnetz_b", "lambda_resnet26t",
+    "lamhalobotnet50ts_256", "cspresnet50", "cspdarknet53", "darknet53", "cs3darknet_s",
+    "cs3sedarknet_l", "dpn68", "selecsls42b", "hrnet_w18_small", "dla34", "dla60_res2net",
+    "vovnet39a", "ese_vovnet19b_dw", "repvgg_a0", "mobileone_s0", "gernet_s", "tresnet_m",
+    "vgg11_bn", "densenet121", "densenetblur121d", "rdnet_tiny", "inception_v3", "inception_v4",
+    "inception_resnet_v2", "inception_next_atto", "xception41", "legacy_xception", "nasnetalarge",
+    "pnasnet5large", "mixnet_s", "ghostnet_100", "ghostnetv2_100", "ghostnetv3_100",
+    "repghostnet_050", "rexnet_100", "hardcorenas_a", "tinynet_e", "lcnet_050", "lcnetv2_small",
+    "mobilenetv1_100", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv4_conv_small",
+    "mobilenet_edgetpu_v2_xs", "mnasnet_100", "fbnetc_100", "spnasnet_100", "semnasnet_075",
+    "efficientnet_lite0", "efficientnet_es", "efficientnet_cc_b0_4e", "tf_efficientnet_b0",
+    "tf_efficientnetv2_b0", "regnetx_002", "regnety_002", "regnetz_005", "regnetz_b16",
+    "regnetv_040", "nfnet_l0", "dm_nfnet_f0", "eca_nfnet_l0", "convnext_atto", "convnextv2_atto",
+    "convnext_zepto_rms", "convmixer_768_32", "convformer_s18", "poolformer_s12", "starnet_s1",
+    "fasternet_t0", "shvit_s1", "mambaout_femto", "hgnet_tiny", "hgnetv2_b0", "repvit_m0_9",
+    "fastvit_t8", "edgenext_xx_small", "mobilevit_xxs", "mobilevitv2_050", "efficientvit_b0",
+    "efficientvit_m0", "efficientformerv2_s0", "swiftformer_xs", "levit_conv_128s",
+    "visformer_tiny", "focalnet_tiny_srf", "coatnet_nano_rw_224", "caformer_s18",
+    "cait_xxs24_224", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224",
+)  # fmt: skip
+N_PIXELS = {
+    "alexnet": 224, "vgg16_bn": 224, "vgg11_bn": 224, "inception_v3": 128,
+    "vit_b_16": 224, "swin_t": 224, "maxvit_t": 224,
+    "halonet26t": 256, "sehalonet33ts": 256, "haloregnetz_b": 224, "lambda_resnet26t": 256,
+    "lamhalobotnet50ts_256": 256, "bat_resnext26ts": 256,
+}  # fmt: skip
+_SMALL_IMAGES = {
+    "min_size": 128, "max_size": 160, "box_score_thresh": 0.0, "box_detections_per_img": 20,
+}  # fmt: skip
+_NO_AUXILIARY = {"init_weights": False, "aux_logits": False}  # as with trained weights
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": _NO_AUXILIARY, "inception_v3": _NO_AUXILIARY,
+    **{name: _SMALL_IMAGES for name in DETECTION if "rcnn" in name},
+    "ssd300_vgg16": {"score_thresh": 0.0}, "ssdlite320_mobilenet_v3_large": {"score_thresh": 0.0},
+    "retinanet_resnet50_fpn": {"min_size": 128, "max_size": 160, "score_thresh": 0.0},
+    "fcos_resnet50_fpn": {"min_size": 128, "max_size": 160, "score_thresh": 0.0},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for one network.
+
+    Attributes:
+        name: "timm:lcnet_050".
+        n_pixels: Height and width of the input.
+        n_groups: Channel groups, free ones among them.
+        n_free: Groups that may be pruned.
+        form: "module" or "program", and how many groups the proof has locked.
+        params_kept_ratio: Parameters left, of the whole network's.
+        error: Pruned against masked, float64, the larger of both plans; NaN where the outputs
+            have other shapes.
+        groups_s: `channel_groups`, seconds.
+        surgery_s: `remove_channels`, seconds.
+        onnx_error: ONNX Runtime against torch, float32; None where not asked.
+        template: Whether candidates are filled into a template; None where not asked.
+        faults: What is wrong, in words; empty where nothing is.
+        notes: What is worth knowing, in words.
+        locked: Why groups are locked, without places -> number of groups.
+    """
+
+    name: str
+    n_pixels: int
+    n_groups: int = 0
+    n_free: int = 0
+    form: str = ""
+    params_kept_ratio: float = 1.0
+    error: float | None = None
+    groups_s: float = 0.0
+    surgery_s: float = 0.0
+    onnx_error: float | None = None
+    template: bool | None = None
+    faults: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    locked: dict[str, int] = field(default_factory=dict)
+
+
+def check(name: str, n_pixels: int | None = None) -> Row:
+    """Everything that the module's header asks, for one network.
+
+    Args:
+        name: "torchvision:resnet18" or "timm:lcnet_050".
+        n_pixels: Height and width of the input; None takes the sweep's own.
+    """
+    *_, row = stages(name, n_pixels)
+    return row
+
+
+def stages(name: str, n_pixels: int | None = None) -> Iterator[Row]:
+    """What is known after each of the three questions; the last row has everything."""
+    with _listening() as heard:
+        model, example, n_pixels = build(name, n_pixels)
+        row = _pruned_against_masked(Row(name, n_pixels), copy.deepcopy(model), example)
+        row = replace(row, notes=_unique(heard))
+        yield row
+        single = make_prunable(model, example)
+        if (_form(single), _n_free(single)) != (row.form, row.n_free):
+            fault = f"in float32: {_form(single)}, {_n_free(single)} free"
+            row = replace(row, faults=[*row.faults, fault])
+        yield replace(row, notes=_unique(heard))
+        if not isinstance(example, tuple):
+            row = _with_onnx(row, single, example)
+            yield replace(row, notes=_unique([*row.notes, *heard]))
+
+
+def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> Row:
+    example = torch.utils._pytree.tree_map(lambda tensor: tensor.double(), example)
+    prunable = make_prunable(model.double(), example)
+    started = time.perf_counter()
+    channel_groups(prunable.module, example)
+    analysed = time.perf_counter()
+    half = random_plan(prunable.groups, HALF)
+    pruned = remove_channels(prunable.module, prunable.groups, half)
+    cut = time.perf_counter()
+    faults, errors = [], []
+    whole = outputs(prunable.module, example)
+    for plan in (half, random_plan(prunable.groups, MOST)):
+        compact = remove_channels(prunable.module, prunable.groups, plan)
+        expected = outputs(masked(prunable.module, prunable.groups, plan), example)
+        error, shape_fault = relative_error(expected, outputs(compact, example))
+        effect, _ = relative_error(whole, expected)
+        errors.append(error)
+        if shape_fault:
+            faults.append(shape_fault)
+        elif error > EXACT:
+            faults.append(f"wrong: pruned and masked differ by {error:.1e}")
+        if plan.kept and effect <= BLIND:
+            faults.append(f"blind: masked and whole differ by {effect:.1e}")
+    return replace(
+        row, n_groups=len(prunable.groups), n_free=_n_free(prunable), form=_form(prunable),
+        params_kept_ratio=n_parameters(pruned) / n_parameters(model), error=float(np.max(errors)),
+        groups_s=analysed - started, surgery_s=cut - analysed, faults=faults,
+        locked=dict(Counter(kind(g.locked_because) for g in prunable.groups if g.locked_because)),
+    )  # fmt: skip
+
+
+def _with_onnx(row: Row, prunable: Prunable, example: Example) -> Row:
+    """`row` with what ONNX Runtime says, in float32, and whether a template serves."""
+    model, groups = prunable.module, prunable.groups
+    pruned = remove_channels(model, groups, random_plan(groups, HALF))
+    opset, notes, faults = DEFAULT_OPSET, [*row.notes], [*row.faults]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pruned.onnx"
+        try:
+            export_onnx(pruned, example, path, opset=opset)
+        except ExportError as err:
+            opset = NEWER_OPSET
+            notes.append(str(err))
+            try:
+                export_onnx(pruned, example, path, opset=opset)
+            except ExportError as again:
+                return replace(row, notes=[*notes, str(again)])
+            notes.append(f"exported with opset {opset}")
+        wanted = outputs(pruned, example)
+        error, shape_fault = relative_error(wanted, _answers(path, example))
+        as_written, _ = relative_error(wanted, _answers(path, example, is_optimised=False))
+    if shape_fault:
+        faults.append(f"ONNX: {shape_fault}")
+    elif error > ONNX_TOLERANCE:
+        faults.append(
+            f"ONNX Runtime and torch differ by {error:.1e}; by {as_written:.1e} where ONNX "
+            f"Runtime runs the graph as it is written"
+        )
+    writer = candidate_writer(model, example, pruned, opset=opset)
+    has_template = isinstance(getattr(writer, "__self__", None), OnnxTemplate)
+    if has_template:
+        other = remove_channels(model, groups, random_plan(groups, MOST))
+        if writer(other) != make_template(other, example, opset=opset).fill(other):
+            faults.append("the filled template is not what another candidate's own export is")
+    return replace(row, onnx_error=error, template=has_template, faults=faults, notes=notes)
+
+
+def _answers(path: Path, example: Example, *, is_optimised: bool = True) -> list[Tensor]:
+    options = onnxruntime.SessionOptions()
+    if not is_optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    fed = {session.get_inputs()[0].name: next(tensors_in(example)).numpy()}
+    return [torch.from_numpy(array) for array in session.run(None, fed)]
+
+
+def build(name: str, n_pixels: int | None = None) -> tuple[nn.Module, Example, int]:
+    """(network in eval mode and float32, input, height and width of it), all random."""
+    source, _, architecture = name.partition(":")
+    model: Any
+    torch.manual_seed(0)
+    if source == "timm":
+        import timm
+
+        model = timm.create_model(architecture)
+        usual = model.default_cfg["input_size"][1]
+        is_fixed = model.default_cfg.get("fixed_input_size", False)
+        own = N_PIXELS.get(architecture, usual if is_fixed else 128)
+    else:
+        options = {"weights": None, **_OPTIONS.get(architecture, {})}
+        if architecture in (*DETECTION, *SEGMENTATION):
+            options["weights_backbone"] = None
+        model = torchvision.models.get_model(architecture, **options)
+        own = N_PIXELS.get(architecture, 128)
+    model.eval()
+    n_pixels = n_pixels or own
+    image = torch.rand(1, 3, n_pixels, n_pixels)
+    example: Example = ([image[0]],) if architecture in DETECTION else image
+    randomise(model, example)
+    if architecture in DETECTION:
+        freeze_norms(model.backbone)
+    return model, example, n_pixels
+
+
+def randomise(model: nn.Module, example: Example) -> None:
+    """Draws, in place, all vectors and constants of `model`, and its batch-norms' statistics.
+
+    The statistics lie about those of what each norm reads, so that signals neither die nor
+    explode on their way through a deep network.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tensor: Tensor, low: float) -> Tensor:
+        return (torch.rand(tensor.shape, generator=generator) + low).to(tensor)
+
+    def settle(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        mean, spread = inputs[0].mean(), inputs[0].var().clamp_min(1e-12)
+        assert isinstance(norm.running_mean, Tensor)
+        assert isinstance(norm.running_var, Tensor)
+        norm.running_mean.copy_(mean + spread.sqrt() * draw(norm.running_mean, -0.5))
+        norm.running_var.copy_(spread * draw(norm.running_var, 0.5))
+
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.numel() == max(tensor.shape, default=1) or tensor.min() == tensor.max():
+                is_shift = name.rpartition(".")[2].startswith("bias") or tensor.ndim > 1
+                tensor.copy_(draw(tensor, -0.5 if is_shift else 0.5))
+    hooks = [
+        module.register_forward_pre_hook(settle)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    outputs(model, example)
+    for hook in hooks:
+        hook.remove()
+
+
+def freeze_norms(backbone: nn.Module) -> None:
+    """Makes every batch-norm the frozen one that detection networks have once they are trained."""
+    for path, module in list(backbone.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+            frozen.load_state_dict(module.state_dict())
+            backbone.set_submodule(path, frozen.eval())
+
+
+def random_plan(groups: Sequence[ChannelGroup], keep_ratio: float) -> Plan:
+    """Some channels of every free group, at least one of each."""
+    rng = np.random.default_rng(round(100 * keep_ratio))
+    return Plan({
+        g.name: tuple(sorted(
+            rng.permutation(g.n_channels)[: max(1, int(g.n_channels * keep_ratio))].tolist()
+        ))
+        for g in groups
+        if g.locked_because is None
+    })  # fmt: skip
+
+
+def relative_error(expected: object, got: object) -> tuple[float, str | None]:
+    """(largest difference, of the largest value of its output; what makes it meaningless)."""
+    ours, theirs = [[t.double() for t in tensors_in(value)] for value in (expected, got)]
+    shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
+    if shapes[0] != shapes[1]:
+        return float("nan"), f"outputs are {shapes[1]}, not {shapes[0]}"
+    if not any(float(t.abs().max()) > 0 for t in ours if t.numel()):
+        return float("nan"), "outputs are empty or zero"
+    if not all(t.isfinite().all() for t in (*ours, *theirs)):
+        return float("nan"), "outputs are not finite"
+    errors = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+        for a, b in zip(ours, theirs, strict=True)
+        if a.numel()
+    ]
+    return max(errors), None
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Numbers in its parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def kind(because: str) -> str:
+    """A reason without module names, files, lines and numbers."""
+    return re.sub(r"\d+(\.\d+)?(e[-+]\d+)?", "N", re.sub(r" \([^()]*\)", "", because))
+
+
+def _n_free(prunable: Prunable) -> int:
+    return sum(group.locked_because is None for group in prunable.groups)
+
+
+def _form(prunable: Prunable, model: nn.Module | None = None) -> str:
+    """Module or program, and the groups that were locked because the network contradicted them."""
+    is_program = isinstance(prunable.module, torch.fx.GraphModule)
+    reasons = [group.locked_because or "" for group in prunable.groups]
+    n_locked = sum(because.startswith("the forward code does not follow") for because in reasons)
+    form = "program" if is_program and prunable.module is not model else "module"
+    return f"{form}, {n_locked} locked" if n_locked else form
+
+
+def _unique(notes: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(notes))
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What `compressor` logs meanwhile, as it grows."""
+    said: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger, ear = logging.getLogger("compressor"), Ear()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(ear)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(ear)
+        logger.setLevel(level)
+
+
+def in_own_process(name: str, limit_s: float) -> Row:
+    """`check(name)`; a row that says so where it dies or takes too long."""
+    command = [sys.executable, __file__, "--child", name]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit_s, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return Row(name, 0, faults=[f"not done within {limit_s:.0f} s"])
+    known = [line for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    row = Row(**json.loads(known[-1])) if known else Row(name, 0)
+    if done.returncode == 0:
+        return row
+    said = done.stderr.strip().splitlines() or ["no message"]
+    ours = re.findall(r'File ".*?(compressor/\S+)", line (\d+)', done.stderr)
+    where = f" ({ours[-1][0]}, line {ours[-1][1]})" if ours else ""
+    fault = f"exit {done.returncode}: {said[-1]}{where}"
+    return replace(row, faults=[*row.faults, fault])
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Markdown: the table, and below it what to know of each network that stands out."""
+    lines = [
+        "| network | input | groups | free | form | params kept | error | groups s | surgery s "
+        "| ONNX error | template |",
+        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.name} | {row.n_pixels} | {row.n_groups} | {row.n_free} | {row.form} "
+            f"| {row.params_kept_ratio:.2f} | {_short(row.error)} | {row.groups_s:.1f} "
+            f"| {row.surgery_s:.2f} | {_short(row.onnx_error)} "
+            f"| {'' if row.template is None else 'yes' if row.template else 'no'} |"
+        )
+    well = [row for row in rows if not row.faults]
+    n_pruned = sum(row.params_kept_ratio < LITTLE_PRUNED for row in well)
+    lines += [
+        "",
+        f"{len(rows)} networks; {len(well)} without fault, {n_pruned} of them with less than "
+        f"{LITTLE_PRUNED} of their parameters left; "
+        f"{sum(row.form.startswith('program') for row in rows)} as programs; "
+        f"{sum(row.template is True for row in rows)} of "
+        f"{sum(row.template is not None for row in rows)} by template.",
+    ]
+    for row in rows:
+        if row.faults or row.notes or row.params_kept_ratio >= LITTLE_PRUNED:
+            lines += ["", f"**{row.name}**", ""]
+            lines += [f"- FAULT {fault}" for fault in row.faults]
+            lines += [f"- {note}" for note in row.notes]
+            common = Counter(row.locked).most_common(6)
+            lines += [f"- {count} locked: {because}" for because, count in common]
+    return "\n".join(lines) + "\n"
+
+
+def _short(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}"
+
+
+def main() -> None:
+    """Prints the table, and writes it after every network where --out is given."""
+    parser = argparse.ArgumentParser(description="Does pruning stay exact?")
+    parser.add_argument("names", nargs="*", help="torchvision, timm, or SOURCE:ARCHITECTURE")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--limit-s", type=float, default=300)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        warnings.simplefilter("ignore")
+        for row in stages(given.child):
+            print(json.dumps(asdict(row)), flush=True)
+        return
+    every = {
+        "torchvision": [f"torchvision:{n}" for n in (*CLASSIFICATION, *SEGMENTATION, *DETECTION)],
+        "timm": [f"timm:{n}" for n in TIMM],
+    }
+    names = [name for each in given.names for name in every.get(each, [each])]
+    rows: list[Row] = []
+    for name in names:
+        started = time.perf_counter()
+        rows.append(in_own_process(name, given.limit_s))
+        seconds = time.perf_counter() - started
+        told = "; ".join(rows[-1].faults) or f"{rows[-1].params_kept_ratio:.2f} of parameters"
+        print(f"{len(rows)}/{len(names)} {name} {seconds:.0f} s: {told}", file=sys.stderr)
+        if given.out:
+            given.out.write_text(report(rows))
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    main()
