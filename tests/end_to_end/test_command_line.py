@@ -226,7 +226,7 @@ def test_ctrl_c_leaves_a_folder_that_can_be_read(project: Path) -> None:
         (("model.pt", "--speedup", "2", "--target", "host-gpu"), 2, "Did you mean 'host-cpu'"),
         (("model.pt", "--speedup", "2", "--arch", "nonsense:f"), 1, "cannot import nonsense"),
         (("model.pt", "--speedup", "2", "--data", "none.npz"), 1, "No data at none.npz"),
-        (("model.pt", "--speedup", "2", "--arch-arg", "width=16"), 1, "does not fit tests.conftest"),
+        (("model.pt", "--speedup", "2", "--arch-arg", "width=16"), 1, "does not fit tests"),
         (("model.pt", "--speedup", "2", "--trials", "many"), 2, "Invalid value for '--trials'"),
         (("model.pt", "--speedup", "2", "--no-such-flag"), 2, "No such option"),
         (("broken.pt", "--speedup", "2"), 1, "broken.pt"),
