@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,8 @@ def test_ctrl_c_leaves_a_folder_that_can_be_read(project: Path) -> None:
         [*COMPRESS, "model.pt", "--speedup", "1.1", "--out", "stopped", "--trials", "10000"],
         cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # A shell's background job, as these tests may be, hands on that Ctrl-C is ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert running.stderr is not None
     for line in running.stderr:
