@@ -284,7 +284,7 @@ def build(name: str, n_pixels: int | None = None) -> tuple[nn.Module, Example, i
     image = torch.rand(1, 3, n_pixels, n_pixels)
     example: Example = ([image[0]],) if architecture in DETECTION else image
     randomise(model, example)
-    if architecture in DETECTION:
+    if architecture in DETECTION and "ssd" not in architecture:
         freeze_norms(model.backbone)
     return model, example, n_pixels
 
@@ -323,7 +323,7 @@ def randomise(model: nn.Module, example: Example) -> None:
 
 
 def freeze_norms(backbone: nn.Module) -> None:
-    """Makes every batch-norm the frozen one that detection networks have once they are trained."""
+    """Makes every batch-norm the frozen one of torchvision's trained detection networks."""
     for path, module in list(backbone.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(module.num_features, module.eps)
