@@ -3,8 +3,8 @@
 Slicing tensors is half of surgery; the forward code must follow the new widths. Code that reads
 sizes from its tensors does, and the user's own module stays what is pruned. Code with sizes
 written into it (`x.view(-1, 256)`) does not: such a network is pruned as its torch.export
-program, in which those numbers are rewritten. Which it is, is not guessed: every group is cut at
-once, and the pruned network must answer like the masked original.
+program, in which those numbers are rewritten. Which it is, is not guessed: every group is cut,
+each to another width, and the pruned network must answer like the masked original.
 """
 
 import copy
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from compressor.errors import GraphError
@@ -91,7 +92,7 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
     """
     groups = channel_groups(model, example)
     probe = _probe(model, example)
-    fault = _fault(probe, groups, *_halves(groups))
+    fault = _fault(probe, groups, *_proof_plans(groups))
     if fault is None and not _has_layers_without_group(model, groups):
         return Prunable(model, groups)
     if fault is not None:
@@ -113,7 +114,7 @@ def _proven_program(model: nn.Module, example: Example) -> Prunable | None:
         logger.info("%s", err)
         return None
     groups = channel_groups(program, example)
-    if _fault(_probe(program, example), groups, *_halves(groups)) is not None:
+    if _fault(_probe(program, example), groups, *_proof_plans(groups)) is not None:
         return None
     return Prunable(program, groups)
 
@@ -144,31 +145,47 @@ def _locked_where_wrong(
     checked = []
     for group in groups:
         if group.locked_because is None:
-            fault = _fault(probe, groups, *_halves([group]))
+            fault = _fault(probe, groups, *_proof_plans([group]))
             if fault is not None:
                 because = f"the forward code does not follow its width: {fault}"
                 group = replace(group, locked_because=because)
         checked.append(group)
-    fault = _fault(probe, checked, *_halves(checked))
+    fault = _fault(probe, checked, *_proof_plans(checked))
     if fault is not None:
         because = f"the forward code does not follow its widths: {fault}"
         checked = [replace(g, locked_because=g.locked_because or because) for g in checked]
     return tuple(checked)
 
 
-def _halves(groups: Sequence[ChannelGroup]) -> tuple[Plan, ...]:
-    """Half the channels of every free group, drawn at random, and then the other half.
+def _proof_plans(groups: Sequence[ChannelGroup]) -> tuple[Plan, ...]:
+    """Plans that cut every free group, in pairs that keep what the other removes.
 
-    A number in the code that happens to fit one half cannot fit the other as well.
+    A number in the code that happens to fit one of a pair cannot fit the other as well. Code that
+    takes a share of what it gets (`x[:, : x.shape[1] // 2]`) is right where both shares lose as
+    many channels: so alike groups are cut to different widths, and where there are more of them
+    than widths, every two of them are told apart by plans that cut one and not the other.
     """
     rng = np.random.default_rng(0)
-    kept: tuple[dict[str, tuple[int, ...]], ...] = ({}, {})
-    for group in groups:
-        if group.locked_because is None and group.n_channels > 1:
-            halves = np.array_split(rng.permutation(group.n_channels), 2)
-            for each, half in zip(kept, halves, strict=True):
-                each[group.name] = tuple(sorted(half.tolist()))
-    return tuple(Plan(each) for each in kept)
+    free = [g for g in groups if g.locked_because is None and g.n_channels > 1]
+    alike: dict[int, list[ChannelGroup]] = {}
+    for group in free:
+        alike.setdefault(group.n_channels, []).append(group)
+    cut: dict[str, tuple[NDArray[np.intp], NDArray[np.intp]]] = {}
+    places: dict[str, int] = {}
+    for n_channels, members in alike.items():
+        margin = n_channels // 4 or 1
+        widths = rng.permutation(np.arange(margin, n_channels - margin + 1))
+        for i, group in enumerate(members):
+            order = rng.permutation(n_channels)
+            cut[group.name] = order[: widths[i % len(widths)]], order[widths[i % len(widths)] :]
+            places[group.name] = i if len(members) > len(widths) else 0
+    n_bits = max(places.values(), default=0).bit_length()
+    subsets = [free] + [[g for g in free if places[g.name] >> bit & 1] for bit in range(n_bits)]
+    return tuple(
+        Plan({g.name: tuple(sorted(cut[g.name][side].tolist())) for g in subset})
+        for subset in subsets
+        for side in (0, 1)
+    )
 
 
 @dataclass(frozen=True, eq=False)
