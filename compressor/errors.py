@@ -10,7 +10,20 @@
     |-- EngineError             a foreign pruning engine cannot process the network
     |-- EquivalenceError        two models that must agree do not
     |-- ExportError             the ONNX file could not be written as asked
-    |-- MeasurementError        the runtime could not run or time a model
+    |-- MeasurementError        one model could not be run or timed; in a search, a failed trial
+    |   |-- UnsupportedModelError   the runtime does not take the model; its node is quoted
+    |   |-- OutOfMemoryError        the device has not enough memory for the model
+    |   |-- TimeLimitError          building or running took longer than it may
+    |   |-- RuntimeCrashError       the runtime's process died
+    |   `-- UnstableClockError      the clock or the clock rates cannot be trusted
+    |-- DeviceError             the device as a whole; nothing can be measured on it now
+    |   |-- UnreachableError        no answer, or not the machine of the profile
+    |   |-- AuthenticationError     it answers, but does not let us in
+    |   |-- HostKeyError            it cannot prove to be the machine that is known
+    |   |-- RuntimeMissingError     the runtime, or the provider asked for, is not installed
+    |   |-- DeviceBusyError         another search uses it
+    |   |-- ProtocolError           it answers with something that is no answer
+    |   `-- DeviceLostError         it was there and went away
     |-- SearchError             no trial of a search gave a measurement
     |-- InterruptedRunError     the user stopped a run; its folder can still be read
     `-- RunFolderError          a run folder cannot be written or read
@@ -63,7 +76,59 @@ class ExportError(CompressorError):
 
 
 class MeasurementError(CompressorError):
-    """The runtime could not run or time a model."""
+    """One model could not be run or timed; in a search, a failed trial."""
+
+
+class UnsupportedModelError(MeasurementError):
+    """The runtime does not take the model."""
+
+
+class OutOfMemoryError(MeasurementError):
+    """The device has not enough memory for the model."""
+
+
+class TimeLimitError(MeasurementError):
+    """Building or running took longer than it may."""
+
+
+class RuntimeCrashError(MeasurementError):
+    """The runtime's process died."""
+
+
+class UnstableClockError(MeasurementError):
+    """The clock, or the clock rates of the device, cannot be trusted."""
+
+
+class DeviceError(CompressorError):
+    """The device as a whole; nothing can be measured on it now."""
+
+
+class UnreachableError(DeviceError):
+    """No answer, or not the machine of the profile."""
+
+
+class AuthenticationError(DeviceError):
+    """The device answers, but does not let us in."""
+
+
+class HostKeyError(DeviceError):
+    """The device cannot prove to be the machine that is known."""
+
+
+class RuntimeMissingError(DeviceError):
+    """The runtime, or the provider asked for, is not installed on the device."""
+
+
+class DeviceBusyError(DeviceError):
+    """Another search uses the device."""
+
+
+class ProtocolError(DeviceError):
+    """The device answers with something that is no answer."""
+
+
+class DeviceLostError(DeviceError):
+    """The device was there and went away."""
 
 
 class SearchError(CompressorError):

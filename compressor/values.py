@@ -270,18 +270,63 @@ class PairedLatency:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One number about a device, and why anyone should believe it.
+
+    Attributes:
+        value: In the unit that the place it stands in names.
+        basis: "datasheet", "computed" (units x clock), "measured", or "unverified".
+        source: Where it was found, or what it was computed from.
+    """
+
+    value: float
+    basis: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a device can do at most; latency is estimated from it where nothing can be measured.
+
+    Attributes:
+        ops_per_s: Of the target's precision; a multiply-accumulate is two operations.
+        bytes_per_s: Of its main memory.
+        bytes_per_number: Of one weight or activation.
+    """
+
+    ops_per_s: Figure
+    bytes_per_s: Figure
+    bytes_per_number: int
+
+
+@dataclass(frozen=True)
 class Target:
-    """A device profile, its runtime, and what is known of it.
+    """A device profile, its runtime, a way to reach the device, and what is known of it.
 
     Attributes:
         name: Name of the profile.
         description: One line for people.
-        runtime: Which runtime measures and serves; "onnxruntime" so far.
-        provider: Execution provider of ONNX Runtime.
-        n_threads: Threads of one inference.
+        runtime: What measures and serves: "onnxruntime", "tensorrt" (its Python API) or
+            "trtexec".
+        provider: Execution provider of ONNX Runtime; "" for other runtimes.
+        n_threads: Threads of one inference on a CPU.
+        precision: "fp32" or "fp16".
         step: Channel granularity that runs fast on the device.
         step_source: Why it is that step, in words.
-        opset: ONNX opset that the device's runtime reads.
+        opset: ONNX opset that is exported; the device's runtime reads it.
+        max_ir: Newest ONNX IR version that the device's runtime reads.
+        device: "ssh://user@host:port"; None for the machine that runs compress.
+        basis: `ESTIMATE` where the user asked for an estimate in place of the device.
+        machines: `uname -m` of the device; empty where any will do.
+        models: One of these is part of what the device calls itself; empty where any will do.
+        instruction_sets: Widest vector instructions of its CPU; empty where any will do.
+        trtexec: Where the program may lie on the device.
+        workspace_mib: What TensorRT may use while it builds.
+        memory_mib: What a runtime may use at most; None for all there is.
+        build_limit_s: Longest build of one engine.
+        run_limit_s: Longest measuring of one pair of sessions.
+        roofline: None where the profile has no figures.
+        power_advice: What to run on the device before measuring.
         sources: Where the profile's figures come from.
     """
 
@@ -290,9 +335,23 @@ class Target:
     runtime: str
     provider: str
     n_threads: int
+    precision: str
     step: int
     step_source: str
     opset: int
+    max_ir: int
+    device: str | None = None
+    basis: Basis = Basis.MEASURED
+    machines: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    instruction_sets: tuple[str, ...] = ()
+    trtexec: tuple[str, ...] = ()
+    workspace_mib: int = 512
+    memory_mib: int | None = None
+    build_limit_s: float = 900.0
+    run_limit_s: float = 120.0
+    roofline: Roofline | None = None
+    power_advice: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
 

@@ -1,81 +1,163 @@
-"""Device profile -> Target. A profile is a TOML file in `hardware_profiles`, or the user's own."""
+"""Device profile -> Target. A profile is a TOML file; adding a device is adding a file.
 
-import platform
+Profiles come with the package (`hardware_profiles`), lie in the user's own folder
+(`~/.config/compressor/profiles`), or are named by path.
+"""
+
+import os
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import ConfigError, unknown_name
-from compressor.values import Target
+from compressor.latency.runner import instruction_set
+from compressor.values import Basis, Figure, Roofline, Target
 
 AUTO = "auto"
+BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2, "int8": 1}
 
-
+Provider = Literal[
+    "CPUExecutionProvider",
+    "CUDAExecutionProvider",
+    "TensorrtExecutionProvider",
+    "OpenVINOExecutionProvider",
+    "XnnpackExecutionProvider",
+    "QNNExecutionProvider",
+]
+Precision = Literal["fp32", "fp16"]
 Step = Annotated[int, Field(ge=1, le=1024)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Evidence = Literal["datasheet", "computed", "measured", "unverified"]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class _Match(_Section):
+    machine: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()
+    instruction_set: tuple[str, ...] = ()
+
+
 class _Runtime(_Section):
-    kind: Literal["onnxruntime"]
-    provider: str = "CPUExecutionProvider"
-    n_threads: int = Field(ge=1, le=1024)
+    kind: Literal["onnxruntime", "tensorrt", "trtexec"]
+    provider: Provider | Literal[""] = ""
+    n_threads: int = Field(default=1, ge=1, le=1024)
+    precision: Precision = "fp32"
+    trtexec: tuple[str, ...] = ("trtexec", "/usr/src/tensorrt/bin/trtexec")
+
+    @model_validator(mode="after")
+    def _has_provider(self) -> "_Runtime":
+        if (self.kind == "onnxruntime") != bool(self.provider):
+            raise ValueError("provider belongs to kind 'onnxruntime', and to no other")
+        return self
+
+
+class _Precision(_Section):
+    """Either what the device reaches at most, or why it cannot."""
+
+    ops_per_s: Positive | None = None
+    basis: Evidence | None = None
+    source: str = ""
+    unsupported: str = ""
+
+    @model_validator(mode="after")
+    def _is_told(self) -> "_Precision":
+        if bool(self.unsupported) == (self.ops_per_s is not None):
+            raise ValueError("give either ops_per_s or unsupported")
+        if self.ops_per_s is not None and not (self.basis and self.source):
+            raise ValueError("a figure needs its basis and its source")
+        return self
 
 
 class _Channels(_Section):
     step: Literal["auto"] | Step
+    source: str = ""
     step_by_instruction_set: dict[str, Step] = Field(default_factory=dict)
 
 
 class _Onnx(_Section):
     opset: int = Field(ge=9, le=20)
+    ir: int = Field(ge=3, le=13)
+
+
+class _Memory(_Section):
+    bytes_per_s: Positive
+    basis: Evidence
+    source: str = Field(min_length=1)
+    mib: int | None = Field(default=None, ge=1)
+
+
+class _Limits(_Section):
+    workspace_mib: int = Field(default=512, ge=1)
+    memory_mib: int | None = Field(default=None, ge=64)
+    build_s: Positive = 900.0
+    run_s: Positive = 120.0
+
+
+class _Power(_Section):
+    advice: tuple[str, ...] = ()
 
 
 class _Profile(_Section):
     description: str
+    match: _Match = Field(default_factory=_Match)
     runtime: _Runtime
+    precision: dict[Literal["fp32", "fp16", "int8"], _Precision] = Field(default_factory=dict)
     channels: _Channels
     onnx: _Onnx
+    memory: _Memory | None = None
+    limits: _Limits = Field(default_factory=_Limits)
+    power: _Power = Field(default_factory=_Power)
     sources: dict[str, str] = Field(default_factory=dict)
 
 
+def user_profiles() -> Path:
+    """Where users keep profiles of their own."""
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "compressor" / "profiles"
+
+
 def target_names() -> tuple[str, ...]:
-    """Names of the profiles that come with the package, sorted."""
-    files = resources.files("compressor.hardware_profiles").iterdir()
-    return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
+    """Names of the profiles that come with the package and of the user's own, sorted."""
+    return tuple(sorted(_profiles()))
 
 
-def load_target(name: str) -> Target:
+def load_target(
+    name: str,
+    *,
+    device: str | None = None,
+    precision: str | None = None,
+    estimate: bool = False,
+) -> Target:
     """The profile called `name`, or the one in the TOML file at the path `name`.
 
+    Args:
+        name: Of a profile, or the path of one (`.toml`).
+        device: `ssh://user@host[:port]` where the device is not this machine.
+        precision: "fp32" or "fp16" in place of the profile's own.
+        estimate: Latency is to be estimated from the profile's figures, not measured.
+
     Raises:
-        ConfigError: No such profile, or it is broken; the message names the key.
+        ConfigError: No such profile, or it is broken (the message names file, key and what is
+            allowed); or the device cannot do `precision`, or has no figures to estimate from.
     """
-    if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"No device profile at {path}.")
-        try:
-            text, name = path.read_text(encoding="utf-8"), path.stem
-        except (OSError, UnicodeDecodeError) as err:
-            raise ConfigError(f"Profile {path} cannot be read: {err}.") from err
-    elif name in target_names():
-        text = (resources.files("compressor.hardware_profiles") / f"{name}.toml").read_text()
-    else:
-        raise ConfigError(
-            f"{unknown_name('target', name, target_names())} "
-            f"A path to your own profile (.toml) works too."
-        )
+    text, name, where = _read(name)
     try:
         profile = _Profile.model_validate(tomllib.loads(text))
     except (tomllib.TOMLDecodeError, ValidationError) as err:
-        raise ConfigError(f"Profile {name} is broken: {_first_fault(err)}.") from err
+        raise ConfigError(f"Profile {where} is broken: {_first_fault(err)}.") from err
+    chosen = _precision(name, profile, precision)
+    roofline = _roofline(profile, chosen)
+    if estimate and roofline is None:
+        raise ConfigError(
+            f"Profile {name} has no figures to estimate from ([precision.{chosen}], [memory]); "
+            f"measure on the device instead."
+        )
     step, step_source = _step(name, profile.channels)
     return Target(
         name=name,
@@ -83,24 +165,92 @@ def load_target(name: str) -> Target:
         runtime=profile.runtime.kind,
         provider=profile.runtime.provider,
         n_threads=profile.runtime.n_threads,
+        precision=chosen,
         step=step,
         step_source=step_source,
         opset=profile.onnx.opset,
+        max_ir=profile.onnx.ir,
+        device=device,
+        basis=Basis.ESTIMATE if estimate else Basis.MEASURED,
+        machines=profile.match.machine,
+        models=profile.match.model,
+        instruction_sets=profile.match.instruction_set,
+        trtexec=profile.runtime.trtexec,
+        workspace_mib=profile.limits.workspace_mib,
+        memory_mib=profile.limits.memory_mib,
+        build_limit_s=profile.limits.build_s,
+        run_limit_s=profile.limits.run_s,
+        roofline=roofline,
+        power_advice=profile.power.advice,
         sources=tuple(f"{key}: {value}" for key, value in profile.sources.items()),
     )
 
 
-def instruction_set() -> str:
-    """Widest vector instructions of this CPU: "AVX512", "AVX2", "NEON" or "OTHER"."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return "NEON"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return capability if capability in ("AVX512", "AVX2") else "OTHER"
+def _profiles() -> dict[str, str]:
+    """Name -> text of every profile that has a name; the user's own win."""
+    texts = {}
+    for file in resources.files("compressor.hardware_profiles").iterdir():
+        if file.name.endswith(".toml"):
+            texts[file.name.removesuffix(".toml")] = file.read_text(encoding="utf-8")
+    folder = user_profiles()
+    if folder.is_dir():
+        texts |= {path.stem: _text(path) for path in folder.glob("*.toml")}
+    return texts
+
+
+def _read(name: str) -> tuple[str, str, str]:
+    """(text, name, what to call it in a message) of the profile."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"No device profile at {path}.")
+        return _text(path), path.stem, str(path)
+    known = _profiles()
+    if name not in known:
+        raise ConfigError(
+            f"{unknown_name('target', name, known)} A path to your own profile (.toml) works "
+            f"too, and so does a file in {user_profiles()}."
+        )
+    return known[name], name, name
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"Profile {path} cannot be read: {err}.") from err
+
+
+def _precision(name: str, profile: _Profile, wanted: str | None) -> Precision:
+    known = get_args(Precision)
+    chosen = wanted or profile.runtime.precision
+    told = profile.precision.get(chosen)  # type: ignore[call-overload]
+    if told is not None and told.unsupported:
+        raise ConfigError(f"{name} cannot do {chosen}: {told.unsupported}.")
+    for each in known:
+        if chosen == each:
+            return each  # type: ignore[no-any-return]
+    raise ConfigError(
+        f"{unknown_name('precision', chosen, known)} Channels are removed; numbers are not "
+        f"quantised."
+    )
+
+
+def _roofline(profile: _Profile, precision: Precision) -> Roofline | None:
+    peak = profile.precision.get(precision)
+    if peak is None or peak.ops_per_s is None or peak.basis is None or profile.memory is None:
+        return None
+    memory = profile.memory
+    return Roofline(
+        ops_per_s=Figure(peak.ops_per_s, peak.basis, peak.source),
+        bytes_per_s=Figure(memory.bytes_per_s, memory.basis, memory.source),
+        bytes_per_number=BYTES_PER_NUMBER[precision],
+    )
 
 
 def _step(name: str, channels: _Channels) -> tuple[int, str]:
     if channels.step != AUTO:
-        return int(channels.step), "profile"
+        return int(channels.step), channels.source or "profile"
     found = instruction_set()
     step = channels.step_by_instruction_set.get(found)
     if step is None:
@@ -115,4 +265,5 @@ def _first_fault(err: tomllib.TOMLDecodeError | ValidationError) -> str:
     if isinstance(err, tomllib.TOMLDecodeError):
         return str(err)
     fault = err.errors()[0]
-    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault['input']!r})"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, fault['loc']))}: {message} (got {fault['input']!r})"

@@ -1,0 +1,152 @@
+"""A machine that commands run on: this one, or (in `ssh`) another."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from compressor.errors import TimeLimitError
+
+THIS_MACHINE = "this machine"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended.
+
+    Attributes:
+        code: Exit status; negative where a signal ended it.
+        stdout: What it printed.
+        stderr: What it complained of.
+    """
+
+    code: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        """Both outputs, for messages and for tools that mix them."""
+        return (self.stdout + self.stderr).decode("utf-8", "replace")
+
+
+class Host(Protocol):
+    """A machine that files can be put on and commands run on.
+
+    Attributes:
+        label: What to call it in messages.
+        cache: Folder on it that keeps files from one run to the next.
+    """
+
+    label: str
+    cache: str
+
+    def run(self, command: Sequence[str], *, limit_s: float, stdin: bytes = b"") -> Done:
+        """Runs `command` to its end.
+
+        Raises:
+            TimeLimitError: It took longer than `limit_s` seconds; it was ended.
+            DeviceError: The machine cannot be reached.
+        """
+
+    def start(self, command: Sequence[str], *, log: Path) -> "subprocess.Popen[bytes]":
+        """A process with pipes for stdin and stdout; its stderr goes to `log`."""
+
+    def put(self, content: bytes, name: str) -> str:
+        """Path of a file with `content` on the machine; uploaded only where it is missing.
+
+        Args:
+            content: What the file holds; its SHA-256 becomes part of the path.
+            name: The end of the path.
+        """
+
+    def get(self, path: str) -> bytes:
+        """Content of a file on the machine."""
+
+    def remove(self, path: str) -> None:
+        """Deletes a file that `put` made; no error where it is gone."""
+
+    def python(self) -> Sequence[str]:
+        """The command that runs Python there."""
+
+    def close(self) -> None:
+        """Ends connections and removes what is not to be kept."""
+
+
+def local_cache() -> Path:
+    """Where this machine keeps engines, timing caches and probes; follows XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"
+
+
+class LocalHost:
+    """The machine that compress runs on."""
+
+    label = THIS_MACHINE
+
+    def __init__(self) -> None:
+        self.cache = str(local_cache())
+        self._work = tempfile.TemporaryDirectory(prefix="compressor-")
+
+    def run(self, command: Sequence[str], *, limit_s: float, stdin: bytes = b"") -> Done:
+        """See `Host.run`; the command's whole process group ends with it."""
+        process = subprocess.Popen(
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=limit_s)
+        except subprocess.TimeoutExpired as err:
+            end_group(process)
+            raise TimeLimitError(
+                f"{command[0]} did not end in {limit_s:.0f} s on {self.label}."
+            ) from err
+        return Done(process.returncode, stdout, stderr)
+
+    def start(self, command: Sequence[str], *, log: Path) -> "subprocess.Popen[bytes]":
+        """See `Host.start`."""
+        with log.open("wb") as errors:
+            return subprocess.Popen(
+                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def put(self, content: bytes, name: str) -> str:
+        """See `Host.put`; the file is gone after `close`."""
+        path = Path(self._work.name) / f"{hashlib.sha256(content).hexdigest()[:32]}-{name}"
+        if not path.is_file():
+            path.write_bytes(content)
+        return str(path)
+
+    def get(self, path: str) -> bytes:
+        """See `Host.get`."""
+        return Path(path).read_bytes()
+
+    def remove(self, path: str) -> None:
+        """See `Host.remove`."""
+        Path(path).unlink(missing_ok=True)
+
+    def python(self) -> Sequence[str]:
+        """The interpreter that runs compress."""
+        return (sys.executable,)
+
+    def close(self) -> None:
+        """See `Host.close`."""
+        self._work.cleanup()
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kills the process and its children, and waits for it."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()

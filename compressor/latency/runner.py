@@ -1,0 +1,422 @@
+"""What runs beside the model on the device: times pairs of sessions, on request.
+
+One file with the standard library only, fit for the Python 3.6 of a stock Jetson Nano: it is a
+child process on this machine, and is sent to others as it is. It reads one JSON object a line on
+stdin and answers each with one on stdout; what libraries print goes to stderr. The first line
+it writes says what it is. It ends when stdin does, and when its parent is gone.
+
+    {"do": "pair", "original": PATH, "candidate": PATH, "options": {...}, "seed": 0,
+     "seconds": 0.2, "min_rounds": 8, "max_rounds": 200, "n_warmup": 8}
+        -> {"original_ms": [...], "candidate_ms": [...], "seconds": 1.3}
+    {"do": "state"} -> what the machine says of its clocks, temperatures and load
+    any of them     -> {"error": {"kind": KIND, "message": TEXT}}
+
+`tensorrt_runner` speaks the same and adds {"do": "build"}.
+"""
+
+import argparse
+import glob
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import threading
+import time
+
+PROTOCOL = 1
+
+# Kinds of errors; what they mean for a search is decided where they are read.
+UNSUPPORTED, OUT_OF_MEMORY, FAILED = "unsupported", "out-of-memory", "failed"
+RUNTIME_MISSING, BUSY, CLOCK, REQUEST = "runtime-missing", "busy", "clock", "request"
+
+CPU = "CPUExecutionProvider"
+PACKAGES = {
+    CPU: "onnxruntime",
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu (and TensorRT's libraries)",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    "XnnpackExecutionProvider": "an onnxruntime that was built with --use_xnnpack",
+    "QNNExecutionProvider": "onnxruntime-qnn",
+}
+BOUND_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+TAKES_PARTS = ("XnnpackExecutionProvider",)  # leaves nodes to the CPU by design
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+NS_PER_MS = 1e6
+
+
+class RunnerError(Exception):
+    """A request that cannot be met; `kind` says why."""
+
+    def __init__(self, kind, message):
+        super().__init__(message)
+        self.kind = kind
+
+
+def clock_ns():
+    """A monotonic clock in nanoseconds (`time.perf_counter_ns` is younger than Python 3.6)."""
+    return int(time.perf_counter() * 1e9)
+
+
+def timed(run_once, clock=clock_ns):
+    """`run_once` as a function that returns the nanoseconds it took."""
+
+    def run():
+        before = clock()
+        run_once()
+        return clock() - before
+
+    return run
+
+
+def time_pair(
+    open_original, open_candidate, seed, seconds, min_rounds, max_rounds, n_warmup, clock=clock_ns
+):
+    """Milliseconds of both models: they run once each in every round, in random order.
+
+    Args:
+        open_original: Opens a fresh session; returns a function that runs it once and returns
+            the nanoseconds that took.
+        open_candidate: The same for the candidate.
+        seed: Of the order.
+        seconds: Time of all rounds, warm-up apart.
+        min_rounds: At least this many, however slow the models.
+        max_rounds: At most this many, however quick.
+        n_warmup: Untimed runs of each.
+        clock: Says when the time is spent.
+
+    Returns:
+        (original_ms, candidate_ms), equally long; run `i` of both is of the same round.
+    """
+    order = random.Random(seed)
+    if order.random() < 0.5:  # who is opened first gets the better memory
+        run_original = open_original()
+        run_candidate = open_candidate()
+    else:
+        run_candidate = open_candidate()
+        run_original = open_original()
+    for _ in range(n_warmup):
+        run_original()
+        run_candidate()
+    original_ms, candidate_ms = [], []
+    runs = [(run_original, original_ms), (run_candidate, candidate_ms)]
+    started = clock()
+    while len(original_ms) < max_rounds:
+        if clock() - started >= seconds * 1e9 and len(original_ms) >= min_rounds:
+            break
+        order.shuffle(runs)
+        for run, times_ms in runs:
+            took_ns = run()
+            if took_ns <= 0:
+                raise RunnerError(CLOCK, "one inference took %d ns by the clock" % took_ns)
+            times_ms.append(took_ns / NS_PER_MS)
+    return original_ms, candidate_ms
+
+
+class OnnxRuntime:
+    """ONNX Runtime as a backend: what `serve` needs to know of a runtime."""
+
+    def __init__(self):
+        try:
+            import numpy
+            import onnxruntime
+        except ImportError as err:
+            raise RunnerError(
+                RUNTIME_MISSING,
+                "Python %s at %s has no onnxruntime (%s); install it: %s -m pip install "
+                "onnxruntime" % (platform.python_version(), sys.executable, err, sys.executable),
+            )
+        self.numpy = numpy
+        self.ort = onnxruntime
+
+    def hello(self):
+        """What the host is told of this runtime."""
+        return {
+            "runtime": "onnxruntime",
+            "version": self.ort.__version__,
+            "providers": list(self.ort.get_available_providers()),
+        }
+
+    def open(self, path, options):
+        """A fresh session on fixed random inputs, as a function that runs it once.
+
+        The graph is optimised anew for this CPU each time; a file that ONNX Runtime has
+        optimised elsewhere may hold that CPU's layout.
+        """
+        provider = options.get("provider", CPU)
+        self._check_provider(provider)
+        settings = self.ort.SessionOptions()
+        settings.intra_op_num_threads = int(options.get("n_threads", 1))
+        settings.inter_op_num_threads = 1
+        settings.execution_mode = self.ort.ExecutionMode.ORT_SEQUENTIAL
+        settings.log_severity_level = 4  # what goes wrong comes as an exception too
+        if hasattr(settings, "add_session_config_entry"):
+            add = settings.add_session_config_entry
+            add("session.intra_op.allow_spinning", "0")  # two sessions share the cores
+            add("session.set_denormal_as_zero", "1")  # both models alike
+            if provider != CPU and provider not in TAKES_PARTS:
+                add("session.disable_cpu_ep_fallback", "1")
+        try:
+            session = self.ort.InferenceSession(path, settings, providers=[provider])
+        except Exception as err:  # each of its exceptions derives from Exception by itself
+            raise RunnerError(kind_of(err), "ONNX Runtime cannot load the model: %s" % err)
+        if provider not in session.get_providers():
+            raise RunnerError(
+                FAILED,
+                "ONNX Runtime fell back to %s; %s was asked."
+                % (", ".join(session.get_providers()), provider),
+            )
+        run = self._bound(session, self._inputs(session), BOUND_DEVICES.get(provider))
+        try:
+            run()
+        except Exception as err:
+            raise RunnerError(kind_of(err), "ONNX Runtime cannot run the model: %s" % err)
+        return timed(run)
+
+    def _check_provider(self, provider):
+        available = self.ort.get_available_providers()
+        if provider not in available:  # ONNX Runtime itself would silently take the CPU
+            raise RunnerError(
+                RUNTIME_MISSING,
+                "The profile asks for %s; this onnxruntime has %s. Install %s."
+                % (provider, ", ".join(available), PACKAGES.get(provider, "a build that has it")),
+            )
+
+    def _inputs(self, session):
+        """Normal random numbers, the same for every session; zeros would hide slow paths."""
+        generator = self.numpy.random.RandomState(0)
+        inputs = {}
+        for argument in session.get_inputs():
+            if not all(isinstance(side, int) for side in argument.shape):
+                raise RunnerError(
+                    UNSUPPORTED,
+                    "Input %s has the shape %s; latency is measured at a static shape. Export "
+                    "with a fixed batch size." % (argument.name, argument.shape),
+                )
+            if argument.type not in DTYPES:
+                raise RunnerError(
+                    UNSUPPORTED,
+                    "Input %s is %s; expected %s."
+                    % (argument.name, argument.type, ", ".join(sorted(DTYPES))),
+                )
+            values = generator.standard_normal(argument.shape)
+            inputs[argument.name] = values.astype(DTYPES[argument.type])
+        return inputs
+
+    def _bound(self, session, inputs, device):
+        """A function that runs the session; with inputs and outputs on the GPU where it has one."""
+        outputs = [output.name for output in session.get_outputs()]
+        if device is None:
+            return lambda: session.run(outputs, inputs)
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(value, device))
+        for name in outputs:
+            binding.bind_output(name, device)
+
+        def run():
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return run
+
+
+def kind_of(err):
+    """Whether the runtime could not read the model, had no memory, or failed otherwise."""
+    text, name = str(err).lower(), type(err).__name__
+    if isinstance(err, MemoryError) or "bad_alloc" in text or "failed to allocate" in text:
+        return OUT_OF_MEMORY
+    if "out of memory" in text or "bfc_arena" in text:
+        return OUT_OF_MEMORY
+    if name in ("NotImplemented", "InvalidGraph", "InvalidProtobuf", "NoSuchFile"):
+        return UNSUPPORTED
+    if "opset" in text or "not implemented" in text or "unsupported model ir" in text:
+        return UNSUPPORTED
+    return FAILED
+
+
+def _read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(100000).replace(b"\0", b"").decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def _output(command):
+    """What a small program prints; "" where there is none."""
+    try:
+        done = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        return done.communicate(timeout=5)[0].decode("utf-8", "replace").strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def instruction_set():
+    """Widest vector instructions of this CPU: "AVX512", "AVX2", "NEON" or "OTHER"."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "NEON"
+    flags = set()
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("flags"):
+            flags = set(line.split())
+            break
+    if set(["avx512f", "avx512bw", "avx512vl"]) <= flags:
+        return "AVX512"
+    return "AVX2" if "avx2" in flags else "OTHER"
+
+
+def describe():
+    """What the machine is: everything that a profile can be matched with, and that stays."""
+    cpu = ""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith(("model name", "Model")):
+            cpu = line.partition(":")[2].strip()
+            break
+    memory_mib = 0
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemTotal"):
+            memory_mib = int(line.split()[1]) // 1024
+    return {
+        "machine": platform.machine(),
+        "model": _read("/proc/device-tree/model") or cpu or platform.processor(),
+        "instruction_set": instruction_set(),
+        "n_cores": os.cpu_count(),
+        "memory_mib": memory_mib,
+        "boot_id": _read("/proc/sys/kernel/random/boot_id"),
+        "l4t": _read("/etc/nv_tegra_release").split("\n")[0],
+    }
+
+
+def state():
+    """What the machine says of its clocks, temperatures, throttling and load, now."""
+    temperatures = {}
+    for zone in glob.glob("/sys/class/thermal/thermal_zone*"):
+        value = _read(zone + "/temp")
+        if value.lstrip("-").isdigit():
+            temperatures[_read(zone + "/type") or os.path.basename(zone)] = int(value) / 1000.0
+    clocks = {}
+    for pattern in (
+        "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq",
+        "/sys/class/devfreq/*/cur_freq",
+    ):
+        for path in glob.glob(pattern):
+            value = _read(path)
+            if value.isdigit():
+                clocks[path.split("/")[-3 if "cpufreq" in path else -2]] = int(value)
+    found = {
+        "temperatures_c": temperatures,
+        "clocks": clocks,
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "power_mode": _output(["nvpmodel", "-q"]),
+        "throttled": _output(["vcgencmd", "get_throttled"]),
+    }
+    if hasattr(os, "getloadavg"):
+        found["load"] = os.getloadavg()[0]
+    return found
+
+
+def serve(make_backend, arguments=None):
+    """Answers requests until stdin ends; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Times ONNX models on request; see the source.")
+    parser.add_argument("--lock", help="file that only one runner may hold")
+    parser.add_argument("--memory-mib", type=int, help="address space of this process")
+    given = parser.parse_args(arguments)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print
+
+    def answer(content):
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    try:
+        kept = _locked(given.lock) if given.lock else None
+        if given.memory_mib:
+            _limit_memory(given.memory_mib)
+        backend = make_backend()
+        hello = {"protocol": PROTOCOL, "python": platform.python_version()}
+        hello.update(backend.hello())
+        hello.update(describe())
+    except RunnerError as err:
+        answer({"error": {"kind": err.kind, "message": str(err)}})
+        return 1
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    answer(hello)
+    for line in sys.stdin:
+        began = time.time()
+        try:
+            reply = _reply(backend, line)
+            reply["seconds"] = time.time() - began
+            answer(reply)
+        except RunnerError as err:
+            answer({"error": {"kind": err.kind, "message": str(err)}})
+        except MemoryError:
+            answer({"error": {"kind": OUT_OF_MEMORY, "message": "no memory left"}})
+    del kept
+    return 0
+
+
+def _reply(backend, line):
+    try:
+        request = json.loads(line)
+        what = request["do"]
+    except (ValueError, KeyError, TypeError):
+        raise RunnerError(REQUEST, "not a request: %r" % line[:200])
+    if what == "state":
+        return state()
+    if what == "pair":
+        options = request.get("options", {})
+        original_ms, candidate_ms = time_pair(
+            lambda: backend.open(request["original"], options),
+            lambda: backend.open(request["candidate"], options),
+            request["seed"],
+            request["seconds"],
+            request["min_rounds"],
+            request["max_rounds"],
+            request["n_warmup"],
+        )
+        return {"original_ms": original_ms, "candidate_ms": candidate_ms}
+    if what == "build" and hasattr(backend, "build"):
+        return backend.build(request["model"], request["engine"], request.get("options", {}))
+    raise RunnerError(REQUEST, "unknown request %r" % what)
+
+
+def _locked(path):
+    """The open lock file; it is free again when this process is gone, however it went."""
+    import fcntl
+
+    folder = os.path.dirname(path)
+    if folder and not os.path.isdir(folder):
+        os.makedirs(folder)
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise RunnerError(BUSY, "another search uses this device: %s" % file.read(200).strip())
+    file.truncate(0)
+    file.write("process %d since %s" % (os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")))
+    file.flush()
+    return file
+
+
+def _limit_memory(mib):
+    """More than this fails as an allocation, before the system kills somebody for it."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (mib * 2 ** 20, mib * 2 ** 20))
+
+
+def _end_with_parent(parent):
+    """A host that was killed cannot close our stdin while we are busy."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(serve(OnnxRuntime))
