@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compressor.errors import CompressorError
     from compressor.export import export_onnx
     from compressor.graph import channel_groups, cost
-    from compressor.latency.onnxruntime import compare_latency
+    from compressor.latency.device import compare_latency, open_device
     from compressor.latency.targets import load_target, target_names
     from compressor.pipeline import compress
     from compressor.prunable import load_model
@@ -53,6 +53,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_target",
+    "open_device",
     "prune",
     "read_result",
     "target_names",
@@ -67,7 +68,7 @@ _HOMES = {
     "compressor.errors": ("CompressorError",),
     "compressor.export": ("export_onnx",),
     "compressor.graph": ("channel_groups", "cost"),
-    "compressor.latency.onnxruntime": ("compare_latency",),
+    "compressor.latency.device": ("compare_latency", "open_device"),
     "compressor.latency.targets": ("load_target", "target_names"),
     "compressor.pipeline": ("compress",),
     "compressor.prunable": ("load_model",),

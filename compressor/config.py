@@ -61,6 +61,10 @@ class Config(BaseModel):
     Attributes:
         model: The trained network.
         target: Name of a device profile, or the path of one.
+        device: `ssh://user@host[:port]`, or a name from the user's devices.toml; None for the
+            machine that compress runs on.
+        estimate: Take the profile's figures where the device cannot be measured.
+        precision: "fp32" or "fp16", in place of the profile's own.
         data: Images to fit, search and test with.
         arch: What builds the network of a state_dict: `torchvision:NAME`, `timm:NAME`, or
             "package.module:factory".
@@ -89,6 +93,9 @@ class Config(BaseModel):
 
     model: Path
     target: str
+    device: str | None = None
+    estimate: bool = False
+    precision: str | None = None
     data: Path | None = None
     arch: str | None = None
     arch_args: dict[str, int | float | bool | str] = Field(default_factory=dict)
@@ -117,6 +124,8 @@ class Config(BaseModel):
     def _consistent(self) -> "Config":
         if self.speedup is not None and self.max_latency is not None:
             raise ValueError("give either speedup or max-latency, not both")
+        if self.estimate and self.device is not None:
+            raise ValueError("give either device (to measure) or estimate, not both")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}")
         return self

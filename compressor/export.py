@@ -96,7 +96,12 @@ def candidate_writer(
 
 
 def export_onnx(
-    model: nn.Module, example_input: Example, path: Path, *, opset: int | None = None
+    model: nn.Module,
+    example_input: Example,
+    path: Path,
+    *,
+    opset: int | None = None,
+    max_ir: int | None = None,
 ) -> Path:
     """Writes `model` as one ONNX file with the example's static shape, batch-norm folded.
 
@@ -105,12 +110,14 @@ def export_onnx(
         example_input: `(batch, c, h, w)`; a tuple or dict where the model takes several inputs.
         path: Written whole or not at all.
         opset: Operator set, checked in what was written; None takes `DEFAULT_OPSET`.
+        max_ir: Newest IR version of the file format that its reader knows; None takes any.
 
     Returns:
         `path`.
 
     Raises:
-        ExportError: The network has an operation that ONNX lacks, or another opset came out.
+        ExportError: The network has an operation that ONNX lacks, or what came out has another
+            opset, a newer IR, or tensors in a second file.
     """
     opset = DEFAULT_OPSET if opset is None else opset
     content = _export(model, example_input, opset, fold=True)
@@ -119,6 +126,10 @@ def export_onnx(
     opsets = {entry.domain: entry.version for entry in written.opset_import}
     if opsets.get("") != opset:
         raise ExportError(f"Asked for ONNX opset {opset}; the exporter wrote {opsets}.")
+    if max_ir is not None and written.ir_version > max_ir:
+        raise ExportError(f"The file has IR version {written.ir_version}; expected <= {max_ir}.")
+    if any(tensor.external_data for tensor in written.graph.initializer):
+        raise ExportError("The exporter put tensors into a second file; expected one file.")
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(content)

@@ -19,6 +19,7 @@ from compressor.datasets import load_data
 from compressor.errors import (
     ConfigError,
     DataError,
+    DeviceError,
     EngineError,
     EquivalenceError,
     InterruptedRunError,
@@ -29,9 +30,11 @@ from compressor.evaluate import accuracy, check_agree
 from compressor.export import candidate_writer, export_onnx
 from compressor.graph import cost, outputs
 from compressor.importance import IMPORTANCES
-from compressor.latency.onnxruntime import compare_latency, predictor
+from compressor.latency.device import Device, open_device, patiently
+from compressor.latency.machine import Model
+from compressor.latency.onnxruntime import predictor
 from compressor.latency.targets import load_target
-from compressor.latency.timing import TRIAL
+from compressor.latency.timing import FINAL, TRIAL, Effort, is_win
 from compressor.prunable import Prunable, load_model, make_prunable
 from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
 from compressor.run_folder import RunFolder
@@ -94,17 +97,18 @@ def compress(
     """
     on_progress(Progress("Reading model and data", 0, 1))
     job = prepare(config)
-    on_progress(Progress("Measuring the original", 0, 1))
-    bench = Bench(job)
-    problem = pose(job, bench)
-    default_name = f"{config.model.stem}-{job.target.name}"
-    folder = run_folder.create(config.out, default_name, config.as_toml())
-    with run_folder.logged(folder), _interruptible(folder):
-        searched = search(job, problem, bench, folder, on_trial, on_progress)
-        plan = choose(job, searched, bench, on_progress)
-        compact, engines = cut_out(job, plan, on_progress)
-        tuned = recover(job, compact, on_progress)
-        return finish(job, searched, plan, tuned, engines, folder, on_progress)
+    with open_device(job.target) as device:
+        on_progress(Progress("Measuring the original", 0, 1))
+        bench = Bench(job, device, on_progress)
+        problem = pose(job, bench)
+        default_name = f"{config.model.stem}-{job.target.name}"
+        folder = run_folder.create(config.out, default_name, config.as_toml())
+        with run_folder.logged(folder), _what_is_kept(folder):
+            searched = search(job, problem, bench, folder, on_trial, on_progress)
+            plan = choose(job, searched, bench, on_progress)
+            compact, engines = cut_out(job, plan, on_progress)
+            tuned = recover(job, compact, on_progress)
+            return finish(job, searched, plan, tuned, engines, bench, folder, on_progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +144,12 @@ def prepare(config: Config) -> Job:
     config.constraint  # noqa: B018  raises where none was given
     if config.out is not None:
         run_folder.check_free(config.out)
-    target = load_target(config.target)
+    target = load_target(
+        config.target,
+        device=config.device,
+        precision=config.precision,
+        estimate=config.estimate,
+    )
     if config.data is None:
         raise ConfigError("No images to rank plans by; give --data FILE.npz or --data FOLDER.")
     data = read_data(config, config.data)
@@ -230,20 +239,22 @@ class Bench:
     """Measures plans: accuracy after recalibration, and latency beside the original.
 
     Attributes:
+        described: What the device says of itself.
         noise_floor: The original against itself; what differs from 1 in it is noise.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, device: Device, on_progress: ProgressCallback) -> None:
         self.job = job
+        self._device = device
+        self._on_progress = on_progress
+        self.described = device.describe()
         model, example, opset = job.model, job.example, job.target.opset
         pruned = remove_channels(model, job.groups, job.space.plan(job.space.narrowest))
         batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
         self._single = candidate_writer(model, example, pruned, opset=opset)
         self._batched = candidate_writer(model, batch, pruned, opset=opset)
         self._original_onnx = self._single(model)
-        self.noise_floor = compare_latency(
-            self._original_onnx, self._original_onnx, job.target, effort=TRIAL
-        )
+        self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
 
     def original_accuracy(self) -> Accuracy:
         """Of the original on the search split."""
@@ -257,20 +268,28 @@ class Bench:
             pruned = remove_channels(self.job.model, self.job.groups, plan)
         with _timed(seconds, "recalibration"):
             pruned = recalibrate_batch_norm(pruned, self.job.data.fit)
-        with _timed(seconds, "accuracy"):
-            measured = self._accuracy(pruned)
         with _timed(seconds, "export"):
             candidate = self._single(pruned)
-        with _timed(seconds, "latency"):
-            latency = compare_latency(
-                self._original_onnx, candidate, self.job.target, effort=TRIAL, seed=seed
-            )
+        with _timed(seconds, "latency"):  # first, because what crashes a runtime crashes it here
+            latency = self.compare(self._original_onnx, candidate, TRIAL, seed)
+        with _timed(seconds, "accuracy"):
+            measured = self._accuracy(pruned)
         return measured, latency
 
     def remeasure(self, plan: Plan) -> PairedLatency:
         """The latency of a finalist, with the effort of a final figure."""
         pruned = remove_channels(self.job.model, self.job.groups, plan)
-        return compare_latency(self._original_onnx, self._single(pruned), self.job.target)
+        return self.compare(self._original_onnx, self._single(pruned))
+
+    def compare(
+        self, original: Model, candidate: Model, effort: Effort = FINAL, seed: int = 0
+    ) -> PairedLatency:
+        """Both models on the device; waits for one that went away."""
+        return patiently(
+            self._device,
+            lambda: self._device.compare(original, candidate, effort=effort, seed=seed),
+            on_wait=lambda why: self._on_progress(Progress(f"Device {why}", 0, 1)),
+        )
 
     def _accuracy(self, model: nn.Module) -> Accuracy:
         predict = predictor(self._batched(model), n_threads=n_cores())
@@ -454,20 +473,22 @@ def finish(
     plan: Plan,
     tuned: nn.Module,
     engines: Mapping[str, object],
+    bench: Bench,
     folder: RunFolder,
     on_progress: ProgressCallback,
 ) -> Result:
     """Exports both models, proves and measures the files, and writes the result last."""
     on_progress(Progress("Measuring the exported files", 0, 1))
-    original, example, opset = job.loaded.module, job.example, job.target.opset
+    original, example = job.loaded.module, job.example
+    export = partial(export_onnx, opset=job.target.opset, max_ir=job.target.max_ir)
     images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
-    original_file = export_onnx(original, example, folder.original_onnx, opset=opset)
+    original_file = export(original, example, folder.original_onnx)
     with folder.unproven_onnx() as unproven:
-        export_onnx(tuned, example, unproven, opset=opset)
+        export(tuned, example, unproven)
         answers = predictor(unproven, n_threads=n_cores())
         error = check_agree("torch and ONNX Runtime", tuned, answers, images)
-        speedup = compare_latency(original_file, unproven, job.target)
-        verdict = judge(job.config.constraint, speedup)
+        speedup = bench.compare(original_file, unproven)
+        verdict = judge(job.config.constraint, speedup, searched.noise_floor)
         before = measured_side(job, original, original_file, speedup.original)
         after = measured_side(job, tuned, unproven, speedup.candidate)
         handed_back = verdict is not Verdict.NOT_FASTER
@@ -479,7 +500,7 @@ def finish(
         verdict=verdict,
         target=job.target.name,
         runtime=job.target.runtime,
-        basis=Basis.MEASURED,
+        basis=speedup.basis,
         constraint=job.config.constraint,
         original=before,
         compressed=after if handed_back else None,
@@ -492,7 +513,10 @@ def finish(
         },
         search=search_report(job, searched),
         groups=groups_table(job.groups, plan),
-        environment=run_folder.describe_environment(job.target, job.loaded, job.data),
+        environment={
+            **run_folder.describe_environment(job.target, job.loaded, job.data),
+            "device": dict(bench.described),
+        },
         out=folder.path,
     )
     folder.write_result(result)
@@ -538,9 +562,14 @@ def groups_table(groups: Sequence[ChannelGroup], plan: Plan) -> list[dict[str, o
     ]
 
 
-def judge(constraint: Constraint, speedup: PairedLatency) -> Verdict:
-    """Whether the measured figure reaches the limit; an interval that holds 1 is no win."""
-    if speedup.ci95[0] <= 1:
+def judge(constraint: Constraint, speedup: PairedLatency, noise_floor: PairedLatency) -> Verdict:
+    """Whether the figure reaches the limit; what noise alone can do is no win.
+
+    An estimate has no noise, and its error is no interval: only its ratio is looked at, and the
+    result is labelled with its basis.
+    """
+    is_estimate = speedup.basis is Basis.ESTIMATE
+    if not (speedup.ratio > 1 if is_estimate else is_win(speedup, noise_floor)):
         return Verdict.NOT_FASTER
     return Verdict.MET if constraint.is_met(speedup) else Verdict.INFEASIBLE
 
@@ -583,12 +612,15 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible(folder: RunFolder) -> Iterator[None]:
+def _what_is_kept(folder: RunFolder) -> Iterator[None]:
+    """Says, where a run is stopped or its device is gone, what is left of it."""
     try:
         yield
-    except KeyboardInterrupt as err:
-        logger.warning("interrupted by the user")
+    except (KeyboardInterrupt, DeviceError) as err:
         kept = "Nothing was measured yet"
         if folder.study.is_file():
             kept = f"The trials so far are kept; `compress report {folder.path}` shows them"
+        logger.warning("stopped: %r", err)
+        if isinstance(err, DeviceError):
+            raise type(err)(f"{err} {kept}.") from err
         raise InterruptedRunError(f"Stopped. {kept}.") from err

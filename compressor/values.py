@@ -239,15 +239,18 @@ class Latency:
 
 @dataclass(frozen=True)
 class SessionPair:
-    """Raw times of one pair of sessions; run `i` of both was taken in the same round.
+    """Raw times of one pair of sessions.
 
     Attributes:
-        original_ms: `(n_rounds,)` milliseconds.
-        candidate_ms: `(n_rounds,)` milliseconds.
+        original_ms: Milliseconds, in the order taken.
+        candidate_ms: Milliseconds, in the order taken.
+        interleaved: Run `i` of both was taken in the same round, so that their ratio counts;
+            False where each session ran by itself, as trtexec's do.
     """
 
     original_ms: tuple[float, ...]
     candidate_ms: tuple[float, ...]
+    interleaved: bool = True
 
 
 @dataclass(frozen=True)
@@ -256,10 +259,14 @@ class PairedLatency:
 
     Attributes:
         ratio: original / candidate; above 1 the candidate is faster.
-        ci95: Interval of `ratio` that holds it with 95 % confidence.
+        ci95: Interval of `ratio` that holds it with 95 % confidence; of an estimate, the ratio
+            divided and multiplied by the estimate's error factor.
         original: The original's times in these rounds.
         candidate: The candidate's times in these rounds.
         session_pairs: Every time taken, so that any statistic can be recomputed.
+        conditions: What makes the figures doubtful, each in words with a remedy; empty where
+            nothing does.
+        basis: Whether anything was measured.
     """
 
     ratio: float
@@ -267,6 +274,13 @@ class PairedLatency:
     original: Latency
     candidate: Latency
     session_pairs: tuple[SessionPair, ...] = field(repr=False)
+    conditions: tuple[str, ...] = ()
+    basis: Basis = Basis.MEASURED
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether no condition of a sound measurement failed."""
+        return not self.conditions
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A machine that commands run on: this one, or (in `ssh`) another."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -149,4 +150,5 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # a request that nobody will read
+                pipe.close()

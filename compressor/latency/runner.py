@@ -3,7 +3,7 @@
 One file with the standard library only, fit for the Python 3.6 of a stock Jetson Nano: it is a
 child process on this machine, and is sent to others as it is. It reads one JSON object a line on
 stdin and answers each with one on stdout; what libraries print goes to stderr. The first line
-it writes says what it is. It ends when stdin does, and when its parent is gone.
+it writes says what it is. It ends when stdin does, busy or not.
 
     {"do": "pair", "original": PATH, "candidate": PATH, "options": {...}, "seed": 0,
      "seconds": 0.2, "min_rounds": 8, "max_rounds": 200, "n_warmup": 8}
@@ -20,10 +20,12 @@ import json
 import os
 import platform
 import random
+import select
 import subprocess
 import sys
 import threading
 import time
+from typing import IO, Any, Callable, Dict, List, Optional, Set, Tuple
 
 PROTOCOL = 1
 
@@ -47,23 +49,28 @@ DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 NS_PER_MS = 1e6
 
 
+Open = Callable[[], Callable[[], int]]  # a fresh session, as a function that returns nanoseconds
+
+
 class RunnerError(Exception):
     """A request that cannot be met; `kind` says why."""
 
-    def __init__(self, kind, message):
+    def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
-def clock_ns():
+def clock_ns() -> int:
     """A monotonic clock in nanoseconds (`time.perf_counter_ns` is younger than Python 3.6)."""
     return int(time.perf_counter() * 1e9)
 
 
-def timed(run_once, clock=clock_ns):
+def timed(
+    run_once: Callable[[], object], clock: Callable[[], int] = clock_ns
+) -> Callable[[], int]:
     """`run_once` as a function that returns the nanoseconds it took."""
 
-    def run():
+    def run() -> int:
         before = clock()
         run_once()
         return clock() - before
@@ -72,8 +79,15 @@ def timed(run_once, clock=clock_ns):
 
 
 def time_pair(
-    open_original, open_candidate, seed, seconds, min_rounds, max_rounds, n_warmup, clock=clock_ns
-):
+    open_original: Open,
+    open_candidate: Open,
+    seed: int,
+    seconds: float,
+    min_rounds: int,
+    max_rounds: int,
+    n_warmup: int,
+    clock: Callable[[], int] = clock_ns,
+) -> Tuple[List[float], List[float]]:
     """Milliseconds of both models: they run once each in every round, in random order.
 
     Args:
@@ -100,7 +114,8 @@ def time_pair(
     for _ in range(n_warmup):
         run_original()
         run_candidate()
-    original_ms, candidate_ms = [], []
+    original_ms: List[float] = []
+    candidate_ms: List[float] = []
     runs = [(run_original, original_ms), (run_candidate, candidate_ms)]
     started = clock()
     while len(original_ms) < max_rounds:
@@ -110,7 +125,7 @@ def time_pair(
         for run, times_ms in runs:
             took_ns = run()
             if took_ns <= 0:
-                raise RunnerError(CLOCK, "one inference took %d ns by the clock" % took_ns)
+                raise RunnerError(CLOCK, f"one inference took {took_ns} ns by the clock")
             times_ms.append(took_ns / NS_PER_MS)
     return original_ms, candidate_ms
 
@@ -118,20 +133,20 @@ def time_pair(
 class OnnxRuntime:
     """ONNX Runtime as a backend: what `serve` needs to know of a runtime."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         try:
             import numpy
             import onnxruntime
         except ImportError as err:
             raise RunnerError(
                 RUNTIME_MISSING,
-                "Python %s at %s has no onnxruntime (%s); install it: %s -m pip install "
-                "onnxruntime" % (platform.python_version(), sys.executable, err, sys.executable),
-            )
+                f"Python {platform.python_version()} at {sys.executable} has no onnxruntime "
+                f"({err}); install it: {sys.executable} -m pip install onnxruntime",
+            ) from err
         self.numpy = numpy
         self.ort = onnxruntime
 
-    def hello(self):
+    def hello(self) -> Dict[str, Any]:
         """What the host is told of this runtime."""
         return {
             "runtime": "onnxruntime",
@@ -139,7 +154,7 @@ class OnnxRuntime:
             "providers": list(self.ort.get_available_providers()),
         }
 
-    def open(self, path, options):
+    def open(self, path: str, options: Dict[str, Any]) -> Callable[[], int]:
         """A fresh session on fixed random inputs, as a function that runs it once.
 
         The graph is optimised anew for this CPU each time; a file that ONNX Runtime has
@@ -160,31 +175,31 @@ class OnnxRuntime:
                 add("session.disable_cpu_ep_fallback", "1")
         try:
             session = self.ort.InferenceSession(path, settings, providers=[provider])
-        except Exception as err:  # each of its exceptions derives from Exception by itself
-            raise RunnerError(kind_of(err), "ONNX Runtime cannot load the model: %s" % err)
+        except Exception as err:  # each of its errors is one by itself
+            raise RunnerError(kind_of(err), f"ONNX Runtime cannot load the model: {err}") from err
         if provider not in session.get_providers():
             raise RunnerError(
                 FAILED,
-                "ONNX Runtime fell back to %s; %s was asked."
-                % (", ".join(session.get_providers()), provider),
+                f"ONNX Runtime fell back to {', '.join(session.get_providers())}; {provider} was "
+                f"asked.",
             )
         run = self._bound(session, self._inputs(session), BOUND_DEVICES.get(provider))
         try:
             run()
         except Exception as err:
-            raise RunnerError(kind_of(err), "ONNX Runtime cannot run the model: %s" % err)
+            raise RunnerError(kind_of(err), f"ONNX Runtime cannot run the model: {err}") from err
         return timed(run)
 
-    def _check_provider(self, provider):
+    def _check_provider(self, provider: str) -> None:
         available = self.ort.get_available_providers()
         if provider not in available:  # ONNX Runtime itself would silently take the CPU
             raise RunnerError(
                 RUNTIME_MISSING,
-                "The profile asks for %s; this onnxruntime has %s. Install %s."
-                % (provider, ", ".join(available), PACKAGES.get(provider, "a build that has it")),
+                f"The profile asks for {provider}; this onnxruntime has {', '.join(available)}. "
+                f"Install {PACKAGES.get(provider, 'a build that has it')}.",
             )
 
-    def _inputs(self, session):
+    def _inputs(self, session: Any) -> Dict[str, Any]:
         """Normal random numbers, the same for every session; zeros would hide slow paths."""
         generator = self.numpy.random.RandomState(0)
         inputs = {}
@@ -192,21 +207,23 @@ class OnnxRuntime:
             if not all(isinstance(side, int) for side in argument.shape):
                 raise RunnerError(
                     UNSUPPORTED,
-                    "Input %s has the shape %s; latency is measured at a static shape. Export "
-                    "with a fixed batch size." % (argument.name, argument.shape),
+                    f"Input {argument.name} has the shape {argument.shape}; latency is measured "
+                    f"at a static shape. Export with a fixed batch size.",
                 )
             if argument.type not in DTYPES:
                 raise RunnerError(
                     UNSUPPORTED,
-                    "Input %s is %s; expected %s."
-                    % (argument.name, argument.type, ", ".join(sorted(DTYPES))),
+                    f"Input {argument.name} is {argument.type}; expected "
+                    f"{', '.join(sorted(DTYPES))}.",
                 )
             values = generator.standard_normal(argument.shape)
             inputs[argument.name] = values.astype(DTYPES[argument.type])
         return inputs
 
-    def _bound(self, session, inputs, device):
-        """A function that runs the session; with inputs and outputs on the GPU where it has one."""
+    def _bound(
+        self, session: Any, inputs: Dict[str, Any], device: Optional[str]
+    ) -> Callable[[], object]:
+        """A function that runs the session; a GPU has its inputs and outputs in its memory."""
         outputs = [output.name for output in session.get_outputs()]
         if device is None:
             return lambda: session.run(outputs, inputs)
@@ -216,14 +233,14 @@ class OnnxRuntime:
         for name in outputs:
             binding.bind_output(name, device)
 
-        def run():
+        def run() -> None:
             session.run_with_iobinding(binding)
             binding.synchronize_outputs()
 
         return run
 
 
-def kind_of(err):
+def kind_of(err: BaseException) -> str:
     """Whether the runtime could not read the model, had no memory, or failed otherwise."""
     text, name = str(err).lower(), type(err).__name__
     if isinstance(err, MemoryError) or "bad_alloc" in text or "failed to allocate" in text:
@@ -237,7 +254,7 @@ def kind_of(err):
     return FAILED
 
 
-def _read(path):
+def _read(path: str) -> str:
     try:
         with open(path, "rb") as file:
             return file.read(100000).replace(b"\0", b"").decode("utf-8", "replace").strip()
@@ -245,7 +262,7 @@ def _read(path):
         return ""
 
 
-def _output(command):
+def _output(command: List[str]) -> str:
     """What a small program prints; "" where there is none."""
     try:
         done = subprocess.Popen(
@@ -256,11 +273,11 @@ def _output(command):
         return ""
 
 
-def instruction_set():
+def instruction_set() -> str:
     """Widest vector instructions of this CPU: "AVX512", "AVX2", "NEON" or "OTHER"."""
     if platform.machine().lower() in ("arm64", "aarch64"):
         return "NEON"
-    flags = set()
+    flags: Set[str] = set()
     for line in _read("/proc/cpuinfo").splitlines():
         if line.startswith("flags"):
             flags = set(line.split())
@@ -270,7 +287,7 @@ def instruction_set():
     return "AVX2" if "avx2" in flags else "OTHER"
 
 
-def describe():
+def describe() -> Dict[str, Any]:
     """What the machine is: everything that a profile can be matched with, and that stays."""
     cpu = ""
     for line in _read("/proc/cpuinfo").splitlines():
@@ -292,7 +309,7 @@ def describe():
     }
 
 
-def state():
+def state() -> Dict[str, Any]:
     """What the machine says of its clocks, temperatures, throttling and load, now."""
     temperatures = {}
     for zone in glob.glob("/sys/class/thermal/thermal_zone*"):
@@ -308,7 +325,7 @@ def state():
             value = _read(path)
             if value.isdigit():
                 clocks[path.split("/")[-3 if "cpufreq" in path else -2]] = int(value)
-    found = {
+    found: Dict[str, Any] = {
         "temperatures_c": temperatures,
         "clocks": clocks,
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
@@ -320,23 +337,23 @@ def state():
     return found
 
 
-def serve(make_backend, arguments=None):
+def serve(make_backend: Callable[[], Any], arguments: Optional[List[str]] = None) -> int:
     """Answers requests until stdin ends; returns the exit code."""
     parser = argparse.ArgumentParser(description="Times ONNX models on request; see the source.")
     parser.add_argument("--lock", help="file that only one runner may hold")
-    parser.add_argument("--memory-mib", type=int, help="address space of this process")
+    parser.add_argument("--memory-mib", type=int, help="of this process; 0 for all there is")
     given = parser.parse_args(arguments)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print
 
-    def answer(content):
+    def answer(content: Dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
     try:
         kept = _locked(given.lock) if given.lock else None
-        if given.memory_mib:
-            _limit_memory(given.memory_mib)
+        if given.memory_mib is not None:
+            _limit_memory(given.memory_mib or describe()["memory_mib"])
         backend = make_backend()
         hello = {"protocol": PROTOCOL, "python": platform.python_version()}
         hello.update(backend.hello())
@@ -344,7 +361,7 @@ def serve(make_backend, arguments=None):
     except RunnerError as err:
         answer({"error": {"kind": err.kind, "message": str(err)}})
         return 1
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     answer(hello)
     for line in sys.stdin:
         began = time.time()
@@ -360,12 +377,12 @@ def serve(make_backend, arguments=None):
     return 0
 
 
-def _reply(backend, line):
+def _reply(backend: Any, line: str) -> Dict[str, Any]:
     try:
         request = json.loads(line)
         what = request["do"]
-    except (ValueError, KeyError, TypeError):
-        raise RunnerError(REQUEST, "not a request: %r" % line[:200])
+    except (ValueError, KeyError, TypeError) as err:
+        raise RunnerError(REQUEST, f"not a request: {line[:200]!r}") from err
     if what == "state":
         return state()
     if what == "pair":
@@ -381,41 +398,48 @@ def _reply(backend, line):
         )
         return {"original_ms": original_ms, "candidate_ms": candidate_ms}
     if what == "build" and hasattr(backend, "build"):
-        return backend.build(request["model"], request["engine"], request.get("options", {}))
-    raise RunnerError(REQUEST, "unknown request %r" % what)
+        built = backend.build(request["model"], request["engine"], request.get("options", {}))
+        return dict(built)
+    raise RunnerError(REQUEST, f"unknown request {what!r}")
 
 
-def _locked(path):
+def _locked(path: str) -> "IO[str]":
     """The open lock file; it is free again when this process is gone, however it went."""
     import fcntl
 
     folder = os.path.dirname(path)
     if folder and not os.path.isdir(folder):
         os.makedirs(folder)
-    file = open(path, "a+")
+    file = open(path, "a+")  # noqa: SIM115  the lock lives as long as it is open
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as err:
         file.seek(0)
-        raise RunnerError(BUSY, "another search uses this device: %s" % file.read(200).strip())
+        holder = file.read(200).strip()
+        raise RunnerError(BUSY, f"another search uses this device: {holder}") from err
     file.truncate(0)
-    file.write("process %d since %s" % (os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")))
+    file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
     return file
 
 
-def _limit_memory(mib):
+def _limit_memory(mib: int) -> None:
     """More than this fails as an allocation, before the system kills somebody for it."""
+    if not mib:
+        return  # a system without /proc
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (mib * 2 ** 20, mib * 2 ** 20))
+    resource.setrlimit(resource.RLIMIT_AS, (mib * 2**20, mib * 2**20))
 
 
-def _end_with_parent(parent):
-    """A host that was killed cannot close our stdin while we are busy."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _end_with_stdin() -> None:
+    """Ends this process, whatever it is busy with, when nobody can ask it any more."""
+    poll = select.poll()
+    poll.register(0, 0)  # asks for nothing but the end
+    while True:
+        if any(what & (select.POLLHUP | select.POLLERR) for _, what in poll.poll()):
+            time.sleep(1)  # an idle process ends by itself
+            os._exit(1)
 
 
 if __name__ == "__main__":

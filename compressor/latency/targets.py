@@ -17,6 +17,7 @@ from compressor.latency.runner import instruction_set
 from compressor.values import Basis, Figure, Roofline, Target
 
 AUTO = "auto"
+ONNXRUNTIME, TENSORRT, TRTEXEC = "onnxruntime", "tensorrt", "trtexec"  # kinds of runtimes
 BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2, "int8": 1}
 
 Provider = Literal[

@@ -2,53 +2,64 @@
 
 Timing one model and then the other says more about the machine than about the models: a model
 against itself came out up to 44 % apart. Here both run in every round, in random order, and only
-the ratio inside a round counts. A session also keeps its own memory layout for life, which made
-A/A comparisons of one session pair exclude 1.0 in 3 of 6 cases; so pairs of sessions are opened
-afresh several times, and the interval is over pairs.
+the ratio inside a round counts (`runner.time_pair`). A session also keeps its own memory layout
+for life, which made A/A comparisons of one session pair exclude 1.0 in 3 of 6 cases; so pairs of
+sessions are opened afresh several times, and the interval is over pairs.
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from compressor.errors import UnstableClockError
 from compressor.values import Latency, PairedLatency, SessionPair
 
-RunOnce = Callable[[], object]
-OpenSession = Callable[[], RunOnce]
+TimePair = Callable[[int], SessionPair]  # from a seed for the order inside rounds
 
-NS_PER_MS = 1e6
+MAX_SPREAD = (
+    0.10  # interquartile range / median of a steady machine; torch's own benchmark warns there
+)
+MAX_CLOCK_SHIFT = 0.05
+LOCKING_GOVERNORS = ("performance", "userspace")  # the others move clocks on purpose
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a comparison may take.
+    """How long a comparison may take, and how sure it has to be.
 
     Attributes:
-        n_session_pairs: Fresh pairs of sessions, at least 2.
-        pair_seconds: Time of the rounds of one pair, warm-up apart.
+        min_pairs: Fresh pairs of sessions at least; 3 or more, or the interval says little.
+        max_pairs: Fresh pairs of sessions at most.
+        budget_s: No new pair is begun after this long.
+        half_width: It ends as soon as the 95 % interval reaches this far to each side of the
+            ratio, as a share of it.
+        pair_s: Time of the rounds of one pair, warm-up apart.
         min_rounds: At least this many rounds a pair, however slow the models.
         max_rounds: At most this many, however quick; sessions differ more than rounds do.
         n_warmup: Untimed runs of each session.
     """
 
-    n_session_pairs: int
-    pair_seconds: float
+    min_pairs: int
+    max_pairs: int
+    budget_s: float
+    half_width: float = 0.01
+    pair_s: float = 0.2
     min_rounds: int = 8
     max_rounds: int = 200
     n_warmup: int = 8
 
 
-TRIAL = Effort(n_session_pairs=4, pair_seconds=0.2)  # ranks a plan
-FINAL = Effort(n_session_pairs=12, pair_seconds=0.6)  # what is reported
+TRIAL = Effort(min_pairs=4, max_pairs=8, budget_s=1.2, pair_s=0.15)  # ranks a plan
+FINAL = Effort(min_pairs=8, max_pairs=40, budget_s=20.0, half_width=0.005)  # what is reported
 
 
 def compare(
-    open_original: OpenSession,
-    open_candidate: OpenSession,
+    time_pair: TimePair,
     effort: Effort,
     *,
     seed: int = 0,
@@ -57,25 +68,50 @@ def compare(
     """Times of both models and original / candidate with its 95 % interval.
 
     Args:
-        open_original: Loads the original and returns a function that runs it once.
-        open_candidate: The same for the candidate.
-        effort: How many session pairs, and how long each is timed.
+        time_pair: Opens both models afresh, times them, and returns every time taken.
+        effort: When to stop.
         seed: Decides the order inside rounds.
         clock_ns: A monotonic clock in nanoseconds; tests pass a fake one.
+
+    Raises:
+        MeasurementError: What `time_pair` raises.
+        UnstableClockError: A time is no positive number.
     """
     order = random.Random(seed)
-    pairs = tuple(
-        _time_pair(open_original, open_candidate, effort, order, clock_ns)
-        for _ in range(effort.n_session_pairs)
-    )
-    ratio, ci95 = paired_ratio(pairs)
+    pairs: list[SessionPair] = []
+    started = clock_ns()
+    while True:
+        pairs.append(checked(time_pair(order.randrange(2**31))))
+        is_late = clock_ns() - started >= effort.budget_s * 1e9
+        if len(pairs) < (2 if is_late else effort.min_pairs):
+            continue
+        ratio, (low, high) = paired_ratio(pairs)
+        is_sure = max(high / ratio, ratio / low) - 1 <= effort.half_width
+        if is_sure or is_late or len(pairs) >= effort.max_pairs:
+            break
     return PairedLatency(
         ratio=ratio,
-        ci95=ci95,
+        ci95=(low, high),
         original=summary([ms for pair in pairs for ms in pair.original_ms]),
         candidate=summary([ms for pair in pairs for ms in pair.candidate_ms]),
-        session_pairs=pairs,
+        session_pairs=tuple(pairs),
+        conditions=unsteady(pairs),
     )
+
+
+def checked(pair: SessionPair) -> SessionPair:
+    """`pair`, whose times are positive numbers.
+
+    Raises:
+        UnstableClockError: One is not, or there are none.
+    """
+    for times in (pair.original_ms, pair.candidate_ms):
+        if not times or not all(np.isfinite(ms) and ms > 0 for ms in times):
+            bad = next((ms for ms in times if not (np.isfinite(ms) and ms > 0)), None)
+            raise UnstableClockError(
+                f"Expected times above 0 ms, got {bad}; the device's clock cannot be trusted."
+            )
+    return pair
 
 
 def summary(times_ms: Sequence[float]) -> Latency:
@@ -88,11 +124,12 @@ def summary(times_ms: Sequence[float]) -> Latency:
 
 
 def paired_ratio(pairs: Sequence[SessionPair]) -> tuple[float, tuple[float, float]]:
-    """(ratio, its 95 % interval): geometric mean over pairs of the median ratio over rounds.
+    """(ratio, its 95 % interval): geometric mean over pairs of sessions.
 
-    The interval is Student's t over the pairs' log medians: it holds what rounds and sessions
-    each add. A percentile bootstrap over 4 pairs covered the truth in 85 % of simulated cases
-    where sessions differ by 2 %, t in 95 % (`tests/unit/test_timing.py` counts).
+    The ratio of one pair is the median over its rounds. The interval is Student's t over the
+    pairs' logarithms: it holds what rounds and sessions each add. A percentile bootstrap, which
+    one would take first, covered the truth in 85 % of simulated cases with 4 pairs that differ by
+    2 %, and t in 95 % (`tests/unit/test_timing.py` counts).
 
     Args:
         pairs: At least 2; one says nothing of how sessions differ.
@@ -103,43 +140,79 @@ def paired_ratio(pairs: Sequence[SessionPair]) -> tuple[float, tuple[float, floa
         >>> round(ratio, 6), round(low, 6), round(high, 6)
         (2.0, 2.0, 2.0)
     """
-    logs = np.array(
-        [np.median(np.log(np.array(p.original_ms) / np.array(p.candidate_ms))) for p in pairs]
-    )
+    logs = np.array([_log_ratio(pair) for pair in pairs])
     mean, error = logs.mean(), logs.std(ddof=1) / np.sqrt(len(logs))
     half = stats.t.ppf(0.975, df=len(logs) - 1) * error
     return float(np.exp(mean)), (float(np.exp(mean - half)), float(np.exp(mean + half)))
 
 
-def _time_pair(
-    open_original: OpenSession,
-    open_candidate: OpenSession,
-    effort: Effort,
-    order: random.Random,
-    clock_ns: Callable[[], int],
-) -> SessionPair:
-    if order.random() < 0.5:  # who is opened first gets the better memory
-        run_original = open_original()
-        run_candidate = open_candidate()
-    else:
-        run_candidate = open_candidate()
-        run_original = open_original()
-    for _ in range(effort.n_warmup):
-        run_original()
-        run_candidate()
-    times_ns: dict[RunOnce, list[int]] = {run_original: [], run_candidate: []}
-    runs = [run_original, run_candidate]
-    started = clock_ns()
-    for n_rounds in range(effort.max_rounds):
-        is_late = clock_ns() - started >= effort.pair_seconds * 1e9
-        if is_late and n_rounds >= effort.min_rounds:
+def unsteady(pairs: Sequence[SessionPair]) -> tuple[str, ...]:
+    """What the times themselves say against the machine."""
+    found = []
+    for name in ("original", "candidate"):
+        spreads = []
+        for pair in pairs:
+            low, middle, high = np.percentile(getattr(pair, f"{name}_ms"), (25, 50, 75))
+            spreads.append((high - low) / middle)
+        spread = float(np.median(spreads))
+        if spread > MAX_SPREAD:
+            found.append(
+                f"unstable: the middle half of the {name}'s times spreads over {spread:.0%} of "
+                f"their median (more than {MAX_SPREAD:.0%}); stop other work on the device, lock "
+                f"its clocks"
+            )
+    return tuple(found)
+
+
+def with_conditions(pair: PairedLatency, conditions: Sequence[str]) -> PairedLatency:
+    """`pair` with what else makes it doubtful."""
+    return replace(pair, conditions=(*pair.conditions, *conditions))
+
+
+def state_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+    """In words, what a device's state before and after says against the times between.
+
+    Args:
+        before: What `runner.state` said: clocks, governor, power mode, throttling.
+        after: The same, later.
+    """
+    found = []
+    for when, state in (("before", before), ("after", after)):
+        throttled = str(state.get("throttled", "")).partition("=")[2]
+        if throttled not in ("", "0x0"):
+            found.append(
+                f"throttled: the board reports {throttled} {when} measuring (too hot, or too "
+                f"little voltage); cool it, or take another power supply"
+            )
             break
-        order.shuffle(runs)
-        for run in runs:
-            before = clock_ns()
-            run()
-            times_ns[run].append(clock_ns() - before)
-    return SessionPair(
-        tuple(ns / NS_PER_MS for ns in times_ns[run_original]),
-        tuple(ns / NS_PER_MS for ns in times_ns[run_candidate]),
-    )
+    old, new = before.get("clocks") or {}, after.get("clocks") or {}
+    moved = {name: new[name] / old[name] - 1 for name in old.keys() & new.keys() if old[name] > 0}
+    far = {name: share for name, share in sorted(moved.items()) if abs(share) > MAX_CLOCK_SHIFT}
+    fixed = before.get("governor") in LOCKING_GOVERNORS
+    if far and fixed:
+        shifts = ", ".join(f"{name} {share:+.0%}" for name, share in far.items())
+        found.append(f"unstable clocks: {shifts} while measuring; lock them")
+    if before.get("power_mode") != after.get("power_mode"):
+        found.append("the power mode was changed while measuring; measure again")
+    return tuple(found)
+
+
+def is_win(pair: PairedLatency, noise_floor: PairedLatency | None = None) -> bool:
+    """Whether the candidate is faster beyond doubt.
+
+    A win whose interval holds 1 is no win, and neither is one that the original reaches against
+    itself.
+
+    Args:
+        pair: Original and candidate.
+        noise_floor: The original against itself.
+    """
+    floor = max(noise_floor.ratio, 1 / noise_floor.ratio) if noise_floor else 1.0
+    return pair.ci95[0] > 1 and pair.ratio > floor
+
+
+def _log_ratio(pair: SessionPair) -> float:
+    original, candidate = np.log(pair.original_ms), np.log(pair.candidate_ms)
+    if pair.interleaved:
+        return float(np.median(original - candidate))
+    return float(np.median(original) - np.median(candidate))

@@ -1,0 +1,147 @@
+"""A device whose models a runner process runs: ONNX Runtime anywhere, or TensorRT here."""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import DeviceLostError, MeasurementError, UnreachableError
+from compressor.latency import runner, timing
+from compressor.latency.host import Host, LocalHost
+from compressor.latency.machine import Model, checked_machine, content_of, mismatch
+from compressor.latency.process import Runner
+from compressor.latency.ssh import SshHost
+from compressor.latency.targets import TENSORRT
+from compressor.latency.timing import FINAL, Effort
+from compressor.values import PairedLatency, SessionPair, Target
+
+N_WARMUP_GPU = 50  # a GPU's clocks take longer to rise than a CPU's caches to fill
+START_S = 30.0  # of small requests, which may find the runner not yet started
+
+logger = logging.getLogger(__name__)
+
+
+class RunnerDevice:
+    """A runner process on a host: ONNX Runtime anywhere, or TensorRT's Python API here."""
+
+    def __init__(self, host: Host, target: Target) -> None:
+        self._host = host
+        self._target = target
+        self._is_tensorrt = target.runtime == TENSORRT
+        self._runner = Runner(self._start, host.label, getattr(host, "refusal", _never))
+        self._engines: dict[str, str] = {}
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `Device.describe`."""
+        hello = self._runner.begin()
+        state = self._runner.ask({"do": "state"}, limit_s=START_S)
+        described = {"host": self._host.label, **hello, "state": state}
+        return checked_machine(self._host, described, mismatch(self._target, hello))
+
+    def compare(
+        self, original: Model, candidate: Model, *, effort: Effort = FINAL, seed: int = 0
+    ) -> PairedLatency:
+        """See `Device.compare`."""
+        files = [
+            self._host.put(content_of(model), "model.onnx") for model in (original, candidate)
+        ]
+        try:
+            prepared = [self._built(file) if self._is_tensorrt else file for file in files]
+            request = {
+                "do": "pair",
+                "original": prepared[0],
+                "candidate": prepared[1],
+                "options": self._options(),
+                "seconds": effort.pair_s,
+                "min_rounds": effort.min_rounds,
+                "max_rounds": effort.max_rounds,
+                "n_warmup": N_WARMUP_GPU if self._on_gpu else effort.n_warmup,
+            }
+            before = self._runner.ask({"do": "state"}, limit_s=START_S)
+            pair = timing.compare(partial(self._time_pair, request), effort, seed=seed)
+            after = self._runner.ask({"do": "state"}, limit_s=START_S)
+        finally:
+            if files[1] != files[0]:
+                self._forget(files[1])
+        return timing.with_conditions(pair, timing.state_changes(before, after))
+
+    def reconnect(self) -> None:
+        """See `Device.reconnect`."""
+        self._runner.stop()
+        if isinstance(self._host, SshHost):
+            self._host.reconnect()
+        self._runner.begin()
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        self._runner.close()
+        self._host.close()
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._is_tensorrt or self._target.provider in runner.BOUND_DEVICES
+
+    def _start(self, log: Path) -> Any:
+        arguments = []
+        if not self._on_gpu:  # a GPU's driver reserves far more addresses than it uses
+            arguments = ["--memory-mib", str(self._target.memory_mib or 0)]
+        if isinstance(self._host, LocalHost):
+            module = "tensorrt_runner" if self._is_tensorrt else "runner"
+            command = [*self._host.python(), "-m", f"compressor.latency.{module}"]
+        else:
+            path = self._host.put(Path(runner.__file__).read_bytes(), "runner.py")
+            command = [*self._host.python(), "-u", path]
+            arguments += ["--lock", f"{self._host.cache}/lock"]
+        return self._host.start([*command, *arguments], log=log)
+
+    def _options(self) -> dict[str, object]:
+        target = self._target
+        if not self._is_tensorrt:
+            return {"provider": target.provider, "n_threads": target.n_threads}
+        version = str(self._runner.hello.get("version", ""))
+        return {
+            "precision": target.precision,
+            "workspace_mib": target.workspace_mib,
+            "timing_cache": f"{self._host.cache}/timing-{target.name}-{version}.cache",
+        }
+
+    def _time_pair(self, request: Mapping[str, object], seed: int) -> SessionPair:
+        answer = self._runner.ask({**request, "seed": seed}, limit_s=self._target.run_limit_s)
+        try:
+            return SessionPair(
+                tuple(map(float, answer["original_ms"])),
+                tuple(map(float, answer["candidate_ms"])),
+            )
+        except (KeyError, TypeError, ValueError) as err:
+            raise MeasurementError(
+                f"{self._host.label} answered without times: {str(dict(answer))[:200]}"
+            ) from err
+
+    def _built(self, file: str) -> str:
+        """The engine of an ONNX file, built where it was not yet."""
+        if file not in self._engines:
+            self._runner.begin()
+            engine = f"{file}.engine"
+            reply = self._runner.ask(
+                {"do": "build", "model": file, "engine": engine, "options": self._options()},
+                limit_s=self._target.build_limit_s,
+            )
+            for remark in reply.get("warnings", ()):
+                logger.warning("%s", remark)
+            self._engines[file] = engine
+        return self._engines[file]
+
+    def _forget(self, file: str) -> None:
+        """A board has no room for every candidate of a search."""
+        try:
+            self._host.remove(file)
+            engine = self._engines.pop(file, None)
+            if engine is not None:
+                self._host.remove(engine)
+        except (DeviceLostError, UnreachableError):
+            logger.debug("%s is left on %s", file, self._host.label)
+
+
+def _never(_code: int, _log: str) -> None:
+    """A process on this machine has no connection to lose."""

@@ -1,0 +1,86 @@
+"""Whether a machine is the one that a profile is for."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import MeasurementError, UnreachableError
+from compressor.latency import runner
+from compressor.latency.host import Host, LocalHost
+from compressor.latency.targets import TENSORRT
+from compressor.values import Target
+
+Model = bytes | Path
+
+logger = logging.getLogger(__name__)
+
+
+def check_is_this_machine(target: Target) -> None:
+    """Raises `UnreachableError` where the profile's device is not the machine we run on."""
+    here = runner.describe()
+    fault = mismatch(target, here)
+    if fault is not None and target.runtime == TENSORRT and fault.startswith(MODEL):
+        return  # the GPU's name is asked for by the runner
+    if fault is not None:
+        raise UnreachableError(_ELSEWHERE.format(fault=fault))
+
+
+MODEL = "its model"
+_ELSEWHERE = (
+    "The target is not this machine: {fault}. Name the device: --device ssh://user@host, or take "
+    "--estimate for a rough figure without it."
+)
+
+
+def checked_machine(
+    host: Host, described: Mapping[str, Any], fault: str | None
+) -> Mapping[str, Any]:
+    """`described`; with a warning where another machine than the profile's was named.
+
+    Raises:
+        UnreachableError: It is this machine, and nobody named it.
+    """
+    if fault is None:
+        return described
+    if isinstance(host, LocalHost):
+        raise UnreachableError(f"{_ELSEWHERE.format(fault=fault)}")
+    logger.warning("%s is not what the profile is for: %s.", host.label, fault)
+    return {**described, "unlike_profile": fault}
+
+
+def mismatch(
+    target: Target, machine: Mapping[str, Any], *, only_model: bool = False
+) -> str | None:
+    """How a machine differs from what the profile is for; None where it does not.
+
+    Args:
+        target: With `machines`, `models` and `instruction_sets`.
+        machine: What `runner.describe` says.
+        only_model: Nothing else is known of the machine.
+    """
+    wanted = (
+        ("its processor", target.machines, str(machine.get("machine", ""))),
+        ("its instruction set", target.instruction_sets, str(machine.get("instruction_set", ""))),
+    )
+    for what, allowed, found in wanted:
+        if allowed and found not in allowed and not only_model:
+            return f"{what} is {found or 'unknown'}, not {' or '.join(allowed)}"
+    name = f"{machine.get('model', '')} {machine.get('gpu', '')}".strip()
+    if target.models and not any(model.lower() in name.lower() for model in target.models):
+        return f"{MODEL} is {name or 'unknown'!r}, not {' or '.join(target.models)}"
+    return None
+
+
+def content_of(model: Model) -> bytes:
+    """The ONNX file's content.
+
+    Raises:
+        MeasurementError: It cannot be read.
+    """
+    if isinstance(model, bytes):
+        return model
+    try:
+        return model.read_bytes()
+    except OSError as err:
+        raise MeasurementError(f"{model} cannot be read: {err}.") from err

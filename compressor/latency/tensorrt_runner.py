@@ -1,0 +1,511 @@
+"""Times ONNX models through TensorRT's Python API on this machine's GPU, on request.
+
+A child process like `runner`, which says what it reads and answers; a pair names engine files:
+
+    {"do": "build", "model": PATH, "engine": PATH,
+     "options": {"precision": "fp16", "workspace_mib": 512, "timing_cache": PATH}}
+        -> {"engine": PATH, "built_seconds": 9.1, "layers": {"fp16": 20, "fp32": 2},
+            "fp16_by": "flag" or "onnx", "precision_verified": true, "timing_cache": "kept",
+            "warnings": [...], "seconds": 9.3}
+
+TensorRT 8.2 to 11 and TensorRT-RTX differ in what they have; each branch asks for the thing it
+needs, never for a version. A network's FP16 is a builder flag up to 10; 11 and RTX take types from
+the ONNX file, which is then converted. Timed is the GPU between two CUDA events around one
+execution, on a stream of our own; inputs and outputs stay on the GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from compressor.latency.runner import (
+    FAILED,
+    NS_PER_MS,
+    OUT_OF_MEMORY,
+    REQUEST,
+    RUNTIME_MISSING,
+    UNSUPPORTED,
+    RunnerError,
+    serve,
+)  # fmt: skip
+
+MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")  # the first that imports
+NO_GPU = "TensorRT is there, but no GPU answers"
+FP32, FP16 = "fp32", "fp16"
+BY_FLAG, BY_ONNX = "flag", "onnx"
+NEW, KEPT, REFUSED, NO_CACHES = "new", "kept", "refused", "unsupported"  # timing caches
+INPUT_TYPES = {"FLOAT": np.float32, "HALF": np.float16}
+ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT32": 4, "INT64": 8, "INT8": 1, "BOOL": 1}
+TAKEN_IN_HALF = {"Max", "Min"}  # onnxruntime's converter would put casts around them
+
+ERROR, WARNING = 1, 2  # severities of ILogger; 0 is an internal error
+N_LINES_QUOTED = 4
+
+# How TensorRT words a lack of memory: its error code, CUDA's, and the allocator's.
+NO_MEMORY = re.compile(
+    r"out.?of.?memory|memory.?allocation|could not be allocated|bad_alloc|insufficient memory",
+    re.I,
+)
+# "Half" (TensorRT-RTX, 11), "Row major linear FP16 format" (8, 10); BF16 before the FP16 in it.
+PRECISIONS = (
+    ("bf16", re.compile(r"bf16|bfloat16", re.I)),
+    (FP16, re.compile(r"fp16|half", re.I)),
+    ("fp8", re.compile(r"fp8", re.I)),
+    (FP32, re.compile(r"fp32|float", re.I)),
+    ("int", re.compile(r"int|bool", re.I)),
+)
+LOGGED_LAYER = re.compile(r"^Name: .*?LayerType: .*?Outputs: \[(.*?)\], ", re.M)
+LOGGED_TYPE = re.compile(r"Datatype: ([^,}]+)")
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What is needed of CUDA's Python bindings.
+
+    Attributes:
+        stream: Not the default one; TensorRT would wait on that.
+        handle: Its address.
+        errors: What calls raise.
+        gpu: Name, compute capability and memory.
+        buffer: Memory of some bytes on the GPU, with values where given, and its address.
+        event: Makes an event, which has `record(stream)` and `synchronize()`.
+        elapsed_ms: Between two events, by the GPU's clock.
+    """
+
+    stream: Any
+    handle: int
+    errors: tuple[type[Exception], ...]
+    gpu: dict[str, object]
+    buffer: Callable[[int, Any], tuple[object, int]]
+    event: Callable[[], Any]
+    elapsed_ms: Callable[[Any, Any], float]
+
+    def timed(self, launch: Callable[[], None]) -> Callable[[], int]:
+        """`launch` as a function that waits for its end and returns the GPU's nanoseconds."""
+        start, end = self.event(), self.event()
+
+        def run() -> int:
+            start.record(self.stream)
+            launch()
+            end.record(self.stream)
+            end.synchronize()
+            return round(float(self.elapsed_ms(start, end)) * NS_PER_MS)
+
+        return run
+
+
+def through_pycuda() -> Cuda:
+    """On the primary context, which TensorRT and torch use too; `autoinit` makes another."""
+    driver = importlib.import_module("pycuda.driver")
+    try:
+        importlib.import_module("pycuda.autoprimaryctx")
+    except driver.Error as err:
+        raise RuntimeError(str(err)) from err
+
+    def buffer(n_bytes: int, values: Any) -> tuple[object, int]:
+        memory = driver.mem_alloc(n_bytes)
+        if values is not None:
+            driver.memcpy_htod(memory, values)
+        return memory, int(memory)
+
+    device, stream = driver.Context.get_device(), driver.Stream()
+    gpu = _gpu(device.name(), device.compute_capability(), device.total_memory())
+    return Cuda(
+        stream, int(stream.handle), (driver.Error, RuntimeError), gpu, buffer, driver.Event,
+        lambda start, end: start.time_till(end),
+    )  # fmt: skip
+
+
+def through_torch() -> Cuda:
+    """Tensors as memory, torch's streams and events."""
+    torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch.cuda.is_available() is False")
+
+    def buffer(n_bytes: int, values: Any) -> tuple[object, int]:
+        memory = torch.empty(n_bytes, dtype=torch.uint8, device="cuda")
+        if values is not None:
+            memory.copy_(torch.from_numpy(values.reshape(-1).view(np.uint8)))
+        torch.cuda.synchronize()  # that was on another stream
+        return memory, int(memory.data_ptr())
+
+    found, stream = torch.cuda.get_device_properties("cuda"), torch.cuda.Stream()
+    return Cuda(
+        stream, int(stream.cuda_stream), (RuntimeError,),  # its OutOfMemoryError is one
+        _gpu(found.name, (found.major, found.minor), found.total_memory), buffer,
+        lambda: torch.cuda.Event(enable_timing=True), lambda start, end: start.elapsed_time(end),
+    )  # fmt: skip
+
+
+def _gpu(name: str, capability: tuple[int, int], n_bytes: int) -> dict[str, object]:
+    major, minor = capability
+    memory_mib = n_bytes // 2**20
+    return {"name": name, "compute_capability": f"{major}.{minor}", "memory_mib": memory_mib}
+
+
+def find_cuda() -> tuple[Cuda | None, str]:
+    """The GPU, through pycuda where that is installed; or why none answers."""
+    problems = []
+    for find in (through_pycuda, through_torch):
+        try:
+            return find(), ""
+        except (ImportError, OSError, RuntimeError) as err:
+            problems.append(f"{find.__name__}: {err}")
+    return None, f"{NO_GPU} ({'; '.join(problems)})."
+
+
+def find_tensorrt() -> Any:
+    """The first of TensorRT's modules that can be imported."""
+    problems = []
+    for name in MODULES:
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError) as err:  # OSError: a wheel without its libraries
+            problems.append(f"{name}: {err}")
+    raise RunnerError(
+        RUNTIME_MISSING,
+        f"No TensorRT at {sys.executable} ({'; '.join(problems)}). Install it: "
+        f"{sys.executable} -m pip install tensorrt (a Jetson has it in its system's Python).",
+    )
+
+
+def make_log(trt: Any) -> Any:
+    """An ILogger that keeps the last errors and the layers; TensorRT takes one a process."""
+
+    class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # pybind11 wants it by name
+            self.clear()
+
+        def clear(self) -> None:
+            self.errors: deque[str] = deque(maxlen=50)
+            self.layers = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= WARNING:
+                sys.stderr.write(f"TensorRT: {message}\n")
+            if int(severity) <= ERROR:
+                self.errors.append(message.strip())
+            elif "LayerType: " in message:
+                self.layers = message
+
+    return Log()
+
+
+class TensorRT:
+    """TensorRT as a backend: what `serve` needs to know of a runtime."""
+
+    def __init__(self, trt: Any = None, cuda: Cuda | None = None) -> None:
+        self.trt = find_tensorrt() if trt is None else trt
+        self.log = make_log(self.trt)
+        self.cuda, self.no_gpu = (cuda, "") if cuda else find_cuda()  # building may do without
+
+    def hello(self) -> dict[str, object]:
+        """What the host is told of this runtime."""
+        return {
+            "runtime": "tensorrt-rtx" if _is_rtx(self.trt) else "tensorrt",
+            "version": self.trt.__version__,
+            "providers": [],
+            "gpu": self.cuda.gpu if self.cuda else {},
+            "gpu_problem": self.no_gpu,
+        }
+
+    def open(self, path: str, options: Mapping[str, Any]) -> Callable[[], int]:
+        """A fresh engine on fixed random inputs, as a function that runs it once."""
+        del options
+        if self.cuda is None:
+            raise RunnerError(RUNTIME_MISSING, self.no_gpu)
+        self.log.clear()
+        content = _read(path)
+        try:
+            runtime = self._made(lambda: self.trt.Runtime(self.log), "a Runtime")
+            engine = runtime.deserialize_cuda_engine(content)
+            if engine is None:
+                raise self._failed(f"TensorRT cannot load the engine {path}")
+            context = engine.create_execution_context()
+            if context is None:
+                raise self._failed(f"TensorRT cannot make an execution context for {path}")
+            run = self.cuda.timed(self._launch(engine, context, self.cuda))
+            run()
+        except self.cuda.errors as err:
+            raise self._failed(f"{path} cannot run", err) from err
+        return run
+
+    def build(self, model: str, engine: str, options: Mapping[str, Any]) -> dict[str, object]:
+        """Builds the engine of an ONNX file; says what it is made of."""
+        began = time.perf_counter()
+        precision = options.get("precision", FP32)
+        if precision not in (FP32, FP16):
+            raise RunnerError(REQUEST, f"precision is {precision!r}; expected {FP32} or {FP16}.")
+        self.log.clear()
+        content, fp16_by = _read(model), None
+        if precision == FP16:
+            fp16_by = BY_FLAG if hasattr(self.trt.BuilderFlag, "FP16") else BY_ONNX
+        builder = self._made(lambda: self.trt.Builder(self.log), "a Builder")
+        network = self._parsed(builder, content, model)
+        if fp16_by == BY_ONNX:  # after the original was read: errors are about the user's file
+            content = halved(content, model)
+            network = self._parsed(builder, content, model)
+        config = builder.create_builder_config()
+        configure(self.trt, config, options.get("workspace_mib"), fp16=fp16_by == BY_FLAG)
+        cache_path = options.get("timing_cache")
+        cache_state = load_timing_cache(self.trt, config, cache_path)
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise self._failed(f"TensorRT cannot build {model}")
+        _write(engine, serialized)
+        if cache_path is not None and cache_state != NO_CACHES:
+            _write(cache_path, config.get_timing_cache().serialize())
+        built_s = time.perf_counter() - began
+        layers = self._layers(serialized)
+        warnings = []
+        if cache_state == REFUSED:
+            warnings.append(f"{cache_path} was not made by this TensorRT and GPU; replaced.")
+        if fp16_by and layers and FP16 not in layers:
+            warnings.append(f"fp16 was asked; no layer of {engine} is half, but {layers}.")
+        return {
+            "engine": engine,
+            "built_seconds": built_s,
+            "layers": layers,
+            "precision_verified": (precision in layers) if layers else None,
+            "fp16_by": fp16_by,
+            "timing_cache": cache_state,
+            "warnings": warnings,
+        }
+
+    def _parsed(self, builder: Any, content: bytes, path: str) -> Any:
+        """The network of an ONNX file; `path` tells where its tensors lie, if outside."""
+        flags = 0
+        if hasattr(self.trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):
+            flags = 1 << int(self.trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+        network = builder.create_network(flags)
+        parser = self.trt.OnnxParser(network, self.log)
+        if not parser.parse(content, path):
+            errors = [parser.get_error(i) for i in range(parser.num_errors)]
+            lines = [_parser_error(error, content) for error in errors] or self._last_lines()
+            raise RunnerError(
+                UNSUPPORTED, f"TensorRT cannot read {path}: {'; '.join(lines)}. Change or replace "
+                f"what it names, or measure with another runtime.",
+            )  # fmt: skip
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            _check_static(tensor.name, tensor.shape)
+        return network
+
+    def _launch(self, engine: Any, context: Any, cuda: Cuda) -> Callable[[], None]:
+        """Puts buffers under every input and output; returns what starts one execution."""
+        kept, bindings = [engine], []
+        generator = np.random.RandomState(0)
+        by_name = hasattr(context, "execute_async_v3")
+        for name, shape, dtype, is_input in _tensors(self.trt, engine, by_name=by_name):
+            _check_static(name, shape)
+            values = None
+            if is_input:
+                values = _random(generator, name, shape, dtype)
+            n_bytes = int(np.prod(shape)) * ITEM_BYTES.get(dtype, 8)
+            memory, address = cuda.buffer(max(n_bytes, 1), values)
+            kept.append(memory)
+            bindings.append(address)
+            if by_name:
+                context.set_tensor_address(name, address)
+
+        def launch() -> None:
+            if by_name:
+                started = context.execute_async_v3(cuda.handle)
+            else:
+                started = context.execute_async_v2(bindings, cuda.handle)
+            if not started:
+                raise self._failed("TensorRT did not start the engine")
+
+        return launch
+
+    def _layers(self, serialized: Any) -> dict[str, int]:
+        """How many layers put out which type; as logged where no engine can be loaded."""
+        logged = self.log.layers
+        if hasattr(self.trt, "EngineInspector") and self.cuda:
+            engine = self.trt.Runtime(self.log).deserialize_cuda_engine(serialized)
+            if engine is not None:
+                inspector = engine.create_engine_inspector()
+                as_json = self.trt.LayerInformationFormat.JSON
+                return count_precisions(inspector.get_engine_information(as_json))
+        return count_logged_precisions(logged)
+
+    def _made(self, make: Callable[[], Any], what: str) -> Any:
+        """What `make` makes; pybind11 raises TypeError where TensorRT returned nothing."""
+        try:
+            return make()
+        except TypeError as err:
+            text = f"{what} cannot be made ({err})"
+            if self.cuda is None:
+                raise RunnerError(RUNTIME_MISSING, f"{self.no_gpu} {text}.") from err
+            raise self._failed(text) from err
+
+    def _last_lines(self) -> list[str]:
+        return list(self.log.errors)[-N_LINES_QUOTED:]
+
+    def _failed(self, what: str, err: Exception | None = None) -> RunnerError:
+        lines = ([str(err)] if err else []) + self._last_lines()
+        no_memory = NO_MEMORY.search("\n".join([*lines, *self.log.errors]))
+        return RunnerError(OUT_OF_MEMORY if no_memory else FAILED, f"{what}: {'; '.join(lines)}")
+
+
+def _is_rtx(trt: Any) -> bool:
+    return bool(trt.__name__.startswith("tensorrt_rtx"))
+
+
+def configure(trt: Any, config: Any, workspace_mib: int | None, *, fp16: bool) -> None:
+    """Sets what to build with; the inspector knows types only of an engine built DETAILED."""
+    if workspace_mib is not None and hasattr(config, "set_memory_pool_limit"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace_mib) * 2**20)
+    elif workspace_mib is not None:
+        config.max_workspace_size = int(workspace_mib) * 2**20
+    if hasattr(trt, "ProfilingVerbosity") and hasattr(trt.ProfilingVerbosity, "DETAILED"):
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if fp16:
+        config.set_flag(trt.BuilderFlag.FP16)
+
+
+def load_timing_cache(trt: Any, config: Any, path: str | None) -> str | None:
+    """Lets `config` use the timings in `path`, or new ones; returns which, None if not asked.
+
+    TensorRT-RTX times nothing while it builds: its caches are there in name, and do nothing.
+    """
+    if path is None:
+        return None
+    if not hasattr(config, "create_timing_cache") or _is_rtx(trt):
+        return NO_CACHES
+    content = _read(path) if os.path.isfile(path) else b""
+    if content:
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):  # False: no mismatch
+            return KEPT
+    config.set_timing_cache(config.create_timing_cache(b""), False)
+    return REFUSED if content else NEW
+
+
+def halved(content: bytes, path: str) -> bytes:
+    """An ONNX file in half precision, inputs and outputs too; `path` as in `_parsed`."""
+    import onnx
+    from onnxruntime.transformers import float16
+
+    model = onnx.load_from_string(content)
+    onnx.load_external_data_for_model(model, os.path.dirname(os.path.abspath(path)))
+    blocked = sorted(set(float16.DEFAULT_OP_BLOCK_LIST) - TAKEN_IN_HALF)
+    try:
+        half = float16.convert_float_to_float16(model, keep_io_types=False, op_block_list=blocked)
+    except (ValueError, TypeError, RuntimeError) as err:
+        raise RunnerError(
+            UNSUPPORTED, f"{path} cannot be converted to FP16: {err}. Measure in FP32."
+        ) from err
+    return bytes(half.SerializeToString())
+
+
+def count_precisions(information: str) -> dict[str, int]:
+    """How many layers put out which type, from what an EngineInspector says in JSON."""
+    counts: Counter[str] = Counter()
+    for layer in json.loads(information).get("Layers", []):
+        outputs = layer.get("Outputs", []) if isinstance(layer, dict) else []  # else: names only
+        types = [str(v) for output in outputs for k, v in output.items() if "Datatype" in k]
+        counts.update(_precision(text) for text in types[:1])
+    return dict(counts)
+
+
+def count_logged_precisions(text: str) -> dict[str, int]:
+    """The same, from the list of layers that TensorRT logs when it has built an engine."""
+    outputs = LOGGED_LAYER.findall(text)
+    types = [found.group(1) for found in map(LOGGED_TYPE.search, outputs) if found]
+    return dict(Counter(map(_precision, types)))
+
+
+def _precision(text: str) -> str:
+    return next((name for name, pattern in PRECISIONS if pattern.search(text)), "other")
+
+
+def _tensors(
+    trt: Any, engine: Any, *, by_name: bool
+) -> Iterator[tuple[str, tuple[int, ...], str, bool]]:
+    """Name, shape, type and whether it is an input, in the order of bindings."""
+    if by_name:
+        for name in [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]:
+            is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            shape = tuple(engine.get_tensor_shape(name))
+            yield name, shape, engine.get_tensor_dtype(name).name, is_input
+    else:
+        for i in range(engine.num_bindings):
+            shape, is_input = tuple(engine.get_binding_shape(i)), engine.binding_is_input(i)
+            yield engine.get_binding_name(i), shape, engine.get_binding_dtype(i).name, is_input
+
+
+def _random(
+    generator: np.random.RandomState, name: str, shape: tuple[int, ...], dtype: str
+) -> np.ndarray:
+    """Normal random numbers; zeros would hide slow paths."""
+    if dtype not in INPUT_TYPES:
+        raise RunnerError(
+            UNSUPPORTED, f"Input {name} is {dtype}; expected {', '.join(sorted(INPUT_TYPES))}."
+        )
+    return generator.standard_normal(shape).astype(INPUT_TYPES[dtype])
+
+
+def _check_static(name: str, shape: Any) -> None:
+    sides = list(shape)
+    if any(side < 0 for side in sides):
+        raise RunnerError(
+            UNSUPPORTED,
+            f"{name} has the shape {sides}; latency is measured at a static shape. Export with "
+            f"a fixed batch size.",
+        )
+
+
+def _parser_error(error: Any, content: bytes) -> str:
+    """One error of the ONNX parser with its node; 8.x only tells the node's position."""
+    position, name, operator = error.node(), "", ""
+    if hasattr(error, "node_name"):
+        name, operator = error.node_name(), error.node_operator()
+    elif position >= 0:
+        import onnx
+
+        nodes = onnx.load_from_string(content).graph.node
+        if position < len(nodes):
+            name, operator = nodes[position].name, nodes[position].op_type
+    where = f"node {position} {name!r} ({operator}): " if position >= 0 else ""
+    return f"{where}{error.desc()} [{error.code()}]"
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as err:
+        raise RunnerError(FAILED, f"{path} cannot be read: {err}") from err
+
+
+def _write(path: str, content: Any) -> None:
+    """Whole or not at all; `content` is anything with a buffer."""
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+    except OSError as err:
+        raise RunnerError(FAILED, f"{path} cannot be written: {err}") from err
+
+
+if __name__ == "__main__":
+    sys.exit(serve(TensorRT))
