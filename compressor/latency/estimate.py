@@ -76,14 +76,6 @@ class _Graph:
         return shape[0] * self.up(shape[1]) * math.prod(shape[2:])
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What one node does: multiply-accumulates, and numbers read and written."""
-
-    macs: int
-    n_moved: int
-
-
 def estimate_ms(model: bytes, target: Target) -> float:
     """Milliseconds of one inference of `model` on `target`, good to about `ERROR_FACTOR`.
 
@@ -104,7 +96,7 @@ def estimate_ms(model: bytes, target: Target) -> float:
     works = _works(_read(model, target.step))
     on_cpu = target.provider in CPU_PROVIDERS
     start_ms = CPU_START_MS if on_cpu else GPU_START_MS
-    total_ms = sum(max(start_ms, _ms(work, roofline)) for work in works)
+    total_ms = sum(max(start_ms, _ms(*work, roofline)) for work in works)
     if total_ms == 0:
         raise MeasurementError("The model has no node that takes time; there is nothing to do.")
     return total_ms
@@ -134,9 +126,9 @@ def estimate_pair(original: bytes, candidate: bytes, target: Target) -> PairedLa
     )
 
 
-def _ms(work: _Work, roofline: Roofline) -> float:
-    compute_s = 2 * work.macs / (roofline.ops_per_s.value * COMPUTE_EFFICIENCY)
-    n_bytes = work.n_moved * roofline.bytes_per_number
+def _ms(n_macs: int, n_moved: int, roofline: Roofline) -> float:
+    compute_s = 2 * n_macs / (roofline.ops_per_s.value * COMPUTE_EFFICIENCY)
+    n_bytes = n_moved * roofline.bytes_per_number
     return 1e3 * max(compute_s, n_bytes / (roofline.bytes_per_s.value * BANDWIDTH_EFFICIENCY))
 
 
@@ -163,9 +155,8 @@ def _drop_large_weights(graph: onnx.GraphProto) -> None:
     large = [t for t in graph.initializer if math.prod(t.dims) > 4096]
     for tensor in large:
         graph.initializer.remove(tensor)
-        if all(tensor.name != value.name for value in graph.input):
-            new = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            graph.input.append(new)
+        new = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        graph.input.append(new)
 
 
 def _inferred(model: onnx.ModelProto, weights: Mapping[str, tuple[int, ...]], step: int) -> _Graph:
@@ -177,11 +168,11 @@ def _inferred(model: onnx.ModelProto, weights: Mapping[str, tuple[int, ...]], st
         sizes = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
         if tensor.HasField("shape") and min(sizes, default=0) >= 0:
             shapes[value.name] = sizes
+    known = {"", *shapes}  # an optional input that is left out has no name
     unknown = tuple(
         f"node {node.name!r} ({node.op_type})"
         for node in graph.node
-        if node.op_type in UNKNOWN
-        or any(n and n not in shapes for n in (*node.input, *node.output))
+        if node.op_type in UNKNOWN or not known.issuperset((*node.input, *node.output))
     )
     return _Graph(tuple(graph.node), shapes, constants, unknown, step)
 
@@ -196,8 +187,8 @@ def _constants_folded(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(options.optimized_model_filepath)
 
 
-def _works(graph: _Graph) -> list[_Work]:
-    """The work of every node that takes time, in graph order."""
+def _works(graph: _Graph) -> list[tuple[int, int]]:
+    """Multiply-accumulates, and numbers moved, of every node that takes time, in graph order."""
     works = []
     constants = set(graph.weights)
     inside: set[str] = set()  # results of convolutions and products, and of what they absorb
@@ -211,23 +202,23 @@ def _works(graph: _Graph) -> list[_Work]:
             works.append((_product if node.op_type in PRODUCTS else _convolution)(node, graph))
         elif node.op_type not in FREE:
             names = filter(None, (*node.input, *node.output))
-            works.append(_Work(0, sum(graph.volume(name) for name in names)))
+            works.append((0, sum(graph.volume(name) for name in names)))
     return works
 
 
-def _convolution(node: onnx.NodeProto, graph: _Graph) -> _Work:
+def _convolution(node: onnx.NodeProto, graph: _Graph) -> tuple[int, int]:
     image, weight = (graph.shapes[name] for name in node.input[:2])
     out = graph.shapes[node.output[0]]
     group = next((a.i for a in node.attribute if a.name == "group"), 1)
     c_in = image[1] // group
-    c_in = c_in if c_in == 1 else graph.up(c_in)  # depthwise: nothing to pad
+    c_in = c_in if c_in == 1 else graph.up(c_in)  # depthwise (or grey): no padding
     n_weights = graph.up(out[1]) * c_in * math.prod(weight[2:])
     places = image if node.op_type == "ConvTranspose" else out  # a filter is laid on each pixel
     n_moved = graph.volume(node.input[0]) + graph.volume(node.output[0]) + n_weights
-    return _Work(places[0] * math.prod(places[2:]) * n_weights, n_moved)
+    return (places[0] * math.prod(places[2:]) * n_weights, n_moved)
 
 
-def _product(node: onnx.NodeProto, graph: _Graph) -> _Work:
+def _product(node: onnx.NodeProto, graph: _Graph) -> tuple[int, int]:
     left, right = (graph.shapes[name] for name in node.input[:2])
     out = graph.shapes[node.output[0]]
     flipped = {a.name for a in node.attribute if a.name in ("transA", "transB") and a.i}
@@ -237,4 +228,4 @@ def _product(node: onnx.NodeProto, graph: _Graph) -> _Work:
     n = graph.up(right[-1]) if len(right) > 1 else 1
     n_rows = math.prod(out[:-1] if len(right) > 1 else out)
     n_moved = math.prod(left[:-1]) * k + math.prod(right[:-2]) * k * n + n_rows * n
-    return _Work(n_rows * k * n, n_moved)
+    return (n_rows * k * n, n_moved)

@@ -1,6 +1,7 @@
 """Whether a machine is the one that a profile is for."""
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def mismatch(
         if allowed and found not in allowed and not only_model:
             return f"{what} is {found or 'unknown'}, not {' or '.join(allowed)}"
     name = f"{machine.get('model', '')} {machine.get('gpu', '')}".strip()
-    if target.models and not any(model.lower() in name.lower() for model in target.models):
+    words = (rf"(?<![0-9a-z]){re.escape(model.lower())}(?![0-9a-z])" for model in target.models)
+    if target.models and not any(re.search(word, name.lower()) for word in words):
         return f"{MODEL} is {name or 'unknown'!r}, not {' or '.join(target.models)}"
     return None
 

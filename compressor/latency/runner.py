@@ -429,7 +429,7 @@ def _limit_memory(mib: int) -> None:
         return  # a system without /proc
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (mib * 2**20, mib * 2**20))
+    resource.setrlimit(resource.RLIMIT_DATA, (mib * 2**20, mib * 2**20))
 
 
 def _end_with_stdin() -> None:
@@ -443,4 +443,6 @@ def _end_with_stdin() -> None:
 
 
 if __name__ == "__main__":
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path = [folder for folder in sys.path if folder != here]  # it has an `onnxruntime` too
     sys.exit(serve(OnnxRuntime))

@@ -228,6 +228,8 @@ def _precision(name: str, profile: _Profile, wanted: str | None) -> Precision:
     told = profile.precision.get(chosen)  # type: ignore[call-overload]
     if told is not None and told.unsupported:
         raise ConfigError(f"{name} cannot do {chosen}: {told.unsupported}.")
+    if told is None and chosen in known and chosen != profile.runtime.precision:
+        raise ConfigError(f"Profile {name} does not say that the device can do {chosen}.")
     for each in known:
         if chosen == each:
             return each  # type: ignore[no-any-return]

@@ -54,7 +54,7 @@ N_LINES_QUOTED = 4
 
 # How TensorRT words a lack of memory: its error code, CUDA's, and the allocator's.
 NO_MEMORY = re.compile(
-    r"out.?of.?memory|memory.?allocation|could not be allocated|bad_alloc|insufficient memory",
+    r"out.?of.?memory|mem.{0,4}alloc|could not be allocated|bad_alloc|insufficient memory",
     re.I,
 )
 # "Half" (TensorRT-RTX, 11), "Row major linear FP16 format" (8, 10); BF16 before the FP16 in it.
@@ -65,7 +65,7 @@ PRECISIONS = (
     (FP32, re.compile(r"fp32|float", re.I)),
     ("int", re.compile(r"int|bool", re.I)),
 )
-LOGGED_LAYER = re.compile(r"^Name: .*?LayerType: .*?Outputs: \[(.*?)\], ", re.M)
+LOGGED_LAYER = re.compile(r"^Name: .*?LayerType: .*?Outputs: \[(.*?)\}\]", re.M)
 LOGGED_TYPE = re.compile(r"Datatype: ([^,}]+)")
 
 
@@ -110,6 +110,7 @@ def through_pycuda() -> Cuda:
     driver = importlib.import_module("pycuda.driver")
     try:
         importlib.import_module("pycuda.autoprimaryctx")
+        device, stream = driver.Context.get_device(), driver.Stream()
     except driver.Error as err:
         raise RuntimeError(str(err)) from err
 
@@ -119,7 +120,6 @@ def through_pycuda() -> Cuda:
             driver.memcpy_htod(memory, values)
         return memory, int(memory)
 
-    device, stream = driver.Context.get_device(), driver.Stream()
     gpu = _gpu(device.name(), device.compute_capability(), device.total_memory())
     return Cuda(
         stream, int(stream.handle), (driver.Error, RuntimeError), gpu, buffer, driver.Event,
@@ -140,7 +140,8 @@ def through_torch() -> Cuda:
         torch.cuda.synchronize()  # that was on another stream
         return memory, int(memory.data_ptr())
 
-    found, stream = torch.cuda.get_device_properties("cuda"), torch.cuda.Stream()
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    stream = torch.cuda.Stream()
     return Cuda(
         stream, int(stream.cuda_stream), (RuntimeError,),  # its OutOfMemoryError is one
         _gpu(found.name, (found.major, found.minor), found.total_memory), buffer,
@@ -209,6 +210,8 @@ class TensorRT:
     def __init__(self, trt: Any = None, cuda: Cuda | None = None) -> None:
         self.trt = find_tensorrt() if trt is None else trt
         self.log = make_log(self.trt)
+        if hasattr(self.trt, "init_libnvinfer_plugins"):  # 8.x parses InstanceNorm into one
+            self.trt.init_libnvinfer_plugins(self.log, "")
         self.cuda, self.no_gpu = (cuda, "") if cuda else find_cuda()  # building may do without
 
     def hello(self) -> dict[str, object]:
@@ -227,7 +230,7 @@ class TensorRT:
         if self.cuda is None:
             raise RunnerError(RUNTIME_MISSING, self.no_gpu)
         self.log.clear()
-        content = _read(path)
+        content, cuda = _read(path), self.cuda
         try:
             runtime = self._made(lambda: self.trt.Runtime(self.log), "a Runtime")
             engine = runtime.deserialize_cuda_engine(content)
@@ -236,10 +239,18 @@ class TensorRT:
             context = engine.create_execution_context()
             if context is None:
                 raise self._failed(f"TensorRT cannot make an execution context for {path}")
-            run = self.cuda.timed(self._launch(engine, context, self.cuda))
-            run()
-        except self.cuda.errors as err:
-            raise self._failed(f"{path} cannot run", err) from err
+            buffers = self._buffers(engine, context, cuda)
+            timed = cuda.timed(lambda: self._launch(context, buffers, cuda))
+            timed()
+        except cuda.errors as err:
+            raise self._failed(f"{path} cannot be run", err) from err
+
+        def run() -> int:
+            try:
+                return timed()
+            except cuda.errors as err:
+                raise self._failed(f"{path} cannot be run", err) from err
+
         return run
 
     def build(self, model: str, engine: str, options: Mapping[str, Any]) -> dict[str, object]:
@@ -253,10 +264,9 @@ class TensorRT:
         if precision == FP16:
             fp16_by = BY_FLAG if hasattr(self.trt.BuilderFlag, "FP16") else BY_ONNX
         builder = self._made(lambda: self.trt.Builder(self.log), "a Builder")
-        network = self._parsed(builder, content, model)
+        network, _parser = self._parsed(builder, content, model)  # the parser holds the weights
         if fp16_by == BY_ONNX:  # after the original was read: errors are about the user's file
-            content = halved(content, model)
-            network = self._parsed(builder, content, model)
+            network, _parser = self._parsed(builder, halved(content, model), model)
         config = builder.create_builder_config()
         configure(self.trt, config, options.get("workspace_mib"), fp16=fp16_by == BY_FLAG)
         cache_path = options.get("timing_cache")
@@ -284,8 +294,8 @@ class TensorRT:
             "warnings": warnings,
         }
 
-    def _parsed(self, builder: Any, content: bytes, path: str) -> Any:
-        """The network of an ONNX file; `path` tells where its tensors lie, if outside."""
+    def _parsed(self, builder: Any, content: bytes, path: str) -> tuple[Any, Any]:
+        """Network and parser of an ONNX file; `path` tells where its tensors lie, if outside."""
         flags = 0
         if hasattr(self.trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):
             flags = 1 << int(self.trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
@@ -294,41 +304,39 @@ class TensorRT:
         if not parser.parse(content, path):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             lines = [_parser_error(error, content) for error in errors] or self._last_lines()
+            text = "; ".join(lines)
             raise RunnerError(
-                UNSUPPORTED, f"TensorRT cannot read {path}: {'; '.join(lines)}. Change or replace "
-                f"what it names, or measure with another runtime.",
-            )  # fmt: skip
+                OUT_OF_MEMORY if NO_MEMORY.search(text) else UNSUPPORTED,
+                f"TensorRT cannot read {path}: {text}. Change or replace what it names, or "
+                f"measure with another runtime.",
+            )
         for index in range(network.num_inputs):
             tensor = network.get_input(index)
             _check_static(tensor.name, tensor.shape)
-        return network
+        return network, parser
 
-    def _launch(self, engine: Any, context: Any, cuda: Cuda) -> Callable[[], None]:
-        """Puts buffers under every input and output; returns what starts one execution."""
-        kept, bindings = [engine], []
+    def _buffers(self, engine: Any, context: Any, cuda: Cuda) -> list[tuple[object, int]]:
+        """Memory and address of every input and output; freed with the list."""
+        buffers = []
         generator = np.random.RandomState(0)
         by_name = hasattr(context, "execute_async_v3")
         for name, shape, dtype, is_input in _tensors(self.trt, engine, by_name=by_name):
             _check_static(name, shape)
-            values = None
-            if is_input:
-                values = _random(generator, name, shape, dtype)
+            values = _random(generator, name, shape, dtype) if is_input else None
             n_bytes = int(np.prod(shape)) * ITEM_BYTES.get(dtype, 8)
-            memory, address = cuda.buffer(max(n_bytes, 1), values)
-            kept.append(memory)
-            bindings.append(address)
+            buffers.append(cuda.buffer(max(n_bytes, 1), values))
             if by_name:
-                context.set_tensor_address(name, address)
+                context.set_tensor_address(name, buffers[-1][1])
+        return buffers
 
-        def launch() -> None:
-            if by_name:
-                started = context.execute_async_v3(cuda.handle)
-            else:
-                started = context.execute_async_v2(bindings, cuda.handle)
-            if not started:
-                raise self._failed("TensorRT did not start the engine")
-
-        return launch
+    def _launch(self, context: Any, buffers: list[tuple[object, int]], cuda: Cuda) -> None:
+        """Starts one execution on our stream."""
+        if hasattr(context, "execute_async_v3"):
+            started = context.execute_async_v3(cuda.handle)
+        else:
+            started = context.execute_async_v2([address for _, address in buffers], cuda.handle)
+        if not started:
+            raise self._failed("TensorRT did not start the engine")
 
     def _layers(self, serialized: Any) -> dict[str, int]:
         """How many layers put out which type; as logged where no engine can be loaded."""

@@ -4,6 +4,7 @@ TensorRT-RTX builds without a GPU, and shares its ONNX parser with TensorRT. Wha
 and what older versions name otherwise, is only checked with fakes that record calls.
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ import pytest
 import torch
 import torchvision
 from onnx import TensorProto, helper
+from onnx.numpy_helper import to_array
 from torch import nn
 
 import compressor
@@ -134,7 +137,9 @@ def test_every_layer_that_tensorrt_lists_is_counted(
     layers = reply["layers"]
     assert isinstance(layers, dict)
     if backend.cuda is None:  # otherwise the inspector was asked
-        assert sum(layers.values()) == backend.log.layers.count("LayerType: ")
+        assert sum(layers.values()) == backend.log.layers.count(
+            "Outputs: [ {"
+        )  # "signal", "wait": none
     assert layers["fp32"] >= 20
 
 
@@ -268,14 +273,22 @@ def test_a_halved_model_answers_like_the_original(
     np.testing.assert_allclose(answered, expected, atol=0.01 * float(np.abs(expected).max()))
 
 
-def test_tensors_beside_the_file_are_halved_too(
-    exported: Callable[[str], Path], tmp_path: Path
+def test_tensors_beside_the_file_are_read_and_halved_too(
+    backend: TensorRT, exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = exported("conv_net")
     outside = tmp_path / "m.onnx"
     onnx.save(onnx.load(path), outside, save_as_external_data=True, size_threshold=0)
-    half = tensorrt_runner.halved(outside.read_bytes(), str(outside))
-    assert half == tensorrt_runner.halved(path.read_bytes(), str(path))
+    for precision in ("fp32", "fp16"):
+        options = {"precision": precision}
+        reply = backend.build(str(outside), str(tmp_path / "e"), options)
+        assert reply["precision_verified"] is True
+
+    halves = [tensorrt_runner.halved(p.read_bytes(), str(p)) for p in (outside, path)]
+    one, other = (onnx.load_from_string(half).graph.initializer for half in halves)
+    assert [t.name for t in one] == [t.name for t in other]
+    for tensor, same in zip(one, other, strict=True):
+        np.testing.assert_array_equal(to_array(tensor), to_array(same))
 
 
 # Types of layers, as versions of TensorRT word them.
@@ -300,6 +313,13 @@ def test_types_are_told_from_the_inspectors_words(words: str, name: str) -> None
 # Which calls are made of which version: fakes that only record.
 
 
+class FakeMemory:
+    """As long as somebody holds it."""
+
+
+BUFFERS: "WeakSet[FakeMemory]" = WeakSet()  # that are still held by somebody
+
+
 def fake_cuda(calls: list[Any], *, fails: str = "") -> Cuda:
     """Not a GPU: events and buffers that record; addresses count from 1000 upwards."""
 
@@ -307,7 +327,9 @@ def fake_cuda(calls: list[Any], *, fails: str = "") -> Cuda:
         if fails:
             raise RuntimeError(fails)
         calls.append(("buffer", n_bytes, None if values is None else values.dtype.name))
-        return object(), 1000 + len(calls)
+        memory = FakeMemory()
+        BUFFERS.add(memory)
+        return memory, 1000 + len(calls)
 
     def event() -> SimpleNamespace:
         return SimpleNamespace(
@@ -348,7 +370,7 @@ class FakeTensorRT(ModuleType):
     ) -> None:  # fmt: skip
         super().__init__("tensorrt")
         self.calls: list[Any] = []
-        self.cache_fits, self.__version__ = True, "fake"
+        self.cache_fits, self.code, self.__version__ = True, "CODE", "fake"
         self.ILogger = FakeLogger
         flags = {"EXPLICIT_BATCH": enum("EXPLICIT_BATCH", 0)} if has_flags else {}
         self.NetworkDefinitionCreationFlag = SimpleNamespace(**flags)
@@ -358,6 +380,7 @@ class FakeTensorRT(ModuleType):
         self.TensorIOMode = SimpleNamespace(INPUT="INPUT")
         self.LayerInformationFormat = SimpleNamespace(JSON="JSON")
         self.EngineInspector = object
+        self.init_libnvinfer_plugins = self.record("init_libnvinfer_plugins", True)
         self.has_pools, self.by_name, self.by_index = has_pools, by_name, by_index
         self.node_names, self.parses, self.layers = node_names, parses, layers
         self.engine_is, self.lines = engine_is, log
@@ -398,7 +421,7 @@ class FakeTensorRT(ModuleType):
         return config
 
     def OnnxParser(self, network: Any, log: Any) -> Any:
-        error = SimpleNamespace(node=lambda: 1, desc=lambda: "no importer", code=lambda: "CODE")
+        error = SimpleNamespace(node=lambda: 1, desc=lambda: "no importer", code=lambda: self.code)
         if self.node_names:
             error.node_name, error.node_operator = lambda: "named", lambda: "Odd"
 
@@ -470,9 +493,11 @@ def test_building_takes_the_way_of_each_generation_with_fakes(
 ) -> None:
     trt = fake(generation)
     options = {"precision": "fp16", "workspace_mib": 3}
-    reply = TensorRT(trt, fake_cuda([])).build(small, str(tmp_path / "e"), options)
+    backend = TensorRT(trt, fake_cuda([]))
+    reply = backend.build(small, str(tmp_path / "e"), options)
 
     old = generation != "11"
+    assert trt.calls[0] == ("init_libnvinfer_plugins", backend.log, "")
     assert reply["fp16_by"] == ("flag" if old else "onnx")
     assert (("create_network", 1) in trt.calls) == old
     assert (("create_network", 0) in trt.calls) == (not old)
@@ -503,10 +528,21 @@ def test_running_takes_the_way_of_each_generation_with_fakes(
     if generation == "8.2":
         assert trt.calls[n_calls:] == [("execute_async_v2", [1001, 1002], 77)]
     else:
-        assert trt.calls[:2] == [
+        assert trt.calls[1:3] == [
             ("set_tensor_address", n, a) for n, a in (("x", 1001), ("y", 1002))
         ]
         assert trt.calls[n_calls:] == [("execute_async_v3", 77)]
+
+
+def test_buffers_live_as_long_as_what_runs_on_them_with_fakes(tmp_path: Path) -> None:
+    (tmp_path / "e").write_bytes(b"engine")
+    for generation in GENERATIONS:
+        run = TensorRT(fake(generation), fake_cuda([])).open(str(tmp_path / "e"), {})
+        gc.collect()
+        assert len(BUFFERS) == 2
+        del run
+        gc.collect()
+        assert not BUFFERS
 
 
 def test_fp16_that_came_out_as_fp32_is_told_with_a_fake(small: str, tmp_path: Path) -> None:
@@ -514,8 +550,7 @@ def test_fp16_that_came_out_as_fp32_is_told_with_a_fake(small: str, tmp_path: Pa
     options = {"precision": "fp16"}
     reply = TensorRT(trt, fake_cuda([])).build(small, str(tmp_path / "e"), options)
     assert reply["precision_verified"] is False
-    (warning,) = reply["warnings"]  # type: ignore[misc]
-    assert "no layer" in warning
+    assert "no layer" in str(reply["warnings"])
 
 
 def test_8_2_names_only_the_position_of_a_node_with_a_fake(small: str, tmp_path: Path) -> None:
@@ -524,6 +559,15 @@ def test_8_2_names_only_the_position_of_a_node_with_a_fake(small: str, tmp_path:
         err = refusal(lambda b=backend: b.build(small, str(tmp_path / "e"), {}))  # type: ignore[misc]
         assert err.kind == runner.UNSUPPORTED
         assert f"{named}: no importer [CODE]" in str(err)
+
+
+def test_a_parser_without_memory_is_no_fault_of_the_model_with_a_fake(
+    small: str, tmp_path: Path
+) -> None:
+    trt = fake("8.6", parses=False)
+    trt.code = "MEM_ALLOC_FAILED"
+    err = refusal(lambda: TensorRT(trt, fake_cuda([])).build(small, str(tmp_path / "e"), {}))
+    assert err.kind == runner.OUT_OF_MEMORY
 
 
 def test_the_timing_cache_is_kept_or_replaced_with_a_fake(small: str, tmp_path: Path) -> None:
@@ -580,6 +624,68 @@ def test_what_fails_on_the_gpu_is_an_error_of_its_kind_with_fakes(tmp_path: Path
     assert opening("good", "an illegal memory access").kind == runner.FAILED
     assert "did not start" in str(opening("does not start"))
     assert "returned nullptr" in str(opening("no runtime"))
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool = True) -> None:
+        assert enable_timing
+        self.record = self.synchronize = lambda *_: None
+        self.time_till = self.elapsed_time = lambda end: 0.25
+
+
+def fake_pycuda() -> dict[str, ModuleType]:
+    driver: Any = ModuleType("pycuda.driver")
+    driver.Error, driver.Event = type("Error", (Exception,), {}), FakeEvent
+    driver.mem_alloc, driver.copied = lambda n: n, []
+    driver.memcpy_htod = lambda memory, values: driver.copied.append(values.tolist())
+    driver.Stream = lambda: SimpleNamespace(handle=5)
+    driver.Context = SimpleNamespace(
+        get_device=lambda: SimpleNamespace(
+            name=lambda: "Orin", compute_capability=lambda: (8, 7), total_memory=lambda: 2**30
+        )
+    )
+    context = ModuleType("pycuda.autoprimaryctx")
+    return {"pycuda": ModuleType("pycuda"), "pycuda.driver": driver, context.__name__: context}
+
+
+def test_pycuda_is_preferred_with_a_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = fake_pycuda()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    cuda, problem = tensorrt_runner.find_cuda()
+    assert cuda is not None
+    assert (cuda.handle, problem) == (5, "")
+    assert cuda.gpu == {"name": "Orin", "compute_capability": "8.7", "memory_mib": 1024}
+    assert cuda.buffer(8, np.ones(2, np.float32)) == (8, 8)
+    assert modules["pycuda.driver"].copied == [[1.0, 1.0]]
+    assert cuda.timed(lambda: None)() == 250_000
+
+
+def test_torch_is_the_other_way_with_a_fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors lie on the CPU here."""
+    gpu = SimpleNamespace(name="T4", major=7, minor=5, total_memory=2**31)
+    empty = torch.empty
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: empty(n, dtype=dtype))
+    for name, value in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda index: gpu,
+        "Stream": lambda: SimpleNamespace(cuda_stream=6),
+        "Event": FakeEvent,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    cuda, _ = tensorrt_runner.find_cuda()
+    assert cuda is not None
+    assert cuda.handle == 6
+    assert cuda.gpu == {"name": "T4", "compute_capability": "7.5", "memory_mib": 2048}
+    values = np.array([[1.5, -2.0]], np.float16)
+    memory, address = cuda.buffer(4, values)
+    assert isinstance(memory, torch.Tensor)
+    assert address == memory.data_ptr()
+    assert memory.view(torch.float16).tolist() == [1.5, -2.0]
+    assert cuda.timed(lambda: None)() == 250_000
 
 
 def test_no_tensorrt_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,26 @@
 """The statistics of a comparison, under a fake clock and with known answers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from compressor.latency.timing import Effort, RunOnce, compare, paired_ratio, summary
-from compressor.values import SessionPair
+from compressor.errors import UnstableClockError
+from compressor.latency.runner import RunnerError, time_pair
+from compressor.latency.timing import (
+    FINAL,
+    MAX_SPREAD,
+    TRIAL,
+    Effort,
+    compare,
+    is_win,
+    paired_ratio,
+    state_changes,
+    summary,
+    unsteady,
+)
+from compressor.values import Latency, PairedLatency, SessionPair
 
 MS = 1_000_000
 
@@ -24,29 +38,62 @@ class FakeMachine:
     def clock_ns(self) -> int:
         return self.now_ns
 
-    def session(self, name: str, milliseconds: float) -> Callable[[], RunOnce]:
-        def open_session() -> RunOnce:
-            self.n_sessions[name] += 1
+    def session(
+        self, name: str, milliseconds: float, n_cold: int = 0
+    ) -> Callable[[], Callable[[], int]]:
+        """Opens sessions whose first `n_cold` runs take ten times as long."""
 
-            def run() -> None:
+        def open_session() -> Callable[[], int]:
+            self.n_sessions[name] += 1
+            n_runs = 0
+
+            def run() -> int:
+                nonlocal n_runs
+                n_runs += 1
                 self.n_runs += 1
                 self.order.append(name)
-                self.now_ns += round(milliseconds * MS * self.slow_down(self.n_runs))
+                cold = 10 if n_runs <= n_cold else 1
+                took_ns = round(milliseconds * MS * cold * self.slow_down(self.n_runs))
+                self.now_ns += took_ns
+                return took_ns
 
             return run
 
         return open_session
 
+    def time_pair(
+        self, original_ms: float, candidate_ms: float, effort: Effort, n_cold: int = 0
+    ) -> Callable[[int], SessionPair]:
+        """As a runner on this machine would time pairs."""
 
-EFFORT = Effort(n_session_pairs=3, pair_seconds=0.3, min_rounds=5, n_warmup=2)
+        def timed(seed: int) -> SessionPair:
+            original, candidate = time_pair(
+                self.session("original", original_ms, n_cold),
+                self.session("candidate", candidate_ms, n_cold),
+                seed, effort.pair_s, effort.min_rounds, effort.max_rounds, effort.n_warmup,
+                self.clock_ns,
+            )  # fmt: skip
+            return SessionPair(tuple(original), tuple(candidate))
+
+        return timed
+
+
+EFFORT = Effort(
+    min_pairs=3, max_pairs=6, budget_s=100, pair_s=0.3, min_rounds=5, max_rounds=200, n_warmup=2
+)
+
+
+def compared(
+    machine: FakeMachine, original_ms: float, candidate_ms: float, effort: Effort = EFFORT
+) -> PairedLatency:
+    return compare(
+        machine.time_pair(original_ms, candidate_ms, effort), effort, clock_ns=machine.clock_ns
+    )
 
 
 def test_known_speeds_give_the_known_ratio() -> None:
     machine = FakeMachine()
-    pair = compare(
-        machine.session("original", 6.0), machine.session("candidate", 2.0), EFFORT,
-        clock_ns=machine.clock_ns,
-    )  # fmt: skip
+    pair = compared(machine, 6.0, 2.0)
     assert pair.ratio == pytest.approx(3.0)
     assert pair.ci95 == pytest.approx((3.0, 3.0))
     assert pair.original.median_ms == 6.0
@@ -56,47 +103,24 @@ def test_known_speeds_give_the_known_ratio() -> None:
     )
     assert machine.n_sessions == {"original": 3, "candidate": 3}
     assert len(pair.session_pairs[0].original_ms) == 38  # 0.3 s of rounds of 8 ms
+    assert pair.is_valid
 
 
 def test_slow_models_still_get_the_least_number_of_rounds() -> None:
-    machine = FakeMachine()
-    pair = compare(
-        machine.session("original", 900.0), machine.session("candidate", 500.0), EFFORT,
-        clock_ns=machine.clock_ns,
-    )  # fmt: skip
+    pair = compared(FakeMachine(), 900.0, 500.0)
     assert [len(p.original_ms) for p in pair.session_pairs] == [5, 5, 5]
 
 
 def test_quick_models_get_no_more_rounds_than_help() -> None:
-    machine = FakeMachine()
-    pair = compare(
-        machine.session("original", 0.002),
-        machine.session("candidate", 0.001),
-        EFFORT,
-        clock_ns=machine.clock_ns,
-    )
+    pair = compared(FakeMachine(), 0.002, 0.001)
     assert [len(p.original_ms) for p in pair.session_pairs] == [EFFORT.max_rounds] * 3
 
 
 def test_warm_up_is_not_timed() -> None:
     """The first runs of each session take ten times as long; none of them is kept."""
     machine = FakeMachine()
-
-    def cold(name: str, milliseconds: float) -> Callable[[], RunOnce]:
-        def open_session() -> RunOnce:
-            n_runs = 0
-
-            def run() -> None:
-                nonlocal n_runs
-                n_runs += 1
-                machine.now_ns += round(milliseconds * MS * (10 if n_runs <= 2 else 1))
-
-            return run
-
-        return open_session
-
     pair = compare(
-        cold("original", 4.0), cold("candidate", 1.0), EFFORT, clock_ns=machine.clock_ns
+        machine.time_pair(4.0, 1.0, EFFORT, n_cold=2), EFFORT, clock_ns=machine.clock_ns
     )
     assert max(pair.session_pairs[0].original_ms) == 4.0
     assert pair.ratio == pytest.approx(4.0)
@@ -105,16 +129,99 @@ def test_warm_up_is_not_timed() -> None:
 def test_drift_cancels_and_both_run_in_every_round_in_random_order() -> None:
     """A machine that gets steadily slower: block timing would blame whoever ran last."""
     machine = FakeMachine(slow_down=lambda run: 1 + run / 50)
-    pair = compare(
-        machine.session("original", 3.0), machine.session("candidate", 3.0), EFFORT,
-        clock_ns=machine.clock_ns,
-    )  # fmt: skip
+    pair = compared(machine, 3.0, 3.0)
     assert pair.ratio == pytest.approx(1.0, abs=0.01)
     rounds = np.array(machine.order[4:]).reshape(-1, 2)  # after the first warm-up
     assert all(set(pair_of_runs) == {"original", "candidate"} for pair_of_runs in rounds[:30])
     assert {tuple(r) for r in rounds[:30]} == {
         ("original", "candidate"), ("candidate", "original"),
     }  # fmt: skip
+
+
+def noisy(between: float, seed: int = 0, within: float = 0.01) -> Callable[[int], SessionPair]:
+    """Pairs of equal models, whose sessions differ by `between`."""
+    generator = np.random.default_rng(seed)
+
+    def timed(_seed: int) -> SessionPair:
+        original = np.exp(generator.normal(0, between)) * np.exp(generator.normal(0, within, 40))
+        candidate = np.exp(generator.normal(0, within, 40))
+        return SessionPair(tuple(original), tuple(candidate))
+
+    return timed
+
+
+def test_it_ends_when_it_is_sure_or_when_its_pairs_or_its_time_are_spent() -> None:
+    steady = compare(noisy(0.001, within=0.001), EFFORT)
+    assert len(steady.session_pairs) == EFFORT.min_pairs
+    wild = compare(noisy(0.2), EFFORT)
+    assert len(wild.session_pairs) == EFFORT.max_pairs
+    seconds = iter(range(10**6))
+    late = compare(
+        noisy(0.2), replace(EFFORT, budget_s=4.5, max_pairs=1000),
+        clock_ns=lambda: next(seconds) * 10**9,
+    )  # fmt: skip
+    assert len(late.session_pairs) == 5  # the clock gains a second at each look
+    hurried = compare(
+        noisy(0.2), replace(EFFORT, budget_s=0), clock_ns=lambda: next(seconds) * 10**9
+    )
+    assert len(hurried.session_pairs) == 2  # an interval needs two
+
+
+@pytest.mark.parametrize("took_ns", [0, -5])
+def test_a_clock_that_runs_backwards_is_found(took_ns: int) -> None:
+    with pytest.raises(RunnerError, match=f"took {took_ns} ns"):
+        time_pair(lambda: lambda: took_ns, lambda: lambda: 7, 0, 0.1, 2, 9, 0, lambda: 0)
+
+
+@pytest.mark.parametrize("times", [(), (1.0, 0.0), (1.0, -2.0), (float("nan"),), (float("inf"),)])
+def test_times_that_are_none_are_refused(times: tuple[float, ...]) -> None:
+    with pytest.raises(UnstableClockError, match="above 0 ms"):
+        compare(lambda _seed: SessionPair((1.0,) * 5, times), EFFORT)
+
+
+def test_times_that_spread_make_a_pair_doubtful() -> None:
+    steady = SessionPair((1.0, 1.01, 1.02, 1.03) * 5, (2.0,) * 20)
+    wild = SessionPair((1.0, 1.2, 1.4, 1.6) * 5, (2.0,) * 20)
+    assert unsteady([steady] * 3) == ()
+    (condition,) = unsteady([wild, wild, steady])
+    assert "the original's times" in condition
+    assert f"more than {MAX_SPREAD:.0%}" in condition
+    assert not compare(lambda _seed: wild, EFFORT).is_valid
+
+
+def test_times_of_sessions_that_ran_by_themselves_are_not_paired() -> None:
+    """As trtexec gives them: medians count, and the two need not be equally many."""
+    pair = SessionPair((4.0, 4.0, 9.0), (2.0, 2.0), interleaved=False)
+    assert paired_ratio([pair, pair])[0] == pytest.approx(2.0)
+
+
+def a_pair(ratio: float, low: float) -> PairedLatency:
+    return PairedLatency(ratio, (low, 2 * ratio - low), Latency(1, 1, 9), Latency(1, 1, 9), ())
+
+
+def test_a_win_is_beyond_doubt_and_beyond_what_the_original_reaches_against_itself() -> None:
+    assert is_win(a_pair(1.05, 1.01))
+    assert not is_win(a_pair(1.05, 1.0))
+    assert not is_win(a_pair(0.9, 0.8))
+    assert is_win(a_pair(1.05, 1.01), noise_floor=a_pair(1.02, 0.9))
+    assert not is_win(a_pair(1.05, 1.01), noise_floor=a_pair(1.06, 0.9))
+    assert not is_win(a_pair(1.05, 1.01), noise_floor=a_pair(0.94, 0.9))
+
+
+def test_what_a_device_says_of_itself_makes_a_pair_doubtful() -> None:
+    state = {"clocks": {"gpu": 900}, "governor": "performance", "throttled": "throttled=0x0"}
+    assert state_changes(state, state) == ()
+    assert state_changes({}, {}) == ()
+    slower = state | {"clocks": {"gpu": 600}}
+    (condition,) = state_changes(state, slower)
+    assert "gpu -33%" in condition
+    on_demand = state | {"governor": "schedutil"}  # moves them on purpose
+    assert state_changes(on_demand, slower | {"governor": "schedutil"}) == ()
+    assert state_changes(state, state | {"clocks": {"gpu": 890}}) == ()
+    (condition,) = state_changes(state, state | {"throttled": "throttled=0x50005"})
+    assert "0x50005" in condition
+    (condition,) = state_changes(state, state | {"power_mode": "5W"})
+    assert "power mode" in condition
 
 
 def test_one_disturbed_round_does_not_move_the_ratio() -> None:
@@ -140,6 +247,21 @@ def test_interval_covers_the_truth_as_often_as_it_says(n_pairs: int, between: fl
         low, high = paired_ratio(pairs)[1]
         n_covered += low <= 2.0 <= high
     assert 0.92 <= n_covered / n_cases <= 0.98  # 0.95 +- 3.4 standard errors of 600 cases
+
+
+@pytest.mark.parametrize("effort", [TRIAL, FINAL], ids=["trial", "final"])
+@pytest.mark.parametrize("between", [0.002, 0.02])
+def test_stopping_when_it_is_sure_costs_little_of_that_surety(
+    effort: Effort, between: float
+) -> None:
+    """Looking after each pair lets luck end a comparison early; how much is counted here."""
+    cases = [
+        compare(noisy(between, seed, within=0.03), replace(effort, budget_s=1e9))
+        for seed in range(200)
+    ]
+    covered = np.mean([case.ci95[0] <= 1 <= case.ci95[1] for case in cases])
+    assert 0.89 <= covered <= 0.99  # 0.94 +- 3 standard errors of 200 cases
+    assert np.mean([is_win(case) for case in cases]) <= 0.08
 
 
 def test_summary_has_the_textbook_values() -> None:
