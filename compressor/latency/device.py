@@ -17,12 +17,12 @@ from typing import Any, Protocol, TypeVar
 from compressor.errors import DeviceError, DeviceLostError, UnreachableError
 from compressor.latency import estimate
 from compressor.latency.by_runner import RunnerDevice
-from compressor.latency.by_trtexec import TrtexecRunner
 from compressor.latency.host import Host, LocalHost
 from compressor.latency.machine import Model, check_is_this_machine, content_of
 from compressor.latency.ssh import SshHost, find_device
 from compressor.latency.targets import TENSORRT, TRTEXEC
 from compressor.latency.timing import FINAL, Effort
+from compressor.latency.trtexec import TrtexecRunner
 from compressor.values import Basis, PairedLatency, Target
 
 PATIENCE_S = 600.0  # a board reboots in one or two minutes; a person comes back in ten

@@ -24,14 +24,15 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from compressor.latency.cuda import Cuda, find_cuda
+from compressor.latency.half import half_onnx
 from compressor.latency.runner import (
     FAILED,
-    NS_PER_MS,
     OUT_OF_MEMORY,
     REQUEST,
     RUNTIME_MISSING,
@@ -41,13 +42,11 @@ from compressor.latency.runner import (
 )  # fmt: skip
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")  # the first that imports
-NO_GPU = "TensorRT is there, but no GPU answers"
 FP32, FP16 = "fp32", "fp16"
 BY_FLAG, BY_ONNX = "flag", "onnx"
 NEW, KEPT, REFUSED, NO_CACHES = "new", "kept", "refused", "unsupported"  # timing caches
 INPUT_TYPES = {"FLOAT": np.float32, "HALF": np.float16}
 ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT32": 4, "INT64": 8, "INT8": 1, "BOOL": 1}
-TAKEN_IN_HALF = {"Max", "Min"}  # onnxruntime's converter would put casts around them
 
 ERROR, WARNING = 1, 2  # severities of ILogger; 0 is an internal error
 N_LINES_QUOTED = 4
@@ -67,103 +66,6 @@ PRECISIONS = (
 )
 LOGGED_LAYER = re.compile(r"^Name: .*?LayerType: .*?Outputs: \[(.*?)\}\]", re.M)
 LOGGED_TYPE = re.compile(r"Datatype: ([^,}]+)")
-
-
-@dataclass(frozen=True)
-class Cuda:
-    """What is needed of CUDA's Python bindings.
-
-    Attributes:
-        stream: Not the default one; TensorRT would wait on that.
-        handle: Its address.
-        errors: What calls raise.
-        gpu: Name, compute capability and memory.
-        buffer: Memory of some bytes on the GPU, with values where given, and its address.
-        event: Makes an event, which has `record(stream)` and `synchronize()`.
-        elapsed_ms: Between two events, by the GPU's clock.
-    """
-
-    stream: Any
-    handle: int
-    errors: tuple[type[Exception], ...]
-    gpu: dict[str, object]
-    buffer: Callable[[int, Any], tuple[object, int]]
-    event: Callable[[], Any]
-    elapsed_ms: Callable[[Any, Any], float]
-
-    def timed(self, launch: Callable[[], None]) -> Callable[[], int]:
-        """`launch` as a function that waits for its end and returns the GPU's nanoseconds."""
-        start, end = self.event(), self.event()
-
-        def run() -> int:
-            start.record(self.stream)
-            launch()
-            end.record(self.stream)
-            end.synchronize()
-            return round(float(self.elapsed_ms(start, end)) * NS_PER_MS)
-
-        return run
-
-
-def through_pycuda() -> Cuda:
-    """On the primary context, which TensorRT and torch use too; `autoinit` makes another."""
-    driver = importlib.import_module("pycuda.driver")
-    try:
-        importlib.import_module("pycuda.autoprimaryctx")
-        device, stream = driver.Context.get_device(), driver.Stream()
-    except driver.Error as err:
-        raise RuntimeError(str(err)) from err
-
-    def buffer(n_bytes: int, values: Any) -> tuple[object, int]:
-        memory = driver.mem_alloc(n_bytes)
-        if values is not None:
-            driver.memcpy_htod(memory, values)
-        return memory, int(memory)
-
-    gpu = _gpu(device.name(), device.compute_capability(), device.total_memory())
-    return Cuda(
-        stream, int(stream.handle), (driver.Error, RuntimeError), gpu, buffer, driver.Event,
-        lambda start, end: start.time_till(end),
-    )  # fmt: skip
-
-
-def through_torch() -> Cuda:
-    """Tensors as memory, torch's streams and events."""
-    torch: Any = importlib.import_module("torch")
-    if not torch.cuda.is_available():
-        raise RuntimeError("torch.cuda.is_available() is False")
-
-    def buffer(n_bytes: int, values: Any) -> tuple[object, int]:
-        memory = torch.empty(n_bytes, dtype=torch.uint8, device="cuda")
-        if values is not None:
-            memory.copy_(torch.from_numpy(values.reshape(-1).view(np.uint8)))
-        torch.cuda.synchronize()  # that was on another stream
-        return memory, int(memory.data_ptr())
-
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    stream = torch.cuda.Stream()
-    return Cuda(
-        stream, int(stream.cuda_stream), (RuntimeError,),  # its OutOfMemoryError is one
-        _gpu(found.name, (found.major, found.minor), found.total_memory), buffer,
-        lambda: torch.cuda.Event(enable_timing=True), lambda start, end: start.elapsed_time(end),
-    )  # fmt: skip
-
-
-def _gpu(name: str, capability: tuple[int, int], n_bytes: int) -> dict[str, object]:
-    major, minor = capability
-    memory_mib = n_bytes // 2**20
-    return {"name": name, "compute_capability": f"{major}.{minor}", "memory_mib": memory_mib}
-
-
-def find_cuda() -> tuple[Cuda | None, str]:
-    """The GPU, through pycuda where that is installed; or why none answers."""
-    problems = []
-    for find in (through_pycuda, through_torch):
-        try:
-            return find(), ""
-        except (ImportError, OSError, RuntimeError) as err:
-            problems.append(f"{find.__name__}: {err}")
-    return None, f"{NO_GPU} ({'; '.join(problems)})."
 
 
 def find_tensorrt() -> Any:
@@ -240,7 +142,7 @@ class TensorRT:
             if context is None:
                 raise self._failed(f"TensorRT cannot make an execution context for {path}")
             buffers = self._buffers(engine, context, cuda)
-            timed = cuda.timed(lambda: self._launch(context, buffers, cuda))
+            timed = cuda.timed(self._launcher(context, buffers, cuda))
             timed()
         except cuda.errors as err:
             raise self._failed(f"{path} cannot be run", err) from err
@@ -266,7 +168,11 @@ class TensorRT:
         builder = self._made(lambda: self.trt.Builder(self.log), "a Builder")
         network, _parser = self._parsed(builder, content, model)  # the parser holds the weights
         if fp16_by == BY_ONNX:  # after the original was read: errors are about the user's file
-            network, _parser = self._parsed(builder, halved(content, model), model)
+            try:
+                content = half_onnx(content, model)
+            except ValueError as err:
+                raise RunnerError(UNSUPPORTED, str(err)) from err
+            network, _parser = self._parsed(builder, content, model)
         config = builder.create_builder_config()
         configure(self.trt, config, options.get("workspace_mib"), fp16=fp16_by == BY_FLAG)
         cache_path = options.get("timing_cache")
@@ -275,8 +181,9 @@ class TensorRT:
         if serialized is None:
             raise self._failed(f"TensorRT cannot build {model}")
         _write(engine, serialized)
-        if cache_path is not None and cache_state != NO_CACHES:
-            _write(cache_path, config.get_timing_cache().serialize())
+        timings = config.get_timing_cache() if cache_state in (NEW, KEPT, REFUSED) else None
+        if timings is not None:
+            _write(str(cache_path), timings.serialize())
         built_s = time.perf_counter() - began
         layers = self._layers(serialized)
         warnings = []
@@ -329,14 +236,21 @@ class TensorRT:
                 context.set_tensor_address(name, buffers[-1][1])
         return buffers
 
-    def _launch(self, context: Any, buffers: list[tuple[object, int]], cuda: Cuda) -> None:
-        """Starts one execution on our stream."""
+    def _launcher(
+        self, context: Any, buffers: list[tuple[object, int]], cuda: Cuda
+    ) -> Callable[[], None]:
+        """What starts one execution, and holds the buffers; it looks nothing up when timed."""
         if hasattr(context, "execute_async_v3"):
-            started = context.execute_async_v3(cuda.handle)
+            execute = partial(context.execute_async_v3, cuda.handle)
         else:
-            started = context.execute_async_v2([address for _, address in buffers], cuda.handle)
-        if not started:
-            raise self._failed("TensorRT did not start the engine")
+            addresses = [address for _, address in buffers]
+            execute = partial(context.execute_async_v2, addresses, cuda.handle)
+
+        def launch(_held: object = buffers) -> None:
+            if not execute():
+                raise self._failed("TensorRT did not start the engine")
+
+        return launch
 
     def _layers(self, serialized: Any) -> dict[str, int]:
         """How many layers put out which type; as logged where no engine can be loaded."""
@@ -400,23 +314,6 @@ def load_timing_cache(trt: Any, config: Any, path: str | None) -> str | None:
             return KEPT
     config.set_timing_cache(config.create_timing_cache(b""), False)
     return REFUSED if content else NEW
-
-
-def halved(content: bytes, path: str) -> bytes:
-    """An ONNX file in half precision, inputs and outputs too; `path` as in `_parsed`."""
-    import onnx
-    from onnxruntime.transformers import float16
-
-    model = onnx.load_from_string(content)
-    onnx.load_external_data_for_model(model, os.path.dirname(os.path.abspath(path)))
-    blocked = sorted(set(float16.DEFAULT_OP_BLOCK_LIST) - TAKEN_IN_HALF)
-    try:
-        half = float16.convert_float_to_float16(model, keep_io_types=False, op_block_list=blocked)
-    except (ValueError, TypeError, RuntimeError) as err:
-        raise RunnerError(
-            UNSUPPORTED, f"{path} cannot be converted to FP16: {err}. Measure in FP32."
-        ) from err
-    return bytes(half.SerializeToString())
 
 
 def count_precisions(information: str) -> dict[str, int]:

@@ -19,10 +19,11 @@ from compressor.errors import (
     UnstableClockError,
     UnsupportedModelError,
 )
-from compressor.latency import trtexec
+from compressor.latency import trtexec_text as trtexec
 from compressor.latency.host import Done, LocalHost
 from compressor.latency.timing import Effort
-from compressor.latency.trtexec import MachineState, TrtexecDevice
+from compressor.latency.trtexec import COOL_STEP_S, TrtexecDevice, find_trtexec
+from compressor.latency.trtexec_text import MachineState
 from compressor.values import SessionPair, Target
 from tests.device.imitation_trtexec import install
 
@@ -170,7 +171,9 @@ def test_seeds_next_to_each_other_give_opposite_orders(board: Board) -> None:
 def test_fp16_reaches_the_engine_of_each_version(
     board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trtexec, "half_onnx", lambda content: content[: len(content) // 2])
+    monkeypatch.setattr(
+        "compressor.latency.trtexec.half_onnx", lambda content: content[: len(content) // 2]
+    )
     for version in VERSIONS:
         there = device(board, version, precision="fp16")
         assert trtexec.needs_half_onnx(there.capabilities, "fp16") == (version == "11")
@@ -199,7 +202,7 @@ def test_no_trtexec_names_the_places(board: Board, tmp_path: Path) -> None:
     )
     (tmp_path / "broken").chmod(0o755)
     with pytest.raises(RuntimeMissingError, match=r"/nowhere.*libnvinfer\.so\.8: cannot open"):
-        trtexec.find_trtexec(board, ["/nowhere/trtexec", str(tmp_path / "broken")])
+        find_trtexec(board, ["/nowhere/trtexec", str(tmp_path / "broken")])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -377,7 +380,7 @@ def test_a_build_waits_for_the_device_to_cool(board: Board, cools_by: int, waits
     hot.close()
 
     assert len(slept) == waits
-    assert math.isclose(sum(slept), waits * trtexec.COOL_STEP_S)
+    assert math.isclose(sum(slept), waits * COOL_STEP_S)
     assert any("warmer than before a build" in c for c in heating.take_conditions()) == (
         not cools_by
     )
