@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import compressor
-from compressor.pipeline import Bench, pose, prepare
+from compressor import open_device
+from compressor.pipeline import Bench, Job, pose, prepare
 from compressor.search import STRATEGIES
 from compressor.search.objective import Problem, Proposal, Strategy, finished
 from compressor.values import Trial
@@ -61,17 +62,22 @@ def best(trials: Sequence[Trial], min_speedup: float) -> float:
 
 
 def main() -> None:
-    """Prints one line a search."""
+    """Reads the command line and runs every search."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=48)
     args = parser.parse_args()
     flags = {"target": "host-cpu", "speedup": 2.0, "trials": args.trials}
     job = prepare(compressor.load_config(MODEL, flags))
-    bench = Bench(job)
+    with open_device(job.target) as device:
+        compare_strategies(job, Bench(job, device, lambda _progress: None), args.seeds)
+
+
+def compare_strategies(job: Job, bench: Bench, n_seeds: int) -> None:
+    """Prints one line a search."""
     problem = pose(job, bench)
     strategies: dict[str, Strategy] = {"bocr": STRATEGIES["bocr"], "random": UniformRandom()}
-    for seed in range(args.seeds):
+    for seed in range(n_seeds):
         for name, strategy in strategies.items():
             trials = run(strategy, replace(problem, seed=1000 * seed), bench)
             curve = [best(trials[:n], problem.min_speedup) for n in (12, 24, 36, len(trials))]

@@ -28,11 +28,12 @@ def main() -> None:
             net = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1))
             path = Path(folder) / f"{c}.onnx"
             files[c] = compressor.export_onnx(net.eval(), torch.zeros(1, c, 28, 28), path)
-        for c in WIDTHS:
-            pair = compressor.compare_latency(files[64], files[c], target)
-            low, high = pair.ci95
-            print(f"{c:>8}  {pair.candidate.median_ms:>9.3f}  "
-                  f"{pair.ratio:>6.2f} [{low:.2f}, {high:.2f}]", flush=True)  # fmt: skip
+        with compressor.open_device(target) as device:
+            for c in WIDTHS:
+                pair = device.compare(files[64], files[c])
+                low, high = pair.ci95
+                print(f"{c:>8}  {pair.candidate.median_ms:>9.3f}  "
+                      f"{pair.ratio:>6.2f} [{low:.2f}, {high:.2f}]", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def mismatch(
     for what, allowed, found in wanted:
         if allowed and found not in allowed and not only_model:
             return f"{what} is {found or 'unknown'}, not {' or '.join(allowed)}"
-    name = f"{machine.get('model', '')} {machine.get('gpu', '')}".strip()
+    gpu = machine.get("gpu") or {}  # of a runner that has one
+    name = f"{machine.get('model', '')} {gpu.get('name', '')}".strip()
     words = (rf"(?<![0-9a-z]){re.escape(model.lower())}(?![0-9a-z])" for model in target.models)
     if target.models and not any(re.search(word, name.lower()) for word in words):
         return f"{MODEL} is {name or 'unknown'!r}, not {' or '.join(target.models)}"

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import ConfigError, unknown_name
-from compressor.latency.runner import instruction_set
+from compressor.latency import runner
 from compressor.values import Basis, Figure, Roofline, Target
 
 AUTO = "auto"
@@ -46,15 +46,15 @@ class _Match(_Section):
 
 class _Runtime(_Section):
     kind: Literal["onnxruntime", "tensorrt", "trtexec"]
-    provider: Provider | Literal[""] = ""
+    provider: Provider | None = None
     n_threads: int = Field(default=1, ge=1, le=1024)
     precision: Precision = "fp32"
     trtexec: tuple[str, ...] = ("trtexec", "/usr/src/tensorrt/bin/trtexec")
 
     @model_validator(mode="after")
-    def _has_provider(self) -> "_Runtime":
-        if (self.kind == "onnxruntime") != bool(self.provider):
-            raise ValueError("provider belongs to kind 'onnxruntime', and to no other")
+    def _fits(self) -> "_Runtime":
+        if self.kind != ONNXRUNTIME and self.provider is not None:
+            raise ValueError(f"provider belongs to kind {ONNXRUNTIME!r}, and to no other")
         return self
 
 
@@ -83,7 +83,7 @@ class _Channels(_Section):
 
 class _Onnx(_Section):
     opset: int = Field(ge=9, le=20)
-    ir: int = Field(ge=3, le=13)
+    ir: int = Field(default=13, ge=3, le=13)
 
 
 class _Memory(_Section):
@@ -164,7 +164,7 @@ def load_target(
         name=name,
         description=profile.description,
         runtime=profile.runtime.kind,
-        provider=profile.runtime.provider,
+        provider=_provider(profile.runtime),
         n_threads=profile.runtime.n_threads,
         precision=chosen,
         step=step,
@@ -185,6 +185,10 @@ def load_target(
         power_advice=profile.power.advice,
         sources=tuple(f"{key}: {value}" for key, value in profile.sources.items()),
     )
+
+
+def _provider(runtime: _Runtime) -> str:
+    return (runtime.provider or runner.CPU) if runtime.kind == ONNXRUNTIME else ""
 
 
 def _profiles() -> dict[str, str]:
@@ -254,7 +258,7 @@ def _roofline(profile: _Profile, precision: Precision) -> Roofline | None:
 def _step(name: str, channels: _Channels) -> tuple[int, str]:
     if channels.step != AUTO:
         return int(channels.step), channels.source or "profile"
-    found = instruction_set()
+    found = runner.instruction_set()
     step = channels.step_by_instruction_set.get(found)
     if step is None:
         raise ConfigError(

@@ -17,12 +17,11 @@ execution, on a stream of our own; inputs and outputs stay on the GPU.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from compressor.latency.cuda import Cuda, find_cuda
-from compressor.latency.half import half_onnx
+from compressor.latency.precision import count_logged_precisions, count_precisions, half_onnx
 from compressor.latency.runner import (
     FAILED,
     OUT_OF_MEMORY,
@@ -56,16 +55,6 @@ NO_MEMORY = re.compile(
     r"out.?of.?memory|mem.{0,4}alloc|could not be allocated|bad_alloc|insufficient memory",
     re.I,
 )
-# "Half" (TensorRT-RTX, 11), "Row major linear FP16 format" (8, 10); BF16 before the FP16 in it.
-PRECISIONS = (
-    ("bf16", re.compile(r"bf16|bfloat16", re.I)),
-    (FP16, re.compile(r"fp16|half", re.I)),
-    ("fp8", re.compile(r"fp8", re.I)),
-    (FP32, re.compile(r"fp32|float", re.I)),
-    ("int", re.compile(r"int|bool", re.I)),
-)
-LOGGED_LAYER = re.compile(r"^Name: .*?LayerType: .*?Outputs: \[(.*?)\}\]", re.M)
-LOGGED_TYPE = re.compile(r"Datatype: ([^,}]+)")
 
 
 def find_tensorrt() -> Any:
@@ -314,27 +303,6 @@ def load_timing_cache(trt: Any, config: Any, path: str | None) -> str | None:
             return KEPT
     config.set_timing_cache(config.create_timing_cache(b""), False)
     return REFUSED if content else NEW
-
-
-def count_precisions(information: str) -> dict[str, int]:
-    """How many layers put out which type, from what an EngineInspector says in JSON."""
-    counts: Counter[str] = Counter()
-    for layer in json.loads(information).get("Layers", []):
-        outputs = layer.get("Outputs", []) if isinstance(layer, dict) else []  # else: names only
-        types = [str(v) for output in outputs for k, v in output.items() if "Datatype" in k]
-        counts.update(_precision(text) for text in types[:1])
-    return dict(counts)
-
-
-def count_logged_precisions(text: str) -> dict[str, int]:
-    """The same, from the list of layers that TensorRT logs when it has built an engine."""
-    outputs = LOGGED_LAYER.findall(text)
-    types = [found.group(1) for found in map(LOGGED_TYPE.search, outputs) if found]
-    return dict(Counter(map(_precision, types)))
-
-
-def _precision(text: str) -> str:
-    return next((name for name, pattern in PRECISIONS if pattern.search(text)), "other")
 
 
 def _tensors(

@@ -33,9 +33,9 @@ from compressor.errors import (
     UnsupportedModelError,
 )
 from compressor.latency import timing
-from compressor.latency.half import half_onnx
 from compressor.latency.host import Done, Host, end_group
 from compressor.latency.machine import Model, checked_machine, content_of, mismatch
+from compressor.latency.precision import half_onnx
 from compressor.latency.ssh import SshHost
 from compressor.latency.timing import FINAL, Effort
 from compressor.latency.trtexec_text import (

@@ -21,6 +21,7 @@ from compressor.errors import (
 )
 from compressor.latency import trtexec_text as trtexec
 from compressor.latency.host import Done, LocalHost
+from compressor.latency.precision import half_onnx
 from compressor.latency.timing import Effort
 from compressor.latency.trtexec import COOL_STEP_S, TrtexecDevice, find_trtexec
 from compressor.latency.trtexec_text import MachineState
@@ -190,7 +191,7 @@ def test_a_half_file_keeps_float_inputs() -> None:
     )  # fmt: skip
     whole = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)])
 
-    half = onnx.load_model_from_string(trtexec.half_onnx(whole.SerializeToString()))
+    half = onnx.load_model_from_string(half_onnx(whole.SerializeToString()))
 
     assert [i.data_type for i in half.graph.initializer] == [onnx.TensorProto.FLOAT16]
     assert half.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT

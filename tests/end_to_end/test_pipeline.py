@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -23,12 +24,15 @@ from compressor.errors import (
     SearchError,
 )
 from compressor.latency import onnxruntime as runtime
-from compressor.latency.timing import FINAL
+from compressor.latency.by_runner import RunnerDevice
+from compressor.latency.machine import Model
+from compressor.latency.timing import FINAL, Effort
 from compressor.pipeline import Bench, Job, Searched, choose, judge
 from compressor.search.objective import Problem
 from compressor.search.space import make_space
 from compressor.values import (
     Accuracy,
+    Basis,
     ChannelGroup,
     Constraint,
     Latency,
@@ -71,14 +75,30 @@ def paired(ratio: float, low: float, high: float) -> PairedLatency:
     ],
 )
 def test_verdicts(measured: PairedLatency, verdict: Verdict) -> None:
-    assert judge(Constraint("speedup", 2.0), measured) is verdict
+    floor = paired(1.0, 0.99, 1.01)
+    assert judge(Constraint("speedup", 2.0), measured, floor) is verdict
+
+
+def test_what_the_original_reaches_against_itself_is_no_win() -> None:
+    noisy = paired(1.07, 0.99, 1.15)
+    assert judge(Constraint("speedup", 1.01), paired(1.05, 1.02, 1.08), noisy) is (
+        Verdict.NOT_FASTER
+    )
+
+
+def test_an_estimate_is_judged_by_its_ratio_and_labelled() -> None:
+    """Its interval is the error of the estimate, which holds 1 below a factor of that error."""
+    estimated = replace(paired(1.6, 0.8, 3.2), basis=Basis.ESTIMATE)
+    assert judge(Constraint("speedup", 1.5), estimated, paired(1, 1, 1)) is Verdict.MET
+    slower = replace(paired(0.9, 0.45, 1.8), basis=Basis.ESTIMATE)
+    assert judge(Constraint("speedup", 1.5), slower, paired(1, 1, 1)) is Verdict.NOT_FASTER
 
 
 def test_a_limit_in_milliseconds_is_judged_by_milliseconds() -> None:
     """Of 2 ms and 1 ms medians, whatever the ratio says."""
-    pair = paired(2.0, 1.9, 2.1)
-    assert judge(Constraint("max-latency", 1.0), pair) is Verdict.MET
-    assert judge(Constraint("max-latency", 0.99), pair) is Verdict.INFEASIBLE
+    pair, floor = paired(2.0, 1.9, 2.1), paired(1.0, 0.99, 1.01)
+    assert judge(Constraint("max-latency", 1.0), pair, floor) is Verdict.MET
+    assert judge(Constraint("max-latency", 0.99), pair, floor) is Verdict.INFEASIBLE
 
 
 class FakeBench:
@@ -201,14 +221,16 @@ def test_a_failing_nni_is_recorded_and_own_surgery_used(
 def test_a_model_that_is_not_faster_is_not_handed_back(
     make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = runtime.compare_latency
+    real = RunnerDevice.compare
 
-    def slow_in_the_end(*args: object, **options: object) -> PairedLatency:
-        if options.get("effort", FINAL) is FINAL:
+    def slow_in_the_end(
+        self: RunnerDevice, *models: Model, effort: Effort, seed: int
+    ) -> PairedLatency:
+        if effort is FINAL:
             return paired(1.01, 0.98, 1.04)
-        return real(*args, **options)  # type: ignore[arg-type]
+        return real(self, *models, effort=effort, seed=seed)
 
-    monkeypatch.setattr(pipeline, "compare_latency", slow_in_the_end)
+    monkeypatch.setattr(RunnerDevice, "compare", slow_in_the_end)
     result = compressor.compress(make_config())
     assert result.verdict is Verdict.NOT_FASTER
     assert result.compressed is None
@@ -220,17 +242,17 @@ def test_a_model_that_is_not_faster_is_not_handed_back(
 def test_failed_trials_do_not_end_a_search(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runtime.compare_latency
+    real = RunnerDevice.compare
     calls = 0
 
-    def flaky(*args: object, **options: object) -> PairedLatency:
+    def flaky(self: RunnerDevice, *models: Model, effort: Effort, seed: int) -> PairedLatency:
         nonlocal calls
         calls += 1
         if calls in (3, 5):  # the first call measures the original
             raise MeasurementError("the runtime is gone")
-        return real(*args, **options)  # type: ignore[arg-type]
+        return real(self, *models, effort=effort, seed=seed)
 
-    monkeypatch.setattr(pipeline, "compare_latency", flaky)
+    monkeypatch.setattr(RunnerDevice, "compare", flaky)
     trials = list[Trial]()
     result = compressor.compress(make_config(trials=6), on_trial=trials.append)
     assert [t.number for t in trials if t.failed_because == "the runtime is gone"] == [1, 3]
