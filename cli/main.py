@@ -30,7 +30,9 @@ compress inspect MODEL      channel groups, and which are locked and why
 
 compress measure M.onnx     times a model, or two against each other
 
-compress targets            device profiles
+compress targets            device profiles, and which of them answer
+
+compress probe              what each width costs on a device
 
 compress report RUN         the result of a run, or what an unfinished one has
 """
@@ -41,6 +43,23 @@ Model = Annotated[
 ]
 Target = Annotated[
     str | None, typer.Option(help="Device profile: a name from `compress targets`, or a path.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ssh://USER@HOST",
+        help="Where the device is: a URL, or a name from ~/.config/compressor/devices.toml. "
+        "Without it: this machine.",
+    ),
+]
+Estimate = Annotated[
+    bool | None,
+    typer.Option(
+        "--estimate", help="Estimate latency from the profile's figures; nothing is measured."
+    ),
+]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32 or fp16, in place of the profile's own.")
 ]
 Arch = Annotated[
     str | None,
@@ -74,6 +93,9 @@ def run(
     max_latency: Annotated[
         str | None, typer.Option(metavar="12ms", help="Or: must not take longer than this.")
     ] = None,
+    device: Device = None,
+    estimate: Estimate = None,
+    precision: Precision = None,
     data: Data = None,
     arch: Arch = None,
     arch_arg: ArchArg = None,
@@ -179,16 +201,25 @@ def measure(
     against: Annotated[
         Path | None, typer.Option(help="Original to compare with; itself where not given.")
     ] = None,
+    device: Device = None,
+    estimate: Estimate = None,
+    precision: Precision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Times one ONNX model, or two in the same rounds with the ratio's interval."""
+    """Times one ONNX model, or two in the same rounds with the ratio's interval.
+
+    Example: compress measure model.onnx --against original.onnx --target raspberry-pi-5
+    --device ssh://pi@raspberrypi.local
+    """
 
     def work() -> int:
         for path in filter(None, (onnx_file, against)):
             if not path.is_file():
                 raise ConfigError(f"No ONNX file at {path}.")
-        device = compressor.load_target(target)
-        pair = compressor.compare_latency(against or onnx_file, onnx_file, device)
+        wanted = compressor.load_target(
+            target, device=device, precision=precision, estimate=bool(estimate)
+        )
+        pair = compressor.compare_latency(against or onnx_file, onnx_file, wanted)
         if as_json:
             _print(compressor.latency_json(pair))
         else:
@@ -200,13 +231,55 @@ def measure(
 
 @commands.command()
 def targets(
-    name: Annotated[str | None, typer.Argument(help="Show only this profile.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Everything about this profile, with its sources.")
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Lists device profiles and what they run."""
+    """Lists device profiles, what they run, and which of them answer.
+
+    Example: compress targets jetson-nano --device ssh://nvidia@nano.local
+    """
 
     def work() -> int:
-        names = [name] if name else compressor.target_names()
-        _print(compressor.targets_report([compressor.load_target(each) for each in names]))
+        names = [name] if name else list(compressor.target_names())
+        found = [compressor.load_target(each, device=device) for each in names]
+        answers = compressor.who_answers(found)
+        if as_json:
+            _print(compressor.targets_json(found, answers))
+        elif name:
+            _print(compressor.target_report(found[0], answers[found[0].name]))
+        else:
+            _print(compressor.targets_report(found, answers))
+        return 0
+
+    _exit(work)
+
+
+@commands.command()
+def probe(
+    target: Annotated[str, typer.Option(help="Device profile.")],
+    device: Device = None,
+    precision: Precision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures what each channel width costs on a device, and keeps the step that follows.
+
+    Runs for that target and device take their step from it from then on. With ONNX Runtime it
+    takes a minute; with trtexec, which builds an engine a width, half an hour.
+
+    Example: compress probe --target jetson-orin-nano --device ssh://nvidia@orin.local
+    """
+
+    def work() -> int:
+        wanted = compressor.load_target(target, device=device, precision=precision)
+        with ProgressDisplay(0) as display:
+            staircase, kept_in = compressor.probe_target(wanted, on_progress=display.on_progress)
+        if as_json:
+            _print(compressor.staircase_json(staircase))
+        else:
+            _print(compressor.staircase_report(staircase, wanted, kept_in))
         return 0
 
     _exit(work)

@@ -10,7 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compressor.api import folder_report, inspect_model, load_compressed, prune
+    from compressor.api import (
+        folder_report,
+        inspect_model,
+        load_compressed,
+        probe_target,
+        prune,
+        who_answers,
+    )
     from compressor.config import Config, load_config
     from compressor.errors import CompressorError
     from compressor.export import export_onnx
@@ -24,6 +31,10 @@ if TYPE_CHECKING:
         groups_report,
         latency_json,
         latency_report,
+        staircase_json,
+        staircase_report,
+        target_report,
+        targets_json,
         targets_report,
         text_report,
     )
@@ -54,16 +65,29 @@ __all__ = [
     "load_model",
     "load_target",
     "open_device",
+    "probe_target",
     "prune",
     "read_result",
+    "staircase_json",
+    "staircase_report",
     "target_names",
+    "target_report",
+    "targets_json",
     "targets_report",
     "text_report",
     "to_json",
+    "who_answers",
 ]
 
 _HOMES = {
-    "compressor.api": ("folder_report", "inspect_model", "load_compressed", "prune"),
+    "compressor.api": (
+        "folder_report",
+        "inspect_model",
+        "load_compressed",
+        "probe_target",
+        "prune",
+        "who_answers",
+    ),
     "compressor.config": ("Config", "load_config"),
     "compressor.errors": ("CompressorError",),
     "compressor.export": ("export_onnx",),
@@ -77,6 +101,10 @@ _HOMES = {
         "groups_report",
         "latency_json",
         "latency_report",
+        "staircase_json",
+        "staircase_report",
+        "targets_json",
+        "target_report",
         "targets_report",
         "text_report",
     ),

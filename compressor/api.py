@@ -1,7 +1,7 @@
 """Public doors beside `compress` that need several steps."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +11,18 @@ from torch import fx, nn
 
 from compressor import run_folder
 from compressor.config import Config
-from compressor.errors import EquivalenceError, ModelError, PlanError, unknown_name
+from compressor.errors import (
+    ConfigError,
+    DeviceError,
+    EquivalenceError,
+    ModelError,
+    PlanError,
+    unknown_name,
+)
 from compressor.graph import channel_groups
 from compressor.importance import IMPORTANCES, Batches
+from compressor.latency.device import open_device
+from compressor.latency.probe import probe, save
 from compressor.model_io import load_weights, read_checkpoint
 from compressor.model_io.architectures import build
 from compressor.pipeline import read_data, read_model
@@ -23,7 +32,16 @@ from compressor.report import text_report, trials_json, trials_report
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
 from compressor.surgery import check_plan, remove_channels
-from compressor.values import ChannelGroup, Example, LoadedModel, Plan
+from compressor.values import (
+    Basis,
+    ChannelGroup,
+    Example,
+    LoadedModel,
+    Plan,
+    ProgressCallback,
+    Staircase,
+    Target,
+)
 
 
 def prune(
@@ -133,6 +151,40 @@ def inspect_model(config: Config) -> tuple[LoadedModel, tuple[ChannelGroup, ...]
     loaded = read_model(config, shape)
     prunable = make_prunable(loaded.module, loaded.example_input)
     return replace(loaded, module=prunable.module), prunable.groups
+
+
+def probe_target(
+    target: Target, *, on_progress: ProgressCallback = lambda _progress: None
+) -> tuple[Staircase, Path]:
+    """What widths cost on the target's device, measured now, and where that is kept.
+
+    From then on `load_target` takes the step from it, and so do searches.
+
+    Raises:
+        ConfigError: An estimate has no staircase to be probed.
+        DeviceError: The device does not answer.
+        MeasurementError: The runtime cannot run one of the layers.
+    """
+    if target.basis is Basis.ESTIMATE:
+        raise ConfigError("Nothing can be probed in an estimate; leave --estimate away.")
+    with open_device(target) as device:
+        described = device.describe()
+        staircase = probe(device, target, on_progress)
+    return staircase, save(staircase, target, described)
+
+
+def who_answers(targets: Sequence[Target]) -> dict[str, str]:
+    """Name of a target -> "yes: " and what it runs, or "no: " and why it does not answer."""
+    answers = {}
+    for target in targets:
+        try:
+            with open_device(target) as device:
+                described = device.describe()
+        except DeviceError as err:
+            answers[target.name] = f"no: {err}"
+        else:
+            answers[target.name] = f"yes: {described.get('runtime')} {described.get('version')}"
+    return answers
 
 
 def folder_report(path: Path, *, as_json: bool = False) -> str:

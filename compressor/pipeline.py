@@ -288,7 +288,7 @@ class Bench:
         return patiently(
             self._device,
             lambda: self._device.compare(original, candidate, effort=effort, seed=seed),
-            on_wait=lambda why: self._on_progress(Progress(f"Device {why}", 0, 1)),
+            on_wait=lambda why: self._on_progress(Progress("Waiting for the device", 0, 1, why)),
         )
 
     def _accuracy(self, model: nn.Module) -> Accuracy:

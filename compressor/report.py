@@ -1,18 +1,21 @@
 """Result -> text for people."""
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from compressor.values import (
+    Basis,
     ChannelGroup,
     Cost,
     PairedLatency,
     Result,
     Role,
     Side,
+    Staircase,
     Target,
     Trial,
     Verdict,
@@ -46,7 +49,6 @@ def text_report(result: Result) -> str:
                 _figures(before), _figures(after), changes, strict=True
             )
         ]
-    low, high = result.speedup.ci95
     locked = [g for g in result.groups if g["locked_because"]]
     pruned = [g for g in result.groups if g["kept"] != g["channels"]]
     widths = ", ".join(f"{g['name']} {g['channels']}->{g['kept']}" for g in pruned) or "none"
@@ -56,8 +58,8 @@ def text_report(result: Result) -> str:
         "",
         f"asked for   {result.constraint} on {result.target} ({result.runtime})",
         f"verdict     {VERDICTS[result.verdict]}",
-        f"speed-up    {result.speedup.ratio:.3f}x, 95 % interval [{low:.3f}, {high:.3f}], "
-        f"{result.basis}, {result.speedup.original.n} paired runs",
+        f"speed-up    {_speedup(result.speedup)}",
+        *(f"doubtful    {condition}" for condition in result.speedup.conditions),
         f"search      {result.search['strategy']}, {result.search['n_trials']} trials "
         f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s; "
         f"{overhead:.2f} s a trial outside forward passes and measuring",
@@ -67,6 +69,20 @@ def text_report(result: Result) -> str:
         f"locked      {', '.join(str(g['name']) for g in locked) or 'none'}",
         f"files       {result.out}",
     ])  # fmt: skip
+
+
+def _speedup(pair: PairedLatency) -> str:
+    """The ratio with what is known of it; an estimate says in capitals that it is one."""
+    low, high = pair.ci95
+    if pair.basis is Basis.ESTIMATE:
+        return (
+            f"{pair.ratio:.3f}x, ESTIMATE from the profile's figures: nothing was measured, it "
+            f"may be anything from {low:.2g} to {high:.2g}"
+        )
+    return (
+        f"{pair.ratio:.3f}x, 95 % interval [{low:.3f}, {high:.3f}], {pair.basis}, "
+        f"{pair.original.n} runs of each"
+    )
 
 
 def _engines(result: Result) -> str:
@@ -164,8 +180,13 @@ def latency_report(pair: PairedLatency, *, is_pair: bool) -> str:
         for name, side in (sides if is_pair else sides[1:])
     ]
     ratio = f"{pair.ratio:.3f}x, 95 % interval [{low:.3f}, {high:.3f}]"
+    if pair.basis is Basis.ESTIMATE:
+        ratio = f"{pair.ratio:.3f}x, ESTIMATE from the profile's figures, nothing was measured; "
+        ratio += f"it may be anything from {low:.3g} to {high:.3g}"
     what = "original / candidate" if is_pair else "the model against itself (noise floor)"
-    return "\n".join([*_aligned(rows), "", f"{what}: {ratio}"])
+    doubts = [f"doubtful: {condition}" for condition in pair.conditions]
+    verdict = [] if pair.basis is Basis.ESTIMATE else [*(doubts or ["valid"])]
+    return "\n".join([*_aligned(rows), "", f"{what}: {ratio}", *verdict])
 
 
 def latency_json(pair: PairedLatency) -> str:
@@ -173,15 +194,74 @@ def latency_json(pair: PairedLatency) -> str:
     return TypeAdapter(PairedLatency).dump_json(pair, indent=2).decode()
 
 
-def targets_report(targets: Sequence[Target]) -> str:
-    """One line a target."""
-    rows = [("target", "runtime", "provider", "threads", "step", "opset", "what")]
+def targets_report(targets: Sequence[Target], answers: Mapping[str, str]) -> str:
+    """One line a target: what it runs, and whether it answers."""
+    rows = [("target", "answers", "runtime", "precision", "threads", "step", "opset", "what")]
     rows += [
-        (t.name, t.runtime, t.provider, str(t.n_threads), f"{t.step} ({t.step_source})",
-         str(t.opset), t.description)
+        (t.name, answers[t.name].partition(":")[0], t.runtime, t.precision, str(t.n_threads),
+         str(t.step), str(t.opset), t.description)
         for t in targets
     ]  # fmt: skip
-    return "\n".join(_aligned(rows, right=(3, 5)))
+    return "\n".join([
+        *_aligned(rows, right=(4, 5, 6)),
+        "",
+        "A target that does not answer is on another machine (--device ssh://user@host), or can "
+        "be estimated (--estimate).",
+    ])  # fmt: skip
+
+
+def target_report(target: Target, answer: str) -> str:
+    """Everything about one target."""
+    roofline = target.roofline
+    figures = []
+    if roofline is not None:
+        peak, memory = roofline.ops_per_s, roofline.bytes_per_s
+        figures = [
+            ("peak", f"{peak.value / 1e9:.4g} G operations/s ({peak.basis}: {peak.source})"),
+            ("memory", f"{memory.value / 1e9:.4g} GB/s ({memory.basis}: {memory.source})"),
+        ]
+    rows = [
+        ("target", f"{target.name}: {target.description}"),
+        ("answers", answer),
+        ("runtime", f"{target.runtime} {target.provider} {target.precision}".replace("  ", " ")),
+        ("threads", str(target.n_threads)),
+        ("step", f"{target.step} channels ({target.step_source})"),
+        ("ONNX", f"opset {target.opset}, IR {target.max_ir} or older"),
+        *figures,
+        *(("before", advice) for advice in target.power_advice),
+        *(("source", source) for source in target.sources),
+    ]
+    return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+
+def targets_json(targets: Sequence[Target], answers: Mapping[str, str]) -> str:
+    """Every target with all its figures, and whether it answers."""
+    content = TypeAdapter(list[Target]).dump_python(list(targets), mode="json")
+    for entry in content:
+        entry["answers"] = answers[entry["name"]]
+    return json.dumps(content, indent=2)
+
+
+def staircase_report(staircase: Staircase, target: Target, kept_in: Path) -> str:
+    """What every width costs on the device, and the step that follows."""
+    kinds = list(staircase.costs)
+    rows = [("channels", *kinds)]
+    rows += [
+        (str(width), *(f"{staircase.costs[kind][width]:.2f}" for kind in kinds))
+        for width in staircase.costs[kinds[0]]
+    ]
+    steps = ", ".join(f"{kind} {step}" for kind, step in staircase.kinds.items())
+    return "\n".join([
+        *_aligned(rows, right=range(len(rows[0]))),
+        "",
+        f"time as a share of the widest, on {target.name}; steps: {steps}",
+        f"step {staircase.step}, kept in {kept_in}",
+    ])  # fmt: skip
+
+
+def staircase_json(staircase: Staircase) -> str:
+    """The same as JSON."""
+    return TypeAdapter(Staircase).dump_json(staircase, indent=2).decode()
 
 
 def _figures(side: Side) -> list[tuple[str, str]]:

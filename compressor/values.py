@@ -370,6 +370,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Staircase:
+    """What widths cost on a device.
+
+    Attributes:
+        step: Widths that are no multiple of it gain nothing over the next one that is.
+        kinds: Kind of layer -> its own step.
+        costs: Kind of layer -> width -> time, as a share of that of the widest.
+    """
+
+    step: int
+    kinds: Mapping[str, int]
+    costs: Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
 class Constraint:
     """The latency limit as the user put it.
 

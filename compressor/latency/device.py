@@ -136,7 +136,7 @@ def patiently(
             ) from is_lost
         pause_s = RETRY_S[min(n_tries, len(RETRY_S) - 1)]
         logger.warning("%s Trying again in %.0f s.", is_lost, pause_s)
-        on_wait(f"lost; waiting for it since {waited_s:.0f} s")
+        on_wait(f"lost {waited_s:.0f} s ago")
         sleep(pause_s)
         waited_s, n_tries = waited_s + pause_s, n_tries + 1
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,17 @@ def check_is_this_machine(target: Target) -> None:
     """Raises `UnreachableError` where the profile's device is not the machine we run on."""
     here = runner.describe()
     fault = mismatch(target, here)
+    if target.runtime == TENSORRT and sys.platform == "linux" and not _has_gpu():
+        fault = "it has no NVIDIA GPU"
     if fault is not None and target.runtime == TENSORRT and fault.startswith(MODEL):
         return  # the GPU's name is asked for by the runner
     if fault is not None:
         raise UnreachableError(_ELSEWHERE.format(fault=fault))
+
+
+def _has_gpu() -> bool:
+    """Whether NVIDIA's driver is there, on a PC or a Jetson."""
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl-gpu", "dxg"))
 
 
 MODEL = "its model"

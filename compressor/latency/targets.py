@@ -4,6 +4,8 @@ Profiles come with the package (`hardware_profiles`), lie in the user's own fold
 (`~/.config/compressor/profiles`), or are named by path.
 """
 
+import hashlib
+import json
 import os
 import tomllib
 from importlib import resources
@@ -14,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressor.errors import ConfigError, unknown_name
 from compressor.latency import runner
+from compressor.latency.host import local_cache
 from compressor.values import Basis, Figure, Roofline, Target
 
 AUTO = "auto"
+PROBE_SCHEMA = 1
 ONNXRUNTIME, TENSORRT, TRTEXEC = "onnxruntime", "tensorrt", "trtexec"  # kinds of runtimes
 BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -159,7 +163,7 @@ def load_target(
             f"Profile {name} has no figures to estimate from ([precision.{chosen}], [memory]); "
             f"measure on the device instead."
         )
-    step, step_source = _step(name, profile.channels)
+    step, step_source = _probed(probe_file(name, device, chosen)) or _step(name, profile.channels)
     return Target(
         name=name,
         description=profile.description,
@@ -253,6 +257,32 @@ def _roofline(profile: _Profile, precision: Precision) -> Roofline | None:
         bytes_per_s=Figure(memory.bytes_per_s, memory.basis, memory.source),
         bytes_per_number=BYTES_PER_NUMBER[precision],
     )
+
+
+def probe_file(name: str, device: str | None, precision: str) -> Path:
+    """Where the staircase measured on a target's device is kept."""
+    here = runner.describe()
+    where = device or f"{here['model']} {here['instruction_set']}"
+    digest = hashlib.sha256(f"{where} {precision}".encode()).hexdigest()[:12]
+    return local_cache() / "probes" / f"{name}-{digest}.json"
+
+
+def _probed(path: Path) -> tuple[int, str] | None:
+    """(step, why) where the device was probed.
+
+    Raises:
+        ConfigError: The file is there but says nothing that can be used.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        step, date = content["step"], content["date"]
+        if content["schema"] != PROBE_SCHEMA or not isinstance(step, int) or not 1 <= step <= 1024:
+            raise ValueError(f"schema {content['schema']!r}, step {step!r}")
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ConfigError(f"{path} is no probe ({err}); delete it, or probe again.") from err
+    return step, f"probed {date}"
 
 
 def _step(name: str, channels: _Channels) -> tuple[int, str]:
