@@ -242,7 +242,7 @@ def targets_json(targets: Sequence[Target], answers: Mapping[str, str]) -> str:
     return json.dumps(content, indent=2)
 
 
-def staircase_report(staircase: Staircase, target: Target, kept_in: Path) -> str:
+def staircase_report(staircase: Staircase, target: Target, kept_in: Path | None = None) -> str:
     """What every width costs on the device, and the step that follows."""
     kinds = list(staircase.costs)
     rows = [("channels", *kinds)]
@@ -255,7 +255,7 @@ def staircase_report(staircase: Staircase, target: Target, kept_in: Path) -> str
         *_aligned(rows, right=range(len(rows[0]))),
         "",
         f"time as a share of the widest, on {target.name}; steps: {steps}",
-        f"step {staircase.step}, kept in {kept_in}",
+        f"step {staircase.step}{f', kept in {kept_in}' if kept_in else ''}",
     ])  # fmt: skip
 
 

@@ -24,14 +24,20 @@ from compressor.values import Progress, ProgressCallback, Staircase, Target
 # Every multiple of 4 that some step rounds up to, and widths right beside the edges.
 WIDTHS = (8, 12, 16, 20, 24, 28, 31, 32, 33, 36, 40, 44, 47, 48, 49, 52, 56, 60, 63, 64)
 STEPS = (32, 16, 8, 4)  # the coarsest that fits is taken; 1 where none does
-MIN_GAIN = 0.05  # a width between two edges is worth having if it saves this share of time
+MIN_GAIN = 0.05  # share of time that a width between two edges saves if it is worth having
 N_PIXELS = 28
 CONV_3X3, CONV_1X1, DEPTHWISE = "conv 3x3", "conv 1x1", "depthwise 3x3"
 DECISIVE = (CONV_3X3, CONV_1X1)  # a depthwise layer has the width of those around it
 EFFORT = Effort(min_pairs=3, max_pairs=6, budget_s=0.8, half_width=0.015, pair_s=0.1)
 
 
-def probe(device: Device, target: Target, on_progress: ProgressCallback) -> Staircase:
+def probe(
+    device: Device,
+    target: Target,
+    on_progress: ProgressCallback = lambda _progress: None,
+    *,
+    effort: Effort = EFFORT,
+) -> Staircase:
     """Measures every kind and width on the device.
 
     Raises:
@@ -46,7 +52,7 @@ def probe(device: Device, target: Target, on_progress: ProgressCallback) -> Stai
         for width in WIDTHS:
             n_done = sum(map(len, costs.values()))
             on_progress(Progress("Probing the device", n_done, n_total, f"{kind}, {width}"))
-            pair = device.compare(widest, layers(kind, width, target), effort=EFFORT, seed=width)
+            pair = device.compare(widest, layers(kind, width, target), effort=effort, seed=width)
             costs[kind][width] = 1 / pair.ratio
     on_progress(Progress("Probing the device", n_total, n_total))
     kinds = {kind: step_of(cost) for kind, cost in costs.items()}
@@ -56,18 +62,24 @@ def probe(device: Device, target: Target, on_progress: ProgressCallback) -> Stai
 def step_of(costs: Mapping[int, float]) -> int:
     """The coarsest step for which no width between two multiples is worth having.
 
-    Widths below one step are left aside: runtimes take another path for layers that narrow.
+    It is worth having if it costs clearly less than the straight line between its neighbours on
+    the step does. Widths below one step are left aside: runtimes take another path for layers
+    that narrow.
 
     Args:
-        costs: Width -> time; a multiple of a step counts only where it was measured.
+        costs: Width -> time. Widths whose two neighbours were not measured say nothing.
 
     Example:
-        >>> step_of({8: 0.26, 12: 0.5, 16: 0.5, 24: 0.74, 28: 1.0, 32: 1.0})
+        >>> step_of({8: 0.06, 12: 0.25, 16: 0.25, 24: 0.56, 28: 1.0, 32: 1.0})
         8
     """
     for step in STEPS:
-        above = {w: -(-w // step) * step for w in costs if w > step and w % step}
-        gains = [1 - costs[w] / costs[up] for w, up in above.items() if up in costs]
+        between = [(w, w // step * step) for w in costs if w % step]
+        gains = [
+            1 - costs[w] / (costs[low] + (w - low) / step * (costs[low + step] - costs[low]))
+            for w, low in between
+            if low in costs and low + step in costs
+        ]
         if gains and max(gains) < MIN_GAIN:
             return step
     return 1
