@@ -25,7 +25,7 @@ check: .venv/installed
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11+ is needed, this is {sys.version}"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[samples,test]'
+	$(BIN)/python -m pip install -e '.[samples,test,tensorrt-check]'
 	touch $@
 
 clean:

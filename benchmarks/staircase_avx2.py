@@ -22,7 +22,7 @@ from compressor.report import staircase_report
 
 EMULATOR = "qemu-x86_64-static"
 FEW = Effort(
-    min_pairs=2, max_pairs=2, budget_s=600, pair_s=0.0, min_rounds=2, max_rounds=3, n_warmup=1
+    min_pairs=3, max_pairs=3, budget_s=600, pair_s=0.0, min_rounds=5, max_rounds=6, n_warmup=1
 )
 
 

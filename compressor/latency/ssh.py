@@ -279,7 +279,7 @@ class SshHost:
         if code != CONNECTION_FAILED:
             return None
         last = log.strip().splitlines()[-1:] or ["no message"]
-        said = f"{self.label}: {last[0].strip()}"
+        said = f"{self.label}: {last[0].strip().rstrip('.')}."
         if "Host key verification failed" in log or "IDENTIFICATION HAS CHANGED" in log:
             return HostKeyError(
                 f"The host key of {said} If the device is new or was set up afresh, check its "
