@@ -18,7 +18,7 @@ from compressor.errors import DeviceError, DeviceLostError, UnreachableError
 from compressor.latency import estimate
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.host import Host, LocalHost
-from compressor.latency.machine import Model, check_is_this_machine, content_of
+from compressor.latency.machine import Model, check_is_this_machine, contents_of
 from compressor.latency.ssh import SshHost, find_device
 from compressor.latency.targets import TENSORRT, TRTEXEC
 from compressor.latency.timing import FINAL, Effort
@@ -156,7 +156,7 @@ class EstimateDevice:
     ) -> PairedLatency:
         """See `Device.compare`; nothing is run, so `effort` and `seed` change nothing."""
         del effort, seed
-        return estimate.estimate_pair(content_of(original), content_of(candidate), self._target)
+        return estimate.estimate_pair(*contents_of(original, candidate), self._target)
 
     def reconnect(self) -> None:
         """See `Device.reconnect`."""

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import onnx
 import onnxruntime
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from compressor.errors import ConfigError, MeasurementError
 from compressor.latency.onnxruntime import CPU, ORT_ERRORS

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import MeasurementError, UnreachableError
+import onnx
+from google.protobuf.message import DecodeError
+
+from compressor.errors import MeasurementError, UnreachableError, UnsupportedModelError
 from compressor.latency import runner
 from compressor.latency.host import Host, LocalHost
 from compressor.latency.targets import TENSORRT
@@ -95,3 +98,38 @@ def content_of(model: Model) -> bytes:
         return model.read_bytes()
     except OSError as err:
         raise MeasurementError(f"{model} cannot be read: {err}.") from err
+
+
+def contents_of(original: Model, candidate: Model) -> tuple[bytes, bytes]:
+    """Both ONNX files' content, which take the same inputs.
+
+    Raises:
+        MeasurementError: They do not, or one cannot be read.
+    """
+    contents = content_of(original), content_of(candidate)
+    if contents[0] != contents[1]:
+        shapes = [
+            _input_shapes(content, name) for content, name in zip(contents, NAMES, strict=True)
+        ]
+        if shapes[0] != shapes[1]:
+            raise MeasurementError(
+                f"The original takes inputs of shape {shapes[0]}, the candidate of {shapes[1]}; "
+                f"only models of the same inputs can be compared. Export both from one example."
+            )
+    return contents
+
+
+NAMES = ("original", "candidate")
+
+
+def _input_shapes(content: bytes, name: str) -> list[tuple[int | str, ...]]:
+    try:
+        graph = onnx.load_from_string(content).graph
+    except DecodeError as err:
+        raise UnsupportedModelError(f"The {name} is no ONNX file: {err}.") from err
+    given = {tensor.name for tensor in graph.initializer}
+    return [
+        tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
+        for value in graph.input
+        if value.name not in given
+    ]

@@ -1,6 +1,7 @@
 """trtexec on another machine: a real sshd and real commands, TensorRT's program imitated."""
 
-import subprocess
+import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from compressor.latency.targets import load_target
 from compressor.latency.timing import Effort
 from compressor.values import Basis, Target
 from tests.device.conftest import Board, needs_sshd
+from tests.device.conftest import _descendants as descendants
 from tests.device.imitation_trtexec import install
 
 pytestmark = needs_sshd
@@ -242,17 +244,17 @@ def test_a_connection_that_breaks_is_opened_again(make_target: Make, board: Boar
     waits: list[str] = []
 
     def cut() -> None:
-        pattern = f"ssh_config -o .*-p {board.port} "
-        subprocess.run(["pkill", "-9", "-f", pattern], check=True)
+        assert board.server is not None
+        for pid in descendants(board.server.pid):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("sshd"):
+                os.kill(pid, signal.SIGKILL)
 
     with open_device(make_target()) as device:
         device.describe()
         threading.Timer(1.5, cut).start()
         pair = patiently(
             device,
-            lambda: device.compare(
-                model(16000), model(8000), effort=LEAST if waits else ENDLESS
-            ),
+            lambda: device.compare(model(16000), model(8000), effort=LEAST if waits else ENDLESS),
             on_wait=waits.append,
             sleep=lambda _: None,
         )

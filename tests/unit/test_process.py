@@ -260,8 +260,18 @@ def test_models_that_cannot_be_timed_are_refused(
 ) -> None:
     with open_device(target) as device:
         with pytest.raises(error, match=match):
-            device.compare(exported, model, effort=QUICK)
+            device.compare(model, model, effort=QUICK)
         assert device.compare(exported, exported, effort=QUICK).original.n > 0
+
+
+def test_models_of_other_inputs_are_not_compared(exported: Path, target: Target) -> None:
+    with open_device(target) as device:
+        with pytest.raises(
+            MeasurementError, match=r"\(1, 1, \d+, \d+\).*candidate of \[\(1, 3\)\]"
+        ):
+            device.compare(exported, one_node("Relu", [1, 3]), effort=QUICK)
+        with pytest.raises(UnsupportedModelError, match="The candidate is no ONNX file"):
+            device.compare(exported, b"not a model", effort=QUICK)
 
 
 def test_a_model_that_needs_more_memory_than_there_is(exported: Path, target: Target) -> None:
@@ -277,9 +287,10 @@ def test_a_model_that_needs_more_memory_than_there_is(exported: Path, target: Ta
         [size],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+    content = model.SerializeToString()
     with open_device(target) as device:
         with pytest.raises(OutOfMemoryError):
-            device.compare(exported, model.SerializeToString(), effort=QUICK)
+            device.compare(content, content, effort=QUICK)
         assert device.compare(exported, exported, effort=QUICK).original.n > 0
 
 
