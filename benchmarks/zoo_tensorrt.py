@@ -19,6 +19,7 @@ import io
 import multiprocessing
 import multiprocessing.connection
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -156,8 +157,14 @@ def refusal(backend: TensorRT, path: Path) -> str:
         backend._parsed(builder, path.read_bytes(), str(path))  # as the runner does
     except RunnerError as err:
         words = str(err).partition(f"{path}: ")[2] or str(err)
-        return words.partition(" Change or replace ")[0]
+        return first_of(words.partition(" Change or replace ")[0])
     return ""
+
+
+def first_of(words: str) -> str:
+    """The first node's refusal, and how many follow."""
+    first, *others = re.split(r"; (?=node \d)", words)
+    return f"{first} (and {len(others)} nodes more)" if others else first
 
 
 def _child(name: str, answer: multiprocessing.connection.Connection) -> None:

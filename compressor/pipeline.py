@@ -33,6 +33,7 @@ from compressor.importance import IMPORTANCES
 from compressor.latency.device import Device, open_device, patiently
 from compressor.latency.machine import Model
 from compressor.latency.onnxruntime import predictor
+from compressor.latency.ssh import find_device
 from compressor.latency.targets import load_target
 from compressor.latency.timing import FINAL, TRIAL, Effort, is_win
 from compressor.prunable import Prunable, load_model, make_prunable
@@ -142,6 +143,8 @@ class Job:
 def prepare(config: Config) -> Job:
     """Everything that bad input can break, before anything is written."""
     config.constraint  # noqa: B018  raises where none was given
+    if config.device is not None:
+        find_device(config.device)
     if config.out is not None:
         run_folder.check_free(config.out)
     target = load_target(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from compressor.errors import DeviceError, DeviceLostError, UnreachableError
+from compressor.errors import DeviceBusyError, DeviceError, DeviceLostError, UnreachableError
 from compressor.latency import estimate
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.host import Host, LocalHost
@@ -130,6 +130,10 @@ def patiently(
             return work()
         except (DeviceLostError, UnreachableError) as err:  # it was there when it was opened
             is_lost = err
+        except DeviceBusyError as err:
+            if is_lost is None:
+                raise
+            is_lost = err  # what is left of ourselves there; it ends when its connection does
         if waited_s >= patience_s:
             raise DeviceLostError(
                 f"The device stayed away for {waited_s:.0f} s. {is_lost}"

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,10 @@ from compressor.latency.targets import user_profiles
 
 SCHEME = "ssh://"
 CONNECTION_FAILED = 255  # ssh's own exit status; the remote command's otherwise
-TIMED_OUT = (124, 137)  # of timeout(1)
+TIMED_OUT = (124, 137)  # of timeout(1), where the command ended and where it had to be killed
+# Around every command: of one that a signal ends, ssh itself would report what it reports of a
+# connection that was lost.
+SHELL = ("sh", "-c", '"$@"; exit $?', "sh")
 CONNECT_LIMIT_S = 20.0
 UPLOAD_BYTES_PER_S = 250e3  # slower than any network that a search over it makes sense on
 
@@ -195,7 +199,8 @@ class SshHost:
 
     def run(self, command: Sequence[str], *, limit_s: float, stdin: bytes = b"") -> Done:
         """See `Host.run`; the command is ended on the machine too when its time is up."""
-        limited = ["timeout", "-k", "5", str(math.ceil(limit_s)), *command]
+        limited = [*SHELL, "timeout", "-k", "5", str(math.ceil(limit_s)), *command]
+        began = time.monotonic()
         process = subprocess.Popen(
             self._ssh(limited), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True,
@@ -214,17 +219,17 @@ class SshHost:
             lost = self.refusal(process.returncode, stderr.decode("utf-8", "replace"))
             assert lost is not None
             raise lost
-        if process.returncode == TIMED_OUT[0]:
+        ended, killed = TIMED_OUT
+        is_late = time.monotonic() - began >= limit_s
+        if process.returncode == ended or (process.returncode == killed and is_late):
             raise TimeLimitError(f"{command[0]} did not end in {limit_s:.0f} s on {self.label}.")
         return Done(process.returncode, stdout, stderr)
 
     def start(self, command: Sequence[str], *, log: Path) -> "subprocess.Popen[bytes]":
         """See `Host.start`; a process that a signal ends exits with 128 + signal."""
-        # Without a shell around it ssh would report 255, as of a connection that was lost.
-        shell = ["sh", "-c", '"$@"; exit $?', "sh"]
         with log.open("wb") as errors:
             return subprocess.Popen(
-                self._ssh([*shell, *command]),
+                self._ssh([*SHELL, *command]),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

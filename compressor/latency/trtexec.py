@@ -27,6 +27,7 @@ from typing import Any
 
 from compressor.errors import (
     DeviceBusyError,
+    DeviceError,
     MeasurementError,
     RuntimeMissingError,
     TimeLimitError,
@@ -57,6 +58,7 @@ from compressor.values import PairedLatency, SessionPair, Target
 logger = logging.getLogger(__name__)
 
 MIN_PAIRS = 3
+LOCK_IS_HELD = 75  # what flock is told to exit with then
 MIN_RUN_S = 2  # starting the process takes a Nano about as long
 SHORT_S = 60.0  # limit of commands that should take no time
 MAX_ENGINES = 64  # kept on the device, the latest used
@@ -110,11 +112,14 @@ class TrtexecRunner:
         self._host = host
         self._target = target
         self._logs = tempfile.TemporaryDirectory(prefix="compressor-lock-")
-        self._lock = self._locked() if isinstance(host, SshHost) else None
+        self._lock: subprocess.Popen[bytes] | None = None
         try:
+            if isinstance(host, SshHost):
+                self._lock = self._locked(host)
             self._program = TrtexecDevice(host, target)
         except BaseException:
             self._unlock()
+            self._logs.cleanup()
             raise
 
     def describe(self) -> Mapping[str, Any]:
@@ -149,7 +154,7 @@ class TrtexecRunner:
         self._unlock()
         if isinstance(self._host, SshHost):
             self._host.reconnect()
-            self._lock = self._locked()
+            self._lock = self._locked(self._host)
 
     def close(self) -> None:
         """See `Device.close`."""
@@ -157,19 +162,24 @@ class TrtexecRunner:
         self._logs.cleanup()
         self._host.close()
 
-    def _locked(self) -> "subprocess.Popen[bytes]":
+    def _locked(self, host: SshHost) -> "subprocess.Popen[bytes]":
         """A process that holds the device's lock until its stdin ends."""
-        script = 'mkdir -p "$1" && exec flock -n "$1/lock" sh -c "echo held; exec cat"'
-        process = self._host.start(
-            ["sh", "-c", script, "sh", self._host.cache], log=Path(self._logs.name) / "lock.txt"
+        script = (
+            'mkdir -p "$1" && exec flock -n -E 75 "$1/lock" sh -c "echo held; exec cat >/dev/null"'
         )
+        log = Path(self._logs.name) / "lock.txt"
+        process = host.start(["sh", "-c", script, "sh", host.cache], log=log)
         assert process.stdout is not None
-        if process.stdout.readline().strip() != b"held":
-            end_group(process)
-            raise DeviceBusyError(
-                f"Another search uses {self._host.label} ({self._host.cache}/lock is held)."
-            )
-        return process
+        if process.stdout.readline().strip() == b"held":
+            return process
+        code = process.wait(timeout=SHORT_S)
+        end_group(process)
+        said = log.read_text(encoding="utf-8", errors="replace").strip()
+        if code == LOCK_IS_HELD:
+            raise DeviceBusyError(f"Another search uses {host.label} ({host.cache}/lock is held).")
+        raise host.refusal(code, said) or DeviceError(
+            f"{host.cache}/lock cannot be taken on {host.label}: {said or f'exit status {code}'}"
+        )
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -108,7 +108,8 @@ def board(tmp_path: Path) -> Iterator[Board]:
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host_key\nPidFile none\n"
         f"AuthorizedKeysFile {tmp_path}/authorized_keys\nStrictModes no\nUsePAM no\n"
         f"PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        f"SetEnv XDG_CACHE_HOME={home}/.cache PATH={os.environ['PATH']}\n"
+        # A login shell of bash reads .bashrc under sshd unless it seems to be an inner one.
+        f"SetEnv XDG_CACHE_HOME={home}/.cache PATH={os.environ['PATH']} SHLVL=2\n"
     )
     known_hosts = tmp_path / "known_hosts"
     key = (tmp_path / "host_key.pub").read_text().split()[:2]

@@ -62,7 +62,7 @@ def make_target(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def make(version: str = "8.2", **changes: Any) -> Target:
         program = install(tmp_path, version, f"trtexec-{version}")
-        settings = {
+        settings: dict[str, Any] = {
             "trtexec": ("/nowhere/trtexec", program), "build_limit_s": 20.0, "run_limit_s": 20.0,
         }  # fmt: skip
         shipped = load_target(PROFILES[version], device="my-board")
