@@ -14,6 +14,7 @@ import copy
 import io
 import logging
 import os
+import string
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,12 +26,14 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import nn
+from torch.onnx import symbolic_opset14, utils
 
 from compressor.errors import ExportError
 from compressor.values import Example
 
 INPUT, OUTPUT = "input", "output"
 DEFAULT_OPSET = 13
+ATTENTION_OPSET = 14
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +202,12 @@ def _export(model: nn.Module, example_input: Example, opset: int, *, fold: bool)
     buffer: Any = io.BytesIO()  # works, though torch's annotation names paths only
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     args, kwargs = ((), example_input) if isinstance(example_input, dict) else (args, None)
+    if opset < ATTENTION_OPSET:  # torch writes it with operations that older opsets have too
+        utils.register_custom_op_symbolic(
+            "aten::scaled_dot_product_attention",
+            symbolic_opset14.scaled_dot_product_attention,
+            opset,
+        )
     mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
     try:
         with warnings.catch_warnings(), _silent_stdout():
@@ -214,4 +223,19 @@ def _export(model: nn.Module, example_input: Example, opset: int, *, fold: bool)
             f"{str(err).splitlines()[0].partition('[Caused by')[0].strip()}"
         ) from err
     content: bytes = buffer.getvalue()
-    return content
+    return _small_letters(content) if b"Einsum" in content else content
+
+
+def _small_letters(content: bytes) -> bytes:
+    """`content` with Einsum equations in a, b, c, ...; NVIDIA's parser takes no capitals."""
+    model = onnx.load_from_string(content)
+    for node in model.graph.node:
+        if node.op_type == "Einsum":
+            equation = _attribute(node, "equation")
+            text = equation.s.decode()
+            letters = dict.fromkeys(c for c in text if c.isalpha())
+            small = dict(zip(letters, string.ascii_lowercase, strict=False))
+            if len(small) == len(letters):
+                equation.s = "".join(small.get(c, c) for c in text).encode()
+    renamed: bytes = model.SerializeToString()
+    return renamed

@@ -482,7 +482,7 @@ def finish(
 ) -> Result:
     """Exports both models, proves and measures the files, and writes the result last."""
     on_progress(Progress("Measuring the exported files", 0, 1))
-    original, example = job.loaded.module, job.example
+    original, example = job.model, job.example  # the form that the search measured
     export = partial(export_onnx, opset=job.target.opset, max_ir=job.target.max_ir)
     images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
     original_file = export(original, example, folder.original_onnx)

@@ -47,6 +47,7 @@ TAKES_PARTS = ("XnnpackExecutionProvider",)  # leaves nodes to the CPU by design
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 NS_PER_MS = 1e6
+LOCK_WAIT_S = 3.0  # a runner whose host gave it up needs a second to end
 
 
 Open = Callable[[], Callable[[], int]]  # a fresh session, as a function that returns nanoseconds
@@ -411,12 +412,18 @@ def _locked(path: str) -> "IO[str]":
     if folder and not os.path.isdir(folder):
         os.makedirs(folder)
     file = open(path, "a+")  # noqa: SIM115  the lock lives as long as it is open
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        file.seek(0)
-        holder = file.read(200).strip()
-        raise RunnerError(BUSY, f"another search uses this device: {holder}") from err
+    deadline = time.time() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as err:
+            if time.time() < deadline:
+                time.sleep(0.1)
+                continue
+            file.seek(0)
+            holder = file.read(200).strip()
+            raise RunnerError(BUSY, f"another search uses this device: {holder}") from err
     file.truncate(0)
     file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()

@@ -164,9 +164,8 @@ class TrtexecRunner:
 
     def _locked(self, host: SshHost) -> "subprocess.Popen[bytes]":
         """A process that holds the device's lock until its stdin ends."""
-        script = (
-            'mkdir -p "$1" && exec flock -n -E 75 "$1/lock" sh -c "echo held; exec cat >/dev/null"'
-        )
+        hold = "echo held; exec cat > /dev/null"
+        script = f'mkdir -p "$1" && exec flock -w 3 -E {LOCK_IS_HELD} "$1/lock" sh -c "{hold}"'
         log = Path(self._logs.name) / "lock.txt"
         process = host.start(["sh", "-c", script, "sh", host.cache], log=log)
         assert process.stdout is not None

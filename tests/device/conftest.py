@@ -1,8 +1,10 @@
 """A real sshd on loopback: its own keys, its own port, its own configuration."""
 
+import contextlib
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -58,12 +60,12 @@ class Board:
 
     def power_off(self) -> None:
         """Kills sshd and every process of its sessions, as a power cut does."""
-        assert self.server is not None
-        children = _descendants(self.server.pid)
-        for pid in (self.server.pid, *children):
-            subprocess.run(["kill", "-9", str(pid)], check=False, capture_output=True)
-        self.server.wait()
-        self.server = None
+        server, self.server = self.server, None  # another thread may boot it meanwhile
+        assert server is not None
+        for pid in (server.pid, *descendants(server.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        server.wait()
 
     def write_client_config(self, **options: str) -> None:
         """What ssh reads in place of the user's own configuration."""
@@ -78,7 +80,7 @@ class Board:
         (self.folder / "ssh_config").write_text("\n".join(lines) + "\n")
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -87,7 +89,7 @@ def _descendants(pid: int) -> list[int]:
             continue
         if parent == pid:
             child = int(path.parent.name)
-            found += [child, *_descendants(child)]
+            found += [child, *descendants(child)]
     return found
 
 

@@ -44,11 +44,6 @@ def make_config(trained: Path, blobs: Path, tmp_path: Path) -> Make:
 @pytest.fixture
 def named(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the board is called in the user's devices.toml."""
-    config = board.folder / "sshd_config"
-    quick = config.read_text().replace("SetEnv ", "SetEnv SHLVL=2 ")  # bash reads no .bashrc
-    config.write_text(quick)
-    board.power_off()
-    board.boot()
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     devices_file().parent.mkdir(parents=True)
     address = board.address

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx import TensorProto, helper
 
 from compressor.errors import (
     DeviceBusyError,
@@ -24,8 +25,7 @@ from compressor.latency.ssh import devices_file
 from compressor.latency.targets import load_target
 from compressor.latency.timing import Effort
 from compressor.values import Basis, Target
-from tests.device.conftest import Board, needs_sshd
-from tests.device.conftest import _descendants as descendants
+from tests.device.conftest import Board, descendants, needs_sshd
 from tests.device.imitation_trtexec import install
 
 pytestmark = needs_sshd
@@ -41,17 +41,19 @@ Make = Callable[..., Target]
 
 def model(n_bytes: int, marker: str = "") -> bytes:
     """As large as asked, which is all that the imitation's times depend on."""
-    return f"imitate:{marker} ".encode().ljust(n_bytes, b".")
+    node = helper.make_node("Relu", ["input"], ["output"])
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3]) for n in node.input]
+    made = helper.make_model(helper.make_graph([node], "g", ends, []))
+    made.doc_string = f"imitate:{marker} ".ljust(n_bytes, ".")
+    made.doc_string = made.doc_string[: 2 * n_bytes - made.ByteSize()]
+    content: bytes = made.SerializeToString()
+    assert len(content) == n_bytes
+    return content
 
 
 @pytest.fixture
 def make_target(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A shipped profile whose device is the board, which has the imitation at a version."""
-    config = board.folder / "sshd_config"
-    quick = config.read_text().replace("SetEnv ", "SetEnv SHLVL=2 ")  # bash reads no .bashrc
-    config.write_text(quick)
-    board.power_off()
-    board.boot()
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     devices_file().parent.mkdir(parents=True)
     address = board.address

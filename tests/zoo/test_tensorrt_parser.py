@@ -7,13 +7,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from benchmarks.zoo import DETECTION
+from benchmarks.zoo import DETECTION, TIMM
 from benchmarks.zoo_tensorrt import SOURCES, check, file_faults, in_own_process, refusal
 from compressor.latency.tensorrt_runner import TensorRT
 
 QUICK = (
     "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5",
 )  # fmt: skip
+KNOWN = {  # refused for want of these; see benchmarks/results/zoo-tensorrt.md
+    **dict.fromkeys((f"torchvision:{name}" for name in DETECTION), "NonZero"),
+    "torchvision:maxvit_t": "Einsum equation",
+    **dict.fromkeys((f"timm:{name}" for name in TIMM if "nfnet" in name), "BatchNormalization"),
+    "timm:resnetv2_50x1_bit": "BatchNormalization",
+}
 EVERY = [name for names in SOURCES.values() for name in names]
 
 
@@ -44,11 +50,9 @@ def test_a_network_and_its_half_are_read(name: str, backend: TensorRT) -> None:
 def test_whatever_is_exported_is_read(name: str) -> None:
     row = in_own_process(name, 280)
     assert row.faults == []
-    if name.partition(":")[2] in DETECTION:  # boxes are chosen by operations RTX lacks
-        assert all("NonZero" in words for words in row.refused.values())
-    else:
-        assert row.refused == {}
-        assert row.opset in (13, 17)
+    assert row.opset in (13, 17)
+    assert bool(row.refused) == (name in KNOWN)
+    assert all(KNOWN[name] in words for words in row.refused.values())
 
 
 # The judges themselves: they must be able to say no.
