@@ -117,9 +117,7 @@ def main() -> None:
         for load, n_busy in (("every core busy", n_cores), ("as it is", 0)):
             print(f"\n{load:<28} {'mean':>7} {'worst':>7}   covered    seconds")
             with busy_cores(n_busy):
-                report(
-                    "block timing, 200 runs each", n_repeats, lambda s: block_timing(whole, 200, s)
-                )
+                report("block timing, 200 runs each", n_repeats, lambda s: block_timing(whole, s))
                 report("a trial", n_repeats, lambda s: paired(device, whole, TRIAL, s))
                 report("a final figure", n_repeats, lambda s: paired(device, whole, FINAL, s))
         reference = device.compare(whole, half, effort=REFERENCE)

@@ -379,7 +379,7 @@ def _run_trial(
         outcome = {
             "accuracy": measured,
             "speedup": latency.ratio,
-            "speedup_ci95": latency.ci95,
+            "speedup_ci95": latency.ranking_ci95,
             "latency_ms": latency.candidate.median_ms,
         }
     except MeasurementError as err:

@@ -278,6 +278,11 @@ class PairedLatency:
     basis: Basis = Basis.MEASURED
 
     @property
+    def ranking_ci95(self) -> tuple[float, float]:
+        """The interval among plans of one search: an estimate's error is the same for all."""
+        return self.ci95 if self.basis is Basis.MEASURED else (self.ratio, self.ratio)
+
+    @property
     def is_valid(self) -> bool:
         """Whether no condition of a sound measurement failed."""
         return not self.conditions

@@ -74,6 +74,8 @@ class Study:
                 "n_images": trial.accuracy.n,
                 "speedup_ci95": trial.speedup_ci95,
                 "latency_ms": trial.latency_ms,
+                "basis": latency.basis,
+                "doubtful": list(latency.conditions),
                 "rounds_ms": [
                     [[round(ms, 5) for ms in side] for side in (p.original_ms, p.candidate_ms)]
                     for p in latency.session_pairs

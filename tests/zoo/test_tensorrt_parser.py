@@ -16,7 +16,6 @@ QUICK = (
 )  # fmt: skip
 KNOWN = {  # refused for want of these; see benchmarks/results/zoo-tensorrt.md
     **dict.fromkeys((f"torchvision:{name}" for name in DETECTION), "NonZero"),
-    "torchvision:maxvit_t": "Einsum equation",
     **dict.fromkeys((f"timm:{name}" for name in TIMM if "nfnet" in name), "BatchNormalization"),
     "timm:resnetv2_50x1_bit": "BatchNormalization",
 }
