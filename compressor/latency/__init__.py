@@ -12,4 +12,6 @@
     tensorrt_runner   the same for TensorRT's Python API; cuda and precision belong to it
     onnxruntime       a model's answers, in this process
     host              this machine
+
+`open_device` and `compare_latency` in `device` are the doors.
 """

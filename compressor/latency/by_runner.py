@@ -9,7 +9,7 @@ from typing import Any
 from compressor.errors import DeviceLostError, MeasurementError, UnreachableError
 from compressor.latency import runner, timing
 from compressor.latency.host import Host, LocalHost
-from compressor.latency.machine import Model, checked_machine, contents_of, mismatch
+from compressor.latency.machine import Model, checked_machine, content_of, mismatch
 from compressor.latency.process import Runner
 from compressor.latency.ssh import SshHost
 from compressor.latency.targets import TENSORRT
@@ -43,7 +43,7 @@ class RunnerDevice:
         self, original: Model, candidate: Model, *, effort: Effort = FINAL, seed: int = 0
     ) -> PairedLatency:
         """See `Device.compare`."""
-        contents = contents_of(original, candidate)
+        contents = content_of(original), content_of(candidate)
         files = [self._host.put(content, "model.onnx") for content in contents]
         try:
             prepared = [self._built(file) if self._is_tensorrt else file for file in files]

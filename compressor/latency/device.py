@@ -18,7 +18,7 @@ from compressor.errors import DeviceBusyError, DeviceError, DeviceLostError, Unr
 from compressor.latency import estimate
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.host import Host, LocalHost
-from compressor.latency.machine import Model, check_is_this_machine, contents_of
+from compressor.latency.machine import Model, check_is_this_machine, check_same_inputs, content_of
 from compressor.latency.ssh import SshHost, find_device
 from compressor.latency.targets import TENSORRT, TRTEXEC
 from compressor.latency.timing import FINAL, Effort
@@ -94,10 +94,16 @@ def compare_latency(
 ) -> PairedLatency:
     """Both ONNX models timed in the same rounds on the target's device.
 
-    See `Device.compare` for arguments and errors.
+    See `Device.compare` for arguments and errors; `Device.compare` takes models of other inputs
+    too, which this does not.
+
+    Raises:
+        MeasurementError: The models take other inputs.
     """
+    contents = content_of(original), content_of(candidate)
+    check_same_inputs(*contents)
     with open_device(target) as device:
-        return device.compare(original, candidate, effort=effort, seed=seed)
+        return device.compare(*contents, effort=effort, seed=seed)
 
 
 def patiently(
@@ -160,7 +166,7 @@ class EstimateDevice:
     ) -> PairedLatency:
         """See `Device.compare`; nothing is run, so `effort` and `seed` change nothing."""
         del effort, seed
-        return estimate.estimate_pair(*contents_of(original, candidate), self._target)
+        return estimate.estimate_pair(content_of(original), content_of(candidate), self._target)
 
     def reconnect(self) -> None:
         """See `Device.reconnect`."""

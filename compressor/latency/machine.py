@@ -100,26 +100,17 @@ def content_of(model: Model) -> bytes:
         raise MeasurementError(f"{model} cannot be read: {err}.") from err
 
 
-def contents_of(original: Model, candidate: Model) -> tuple[bytes, bytes]:
-    """Both ONNX files' content, which take the same inputs.
-
-    Raises:
-        MeasurementError: They do not, or one cannot be read.
-    """
-    contents = content_of(original), content_of(candidate)
-    if contents[0] != contents[1]:
-        shapes = [
-            _input_shapes(content, name) for content, name in zip(contents, NAMES, strict=True)
-        ]
-        if shapes[0] != shapes[1]:
-            raise MeasurementError(
-                f"The original takes inputs of shape {shapes[0]}, the candidate of {shapes[1]}; "
-                f"only models of the same inputs can be compared. Export both from one example."
-            )
-    return contents
-
-
-NAMES = ("original", "candidate")
+def check_same_inputs(original: bytes, candidate: bytes) -> None:
+    """Raises `MeasurementError` where two ONNX files' content takes inputs of other shapes."""
+    if original == candidate:
+        return
+    of_original = _input_shapes(original, "original")
+    of_candidate = _input_shapes(candidate, "candidate")
+    if of_original != of_candidate:
+        raise MeasurementError(
+            f"The original takes inputs of shape {of_original}, the candidate of {of_candidate}; "
+            f"only models of the same inputs can be compared. Export both from one example."
+        )
 
 
 def _input_shapes(content: bytes, name: str) -> list[tuple[int | str, ...]]:

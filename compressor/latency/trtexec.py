@@ -35,7 +35,7 @@ from compressor.errors import (
 )
 from compressor.latency import timing
 from compressor.latency.host import Done, Host, end_group
-from compressor.latency.machine import Model, checked_machine, contents_of, mismatch
+from compressor.latency.machine import Model, checked_machine, content_of, mismatch
 from compressor.latency.precision import half_onnx
 from compressor.latency.ssh import SshHost
 from compressor.latency.timing import FINAL, Effort
@@ -138,7 +138,7 @@ class TrtexecRunner:
             max_pairs=max(MIN_PAIRS, effort.max_pairs // 4),
             budget_s=effort.budget_s * 20,
         )
-        contents = contents_of(original, candidate)
+        contents = content_of(original), content_of(candidate)
         self._program.take_conditions()
         numbers = itertools.count()  # opposite orders in turn; see `TrtexecDevice.time_pair`
 

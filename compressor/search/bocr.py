@@ -65,7 +65,7 @@ N_ASCENTS = 3  # so many of the best climb on, as a beam
 TOP_K = 10  # plans whose ratios bound the search after the rollback
 FIT_STEPS = 60  # of L-BFGS: as 200 in 5 of 6 proposals of a digits run; 20 only in 3
 MIN_SPEEDUP_ERROR = 0.01  # relative; two finalists came out 1.2 % and 1.6 % from their trials
-T95 = 2.78  # half a trial's interval in standard errors: Student's t of its 4 to 8 session pairs, about 5
+T95 = 2.78  # half a trial's interval in standard errors: Student's t of about 5 session pairs
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,19 @@ from hypothesis import strategies as st
 import compressor
 from compressor import api
 from compressor.errors import ConfigError
-from compressor.latency.device import Device
+from compressor.latency import probe as probe_module
+from compressor.latency.device import Device, open_device
 from compressor.latency.machine import Model, content_of
-from compressor.latency.probe import DECISIVE, LAYERS, STEPS, WIDTHS, layers, probe, step_of
+from compressor.latency.probe import (
+    CONV_3X3,
+    DECISIVE,
+    LAYERS,
+    STEPS,
+    WIDTHS,
+    layers,
+    probe,
+    step_of,
+)
 from compressor.latency.targets import load_target, probe_file
 from compressor.latency.timing import FINAL, Effort
 from compressor.values import Latency, PairedLatency, Progress, Target
@@ -90,6 +100,18 @@ def test_every_kind_and_width_is_measured() -> None:
     assert set(staircase.kinds) == set(LAYERS) >= set(DECISIVE)
     assert all(tuple(costs) == WIDTHS for costs in staircase.costs.values())
     assert seen[-1].n_done == seen[-1].n_total == len(LAYERS) * len(WIDTHS)
+
+
+def test_this_machine_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "WIDTHS", (8, 12, 16, 64))
+    target = load_target("host-cpu")
+    hasty = replace(probe_module.EFFORT, min_pairs=2, max_pairs=2, budget_s=0.1)
+    with open_device(target) as device:
+        staircase = probe(device, target, effort=hasty)
+    assert all(tuple(costs) == (8, 12, 16, 64) for costs in staircase.costs.values())
+    wide = staircase.costs[CONV_3X3]
+    assert wide[64] == pytest.approx(1, rel=0.5)
+    assert wide[8] < 0.4  # a sixty-fourth of the MACs
 
 
 @pytest.fixture

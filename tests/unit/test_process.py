@@ -265,13 +265,10 @@ def test_models_that_cannot_be_timed_are_refused(
 
 
 def test_models_of_other_inputs_are_not_compared(exported: Path, target: Target) -> None:
-    with open_device(target) as device:
-        with pytest.raises(
-            MeasurementError, match=r"\(1, 1, \d+, \d+\).*candidate of \[\(1, 3\)\]"
-        ):
-            device.compare(exported, one_node("Relu", [1, 3]), effort=QUICK)
-        with pytest.raises(UnsupportedModelError, match="The candidate is no ONNX file"):
-            device.compare(exported, b"not a model", effort=QUICK)
+    with pytest.raises(MeasurementError, match=r"\(1, 1, \d+, \d+\).*candidate of \[\(1, 3\)\]"):
+        compare_latency(exported, one_node("Relu", [1, 3]), target, effort=QUICK)
+    with pytest.raises(UnsupportedModelError, match="The candidate is no ONNX file"):
+        compare_latency(exported, b"not a model", target, effort=QUICK)
 
 
 def test_a_model_that_needs_more_memory_than_there_is(exported: Path, target: Target) -> None:
