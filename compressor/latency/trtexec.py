@@ -28,6 +28,7 @@ from typing import Any
 from compressor.errors import (
     DeviceBusyError,
     DeviceError,
+    DeviceLostError,
     MeasurementError,
     RuntimeMissingError,
     TimeLimitError,
@@ -144,7 +145,10 @@ class TrtexecRunner:
 
         def time_pair(drawn: int) -> SessionPair:
             del drawn
-            return self._program.time_pair(*contents, seed=2 * seed + next(numbers), effort=slower)
+            seed_of_order = 2 * seed + next(numbers)
+            times = self._program.time_pair(*contents, seed=seed_of_order, effort=slower)
+            self._check_lock()
+            return times
 
         pair = timing.compare(time_pair, slower, seed=seed)
         return timing.with_conditions(pair, self._program.take_conditions())
@@ -179,6 +183,13 @@ class TrtexecRunner:
         raise host.refusal(code, said) or DeviceError(
             f"{host.cache}/lock cannot be taken on {host.label}: {said or f'exit status {code}'}"
         )
+
+    def _check_lock(self) -> None:
+        """Raises `DeviceLostError` where the lock went with its connection: others may run now."""
+        if self._lock is not None and self._lock.poll() is not None:
+            raise DeviceLostError(
+                f"The connection to {self._host.label} that held its lock was lost."
+            )
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -1,5 +1,6 @@
 """trtexec on another machine: a real sshd and real commands, TensorRT's program imitated."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 
 from compressor.errors import (
     DeviceBusyError,
+    DeviceLostError,
     MeasurementError,
     OutOfMemoryError,
     RuntimeCrashError,
@@ -241,19 +243,31 @@ def test_a_board_that_reboots_is_waited_for(make_target: Make, board: Board) -> 
             pass
 
 
+def test_without_the_lock_nothing_is_measured(make_target: Make, board: Board) -> None:
+    """The connection broke between two commands, and the next one opened another without it."""
+    with open_device(make_target()) as device:
+        device.describe()
+        cut(board)
+        with pytest.raises(DeviceLostError, match=r"lock|connection"):
+            device.compare(model(16000), model(8000), effort=LEAST)
+
+
+def cut(board: Board) -> None:
+    """Breaks every connection; the server goes on."""
+    assert board.server is not None
+    for pid in descendants(board.server.pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended by itself
+            if Path(f"/proc/{pid}/comm").read_text().startswith("sshd"):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_a_connection_that_breaks_is_opened_again(make_target: Make, board: Board) -> None:
     """The board stays on, and with it, for a moment, the lock of the broken connection."""
     waits: list[str] = []
 
-    def cut() -> None:
-        assert board.server is not None
-        for pid in descendants(board.server.pid):
-            if Path(f"/proc/{pid}/comm").read_text().startswith("sshd"):
-                os.kill(pid, signal.SIGKILL)
-
     with open_device(make_target()) as device:
         device.describe()
-        threading.Timer(1.5, cut).start()
+        threading.Timer(1.5, cut, [board]).start()
         pair = patiently(
             device,
             lambda: device.compare(model(16000), model(8000), effort=LEAST if waits else ENDLESS),
