@@ -46,7 +46,6 @@ def _open(model: bytes | Path, n_threads: int) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # measuring follows
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # as when it is timed
     options.log_severity_level = 4  # what goes wrong comes as an exception too
     source = model if isinstance(model, bytes) else str(model)
     with _translated("load"):

@@ -49,3 +49,9 @@ def test_a_model_that_fails_while_it_runs_is_translated() -> None:
     predict = predictor(model.SerializeToString(), n_threads=1)
     with pytest.raises(MeasurementError, match="cannot run the model"):
         predict(torch.tensor([7.0]))
+
+
+def test_the_processor_is_left_as_it_was(exported: Path, example: Tensor) -> None:
+    """ONNX Runtime can switch subnormal numbers off for all of the process that runs it."""
+    predictor(exported, n_threads=1)(example)
+    assert np.array([1e-40], dtype=np.float32) * np.float32(0.5) > 0
