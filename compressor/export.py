@@ -13,11 +13,12 @@ import contextlib
 import copy
 import io
 import logging
+import operator
 import os
 import string
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,16 @@ from typing import Any
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import nn
+from torch import fx, nn
 from torch.onnx import symbolic_opset14, utils
 
 from compressor.errors import ExportError
-from compressor.values import Example
+from compressor.values import Branch, Example
 
 INPUT, OUTPUT = "input", "output"
 DEFAULT_OPSET = 13
 ATTENTION_OPSET = 14
+MARK = "branch_mark_"
 
 logger = logging.getLogger(__name__)
 
@@ -45,32 +47,46 @@ class OnnxTemplate:
     Attributes:
         graph: The exported model; its initialisers only lend their names.
         names: state_dict names of the initialisers.
-        grouped: Positions of convolutions whose `group` is that of their module.
+        grouped: Names of the weights of convolutions whose `group` is that of their module.
+        sums: Node of the fx graph that adds a residual branch -> position of its ONNX node, and
+            which of its inputs is the branch.
     """
 
     graph: onnx.ModelProto
     names: tuple[str, ...]
-    grouped: tuple[int, ...]
+    grouped: frozenset[str]
+    sums: Mapping[str, tuple[int, int]]
 
     def fill(self, model: nn.Module) -> bytes:
         """ONNX file of `model`, a pruned version of the network the template was made from."""
         filled = onnx.ModelProto()
         filled.CopyFrom(self.graph)
+        if self.sums:
+            assert isinstance(model, fx.GraphModule)
+            left = {node.name for node in model.graph.nodes}
+            _bypass(filled.graph, [at for name, at in self.sums.items() if name not in left])
+        used = {name for node in filled.graph.node for name in node.input}
         tensors = model.state_dict()
         for name in self.names:
-            value = tensors[name].detach().cpu().numpy()
-            filled.graph.initializer.append(numpy_helper.from_array(value, name))
-        for position in self.grouped:
-            node = filled.graph.node[position]
-            owner = model.get_submodule(node.input[1].rpartition(".")[0])
-            assert isinstance(owner.groups, int)
-            _attribute(node, "group").i = owner.groups
+            if name in used:
+                value = tensors[name].detach().cpu().numpy()
+                filled.graph.initializer.append(numpy_helper.from_array(value, name))
+        for node in filled.graph.node:
+            if len(node.input) > 1 and node.input[1] in self.grouped:
+                owner = model.get_submodule(node.input[1].rpartition(".")[0])
+                assert isinstance(owner.groups, int)
+                _attribute(node, "group").i = owner.groups
         content: bytes = filled.SerializeToString()
         return content
 
 
 def candidate_writer(
-    model: nn.Module, example_input: Example, pruned: nn.Module, *, opset: int = DEFAULT_OPSET
+    model: nn.Module,
+    example_input: Example,
+    pruned: nn.Module,
+    *,
+    opset: int = DEFAULT_OPSET,
+    branches: Sequence[Branch] = (),
 ) -> Callable[[nn.Module], bytes]:
     """What turns pruned versions of `model` into ONNX files: its template where that is exact.
 
@@ -82,13 +98,14 @@ def candidate_writer(
         example_input: As the model takes it, of the batch size wanted.
         pruned: `model` with channels removed from every group.
         opset: Operator set.
+        branches: Residual branches that versions may lack; `pruned` has them all.
 
     Raises:
         ExportError: `model` or `pruned` cannot be exported at all.
     """
     try:
-        template = make_template(model, example_input, opset=opset)
-        fresh = make_template(pruned, example_input, opset=opset)
+        template = make_template(model, example_input, opset=opset, branches=branches)
+        fresh = make_template(pruned, example_input, opset=opset, branches=branches)
     except ExportError as err:
         logger.info("candidates are exported one by one: %s", err)
     else:
@@ -143,20 +160,27 @@ def export_onnx(
 
 
 def make_template(
-    model: nn.Module, example_input: Example, *, opset: int = DEFAULT_OPSET
+    model: nn.Module,
+    example_input: Example,
+    *,
+    opset: int = DEFAULT_OPSET,
+    branches: Sequence[Branch] = (),
 ) -> OnnxTemplate:
     """The graph that every pruned version of `model` shares, for the example's batch size.
 
     Raises:
-        ExportError: The exporter renamed a tensor, so that it could not be filled in.
+        ExportError: The exporter renamed a tensor, so that it could not be filled in, or a
+            branch could not be found in what it wrote.
     """
-    unique = copy.deepcopy(model).eval()
+    unique = _with_marks(model, branches).eval()
     with torch.no_grad():  # equal tensors would be written once, under one of their names
         for tensor in unique.state_dict().values():
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
     exported = onnx.load_from_string(_export(unique, example_input, opset, fold=False))
-    names = tuple(tensor.name for tensor in exported.graph.initializer)
+    sums = _take_marks_out(exported.graph, branches)
+    used = {name for node in exported.graph.node for name in node.input}
+    names = tuple(t.name for t in exported.graph.initializer if t.name in used)
     renamed = sorted(set(names) - set(model.state_dict()))
     if renamed:
         raise ExportError(
@@ -164,16 +188,82 @@ def make_template(
             f"({', '.join(renamed[:5])}), so candidates cannot be filled into one ONNX graph."
         )
     layers = {f"{name}.weight": layer for name, layer in model.named_modules()}
-    grouped = tuple(
-        position
-        for position, node in enumerate(exported.graph.node)
+    grouped = frozenset(
+        node.input[1]
+        for node in exported.graph.node
         if node.op_type in ("Conv", "ConvTranspose")
         and isinstance(layers.get(node.input[1]), nn.modules.conv._ConvNd)
         and _attribute(node, "group").i > 1
     )
     del exported.graph.initializer[:]
     del exported.graph.value_info[:]
-    return OnnxTemplate(exported, names, grouped)
+    return OnnxTemplate(exported, names, grouped, sums)
+
+
+def _with_marks(model: nn.Module, branches: Sequence[Branch]) -> nn.Module:
+    """A copy in which every branch is multiplied by a buffer of its own, to be found in ONNX."""
+    marked = copy.deepcopy(model)
+    if branches:
+        assert isinstance(marked, fx.GraphModule)
+        nodes = {node.name: node for node in marked.graph.nodes}
+        for i, branch in enumerate(branches):
+            node, mark = nodes[branch.node], f"{MARK}{i}"
+            marked.register_buffer(mark, torch.ones(1))
+            term = node.args[branch.argument]
+            with marked.graph.inserting_before(node):
+                scaled = marked.graph.call_function(
+                    operator.mul, (term, marked.graph.get_attr(mark))
+                )
+            node.update_arg(branch.argument, scaled)
+        marked.recompile()
+    return marked
+
+
+def _take_marks_out(
+    graph: onnx.GraphProto, branches: Sequence[Branch]
+) -> dict[str, tuple[int, int]]:
+    """Removes the marks in place; the sum's fx node -> its ONNX node, and the branch's input."""
+    sums: dict[str, tuple[int, int]] = {}
+    found: dict[int, tuple[onnx.NodeProto, int]] = {}
+    for i, branch in enumerate(branches):
+        marks = [node for node in graph.node if f"{MARK}{i}" in node.input]
+        totals = [n for n in graph.node if marks and marks[0].output[0] in n.input]
+        if len(marks) != 1 or len(totals) != 1 or totals[0].op_type != "Add":
+            raise ExportError(f"The branch {branch.name} cannot be told apart in ONNX.")
+        (mark,), (total,) = marks, totals
+        at = list(total.input).index(mark.output[0])
+        total.input[at] = next(name for name in mark.input if name != f"{MARK}{i}")
+        graph.node.remove(mark)
+        found[i] = total, at
+    positions = {node.output[0]: position for position, node in enumerate(graph.node)}
+    for i, (total, at) in found.items():
+        sums[branches[i].node] = positions[total.output[0]], at
+    return sums
+
+
+def _bypass(graph: onnx.GraphProto, sums: Sequence[tuple[int, int]]) -> None:
+    """Leaves branches out: what read a sum reads its other term, and unused nodes go."""
+    outputs = {value.name for value in graph.output}
+    instead: dict[str, str] = {}
+    for position, at in sums:
+        total = graph.node[position]
+        if total.output[0] in outputs:
+            total.op_type = "Identity"
+            del total.input[at]
+        else:
+            instead[total.output[0]] = total.input[1 - at]
+    needed, left = outputs, []
+    for node in reversed(graph.node):
+        for i, name in enumerate(node.input):
+            while name in instead:
+                name = instead[name]
+            node.input[i] = name
+        if not needed.isdisjoint(node.output):
+            needed.update(node.input)
+            left.append(node)
+    nodes = [copy.deepcopy(node) for node in reversed(left)]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from torch import Tensor, fx, nn
 
 from compressor.errors import GraphError
 from compressor.graph import channel_groups
+from compressor.graph.branches import residual_branches, traced
 from compressor.model_io import load_model as read_file
 from compressor.model_io.programs import PROGRAM_SUFFIX
 from compressor.program import export_program, free_batch, with_layers
-from compressor.surgery import masked, remove_channels
+from compressor.surgery import check_dropped, masked, remove_branches, remove_channels
 from compressor.values import (
     FORWARD_FAILURES,
+    Branch,
     ChannelGroup,
     Example,
     LoadedModel,
@@ -37,7 +40,7 @@ from compressor.values import (
 # Of the largest output. A wrong channel shows at 1e-1; rounding at 1e-5 and 1e-13.
 PROOF_TOLERANCE, PROOF_TOLERANCE_FLOAT64 = 1e-3, 1e-8
 
-MODULE, PROGRAM = "module", "program"  # the two forms
+MODULE, TRACED, PROGRAM = "module", "traced", "program"  # the forms
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +50,29 @@ class Prunable:
     """A network and the channel groups that were proven on it.
 
     Attributes:
-        module: The very network that was given, or its torch.export program.
+        module: The very network that was given, or an fx graph of it.
         groups: In graph order.
+        form: `MODULE`; `TRACED`, an fx graph of its own modules; or `PROGRAM`, of torch.export.
+        branches: Residual branches that can be left out; only fx graphs have any.
     """
 
     module: nn.Module
     groups: tuple[ChannelGroup, ...]
+    form: str
+    branches: tuple[Branch, ...] = ()
 
-    @property
-    def form(self) -> str:
-        """`MODULE` or `PROGRAM`."""
-        return PROGRAM if isinstance(self.module, fx.GraphModule) else MODULE
+    def without(self, plan: Plan) -> nn.Module:
+        """A copy of the network without the channels and branches that `plan` leaves out.
+
+        Raises:
+            PlanError: The plan does not fit.
+        """
+        compact = remove_channels(self.module, self.groups, plan)
+        return remove_branches(compact, check_dropped(self.branches, plan))
+
+    def masked(self, plan: Plan) -> nn.Module:
+        """What `without(plan)` must answer like."""
+        return masked(self.module, self.groups, plan, self.branches)
 
 
 def load_model(
@@ -91,10 +106,11 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
         GraphError: As for `channel_groups`.
     """
     groups = channel_groups(model, example)
+    form = PROGRAM if isinstance(model, fx.GraphModule) else MODULE
     probe = _probe(model, example)
     fault = _fault(probe, groups, *_proof_plans(groups))
     if fault is None and not _has_layers_without_group(model, groups):
-        return Prunable(model, groups)
+        return Prunable(model, groups, form)
     if fault is not None:
         logger.info("%s does not follow its widths: %s", type(model).__name__, fault)
     if not isinstance(model, fx.GraphModule):
@@ -102,8 +118,58 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
         if program is not None and (fault or _size(program.groups) > _size(groups)):
             return program
     if fault is None:
-        return Prunable(model, groups)
-    return Prunable(model, _locked_where_wrong(probe, groups))
+        return Prunable(model, groups, form)
+    return Prunable(model, _locked_where_wrong(probe, groups), form)
+
+
+def with_branches(prunable: Prunable, example: Example) -> Prunable:
+    """The same network in a form in which residual branches can be left out, where it has any.
+
+    Its own code is traced by torch.fx, or, where that fails, exported by torch.export. Then it is
+    proven again, with branches left out: alone, by halves, and all of them.
+    """
+    if prunable.form == MODULE:
+        for make, form in ((traced, TRACED), (partial(export_program, example=example), PROGRAM)):
+            try:
+                network = make(prunable.module)
+            except GraphError as err:
+                logger.info("%s", err)
+                continue
+            found = _proven_branches(network, form, example, prunable.groups)
+            if found is not None:
+                return found
+        return prunable
+    assert isinstance(prunable.module, fx.GraphModule)
+    return _proven_branches(prunable.module, prunable.form, example, prunable.groups) or prunable
+
+
+def _proven_branches(
+    network: fx.GraphModule, form: str, example: Example, known: Sequence[ChannelGroup]
+) -> Prunable | None:
+    """None where the form has no branches, or has other groups, or answers wrongly."""
+    locked = {group.name: group.locked_because for group in known}
+    groups = tuple(
+        replace(g, locked_because=locked.get(g.name, g.locked_because))
+        for g in channel_groups(network, example)
+    )
+    if {g.name: g.n_channels for g in groups} != {g.name: g.n_channels for g in known}:
+        return None
+    branches = residual_branches(network, example, groups)
+    probe = _probe(network, example)
+    if not branches or _fault(probe, groups, *_proof_plans(groups)) is not None:
+        return None
+    names = [branch.name for branch in branches]
+    some = next(iter(_proof_plans(groups)), Plan({})).kept
+    sets = [names, names[::2], names[1::2]]
+    if _fault(probe, groups, *(Plan(some, tuple(s)) for s in sets), branches=branches) is not None:
+        branches = tuple(
+            b for b in branches
+            if _fault(probe, groups, Plan({}, (b.name,)), branches=branches) is None
+        )  # fmt: skip
+        names = [branch.name for branch in branches]
+        if _fault(probe, groups, Plan(some, tuple(names)), branches=branches) is not None:
+            return None
+    return Prunable(network, groups, form, branches) if branches else None
 
 
 def _proven_program(model: nn.Module, example: Example) -> Prunable | None:
@@ -116,7 +182,7 @@ def _proven_program(model: nn.Module, example: Example) -> Prunable | None:
     groups = channel_groups(program, example)
     if _fault(_probe(program, example), groups, *_proof_plans(groups)) is not None:
         return None
-    return Prunable(program, groups)
+    return Prunable(program, groups, PROGRAM)
 
 
 def _has_layers_without_group(model: nn.Module, groups: Sequence[ChannelGroup]) -> bool:
@@ -233,15 +299,21 @@ def _stirred(model: nn.Module) -> nn.Module:
     return stirred
 
 
-def _fault(probe: _Probe, groups: Sequence[ChannelGroup], *plans: Plan) -> str | None:
+def _fault(
+    probe: _Probe,
+    groups: Sequence[ChannelGroup],
+    *plans: Plan,
+    branches: tuple[Branch, ...] = (),
+) -> str | None:
     """What is wrong with the pruned network, beside the masked one; None where nothing is."""
+    prunable = Prunable(probe.model, tuple(groups), "", branches)
     for plan in plans:
-        if not plan.kept:
+        if not plan.kept and not plan.dropped:
             continue
         try:
-            expected = _outputs(call(masked(probe.model, groups, plan), probe.example))
+            expected = _outputs(call(prunable.masked(plan), probe.example))
             with torch.no_grad():
-                got = _outputs(call(remove_channels(probe.model, groups, plan), probe.example))
+                got = _outputs(call(prunable.without(plan), probe.example))
         except FORWARD_FAILURES as err:
             lines = str(err).strip().splitlines()
             return f"{type(err).__name__}: {lines[0] if lines else 'no message'}"

@@ -184,13 +184,44 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which channels stay: group name -> indices of the kept channels, ascending.
+class Branch:
+    """One term of a residual sum, which can be left out whole: what is left is the shortcut.
 
-    A group that is not named keeps all its channels.
+    Attributes:
+        name: The module that holds all of it, as far as one does.
+        node: The sum, a node of the network's fx graph.
+        argument: Which argument of the sum the branch is, 0 or 1.
+        own_nodes: Nodes that only the branch needs, in graph order.
+        modules: Modules that only the branch needs.
+        groups: Names of the channel groups that go with it.
+        macs: Multiply-accumulates of one example that go with it.
+        operation: The sum as ATen knows it, "aten::add" and the like.
+        call: Its number among the operations of that name in a pass, from 0.
+    """
+
+    name: str
+    node: str
+    argument: int
+    own_nodes: tuple[str, ...] = field(repr=False)
+    modules: tuple[str, ...] = field(repr=False)
+    groups: tuple[str, ...]
+    macs: int
+    operation: str = field(repr=False)
+    call: int = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels and which residual branches stay.
+
+    Attributes:
+        kept: Group name -> indices of the kept channels, ascending; a group that is not named
+            keeps all its channels.
+        dropped: Names of the branches that are left out.
     """
 
     kept: Mapping[str, tuple[int, ...]]
+    dropped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", MappingProxyType(dict(self.kept)))

@@ -328,7 +328,7 @@ def record(model: nn.Module, example: Example, rules: "Rules") -> Record:
         seen.states[tensor] = Fixed("it is the model's input", from_input=True)
     with torch.no_grad(), seen.watching_modules(), unfused_attention():
         if isinstance(model, fx.GraphModule):
-            output = call(_Interpreter(model, seen).run, _positional(model, example))
+            output = call(_Interpreter(model, seen).run, positional(model, example))
         else:
             with seen:
                 output = call(model, example)
@@ -362,7 +362,7 @@ class _Interpreter(fx.Interpreter):
         return value
 
 
-def _positional(model: fx.GraphModule, example: Example) -> tuple[Any, ...]:
+def positional(model: fx.GraphModule, example: Example) -> tuple[Any, ...]:
     """The interpreter takes the placeholders' values in order."""
     if not isinstance(example, dict):
         return example if isinstance(example, tuple) else (example,)

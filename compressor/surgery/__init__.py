@@ -1,6 +1,7 @@
 """(model, plan) -> a new, smaller model.
 
-Two engines. `remove_channels` slices tensors in milliseconds and is what the search uses.
+Two engines. `remove_channels` slices tensors in milliseconds and is what the search uses;
+`remove_branches` leaves whole branches out of an fx graph.
 `prune_with_nni` is NNI's ModelSpeedup, which infers the sizes by itself from masks: slow, but
 an independent second opinion on the final model.
 
@@ -19,13 +20,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from compressor.errors import PlanError, unknown_name
+from compressor.surgery.branches import check_dropped, groups_left, remove_branches
 from compressor.surgery.nni_engine import prune_with_nni
 from compressor.surgery.oracle import masked
 from compressor.surgery.positions import Mask, kept_positions, tensor_of
 from compressor.surgery.sizes import kept_in_nodes, rewrite_sizes
 from compressor.values import ChannelGroup, Plan, Role
 
-__all__ = ["check_plan", "masked", "prune_with_nni", "remove_channels"]
+__all__ = [
+    "check_dropped",
+    "check_plan",
+    "groups_left",
+    "masked",
+    "prune_with_nni",
+    "remove_branches",
+    "remove_channels",
+]
 
 
 def remove_channels(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> nn.Module:

@@ -9,14 +9,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.surgery.positions import removed_channels
-from compressor.values import ChannelGroup, Plan
+from compressor.values import Branch, ChannelGroup, Plan
 
-# (operation, its number) -> (argument, dimension, positions) that it is to see zeros at
-Cuts = dict[tuple[str, int], list[tuple[int, int, Tensor]]]
+# (operation, its number) -> (argument, dimension, positions) that it is to see zeros at; without
+# a dimension, everywhere
+Cuts = dict[tuple[str, int], list[tuple[int, int | None, Tensor]]]
 
 
-def masked(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> nn.Module:
-    """`model` whose readers of removed channels see zeros.
+def masked(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    plan: Plan,
+    branches: Sequence[Branch] = (),
+) -> nn.Module:
+    """`model` whose readers of removed channels, and sums of removed branches, see zeros.
 
     Returns:
         A module around the very `model`; it answers without gradients, and changes no tensor.
@@ -28,6 +34,9 @@ def masked(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> nn.M
             rows = reading.index[removed].ravel()
             cut = (reading.argument, reading.dim, torch.from_numpy(rows[rows >= 0]))
             cuts[reading.operation, reading.call].append(cut)
+    for branch in branches:
+        if branch.name in plan.dropped:
+            cuts[branch.operation, branch.call].append((branch.argument, None, torch.empty(0)))
     return _Masked(model, cuts)
 
 
@@ -65,7 +74,12 @@ class _ZeroInputs(TorchDispatchMode):
         name = func._schema.name
         cleared = list(args)
         for argument, dim, columns in self.cuts.get((name, self.n_calls[name]), ()):
-            rows = columns.to(cleared[argument].device)
-            cleared[argument] = cleared[argument].index_fill(dim, rows, 0)
+            seen = cleared[argument]
+            if dim is None and func._schema.is_mutable and argument == 0:
+                seen.zero_()  # the sum is written over the branch, which nothing else reads
+            elif dim is None:
+                cleared[argument] = torch.zeros_like(seen)
+            else:
+                cleared[argument] = seen.index_fill(dim, columns.to(seen.device), 0)
         self.n_calls[name] += 1
         return func(*cleared, **(kwargs or {}))
