@@ -25,7 +25,13 @@ from compressor.graph.branches import residual_branches, traced
 from compressor.model_io import load_model as read_file
 from compressor.model_io.programs import PROGRAM_SUFFIX
 from compressor.program import export_program, free_batch, with_layers
-from compressor.surgery import check_dropped, masked, remove_branches, remove_channels
+from compressor.surgery import (
+    check_dropped,
+    kept_positions,
+    masked,
+    remove_branches,
+    remove_channels,
+)
 from compressor.values import (
     FORWARD_FAILURES,
     Branch,
@@ -69,6 +75,10 @@ class Prunable:
         """
         compact = remove_channels(self.module, self.groups, plan)
         return remove_branches(compact, check_dropped(self.branches, plan))
+
+    def kept_positions(self, plan: Plan) -> Mapping[tuple[str, int], NDArray[np.bool_]]:
+        """(tensor, dimension) -> which positions stay, of all that loses some."""
+        return kept_positions(self.module, self.groups, plan)
 
     def masked(self, plan: Plan) -> nn.Module:
         """What `without(plan)` must answer like."""

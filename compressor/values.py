@@ -246,6 +246,26 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """One parameter tensor, and how its cost follows the widths of groups.
+
+    Attributes:
+        name: In the state_dict.
+        macs: Multiply-accumulates of one example that it takes part in; 0 for biases and norms.
+        params: Its numbers.
+        shape: Of the tensor.
+        shares: For each of its dimensions that channels run along: group name -> share of that
+            dimension. What is missing to 1 stays whatever is pruned.
+    """
+
+    name: str
+    macs: int
+    params: int
+    shape: tuple[int, ...]
+    shares: tuple[Mapping[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """Share of right answers in [0, 1], with the standard error of `n` yes-no answers."""
 

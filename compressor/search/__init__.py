@@ -7,4 +7,5 @@ from compressor.search.objective import Strategy
 
 STRATEGIES: Mapping[str, Strategy] = {
     "bocr": Bocr(),
+    "bo": Bocr(clusters=False, is_informed=False),
 }

@@ -2,70 +2,70 @@
 
 [fan2022] Fan, Mu, Zhang, Bayesian Optimization with Clustering and Rollback for CNN Auto
     Pruning, ECCV 2022, and its released code.
-[ament2023] Ament et al., Unexpected Improvements to Expected Improvement, NeurIPS 2023.
 
 1. Groups with alike importances share one keep ratio: few dimensions, few trials needed.
 2. A Gaussian process learns from every trial and proposes the next.
 3. When trials stop improving, the search *rolls back*: every group gets its own ratio, bounded by
    what the best plans so far used, and all trials so far are kept with their real ratios
-   (*direct* rollback).
+   (*direct* rollback); or it goes by way of a finer cut of the same tree (*gradual*).
 
 Where we deviate, and why:
 
+* Whole residual branches can be left out, which is where the speed is. Every cluster has a second
+  variable: how many of its branches stay, the most harmful last.
 * The paper limits FLOPs, by clipping proposals layer by layer so that late layers pay. We limit
-  measured latency, which no formula gives, so a second Gaussian process learns the logarithm of
-  the speed-up and the acquisition is log constrained expected improvement [ament2023].
+  measured latency, which no formula gives, so a second Gaussian process learns its logarithm,
+  around a latency table (`costs.LatencyTable`), and the acquisition is log constrained expected
+  improvement. Limits on paper are kept exactly, by proportional scaling or by the paper's wall.
+* The first trials are plans made by hand and by the table (`warm_start`).
+* What each variable costs alone was measured before, and the accuracy's process has the sum.
 * Widths are discrete (the target's step), so the acquisition is maximised over plans that can
   be built, by random plans and then step-wise ascent, not by L-BFGS over the box.
-* Length scales are one a dimension with BoTorch's dimension-scaled prior; the paper shares one.
-  Layers of very different cost cannot share one for latency.
+* Length scales are one a dimension with BoTorch's dimension-scaled prior while dimensions are
+  few, and one for all after the rollback; the paper shares one.
 * Trigger points scale with the budget; the paper's are those of 200 trials.
-* Points before the rollback enter with the ratios they really had, as those after it do.
+* Points before the rollback enter with the ratios they really had, as those after it do, and a
+  gradual rollback takes the mean over members, not the first one.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from botorch.acquisition.analytic import (
-    AnalyticAcquisitionFunction,
-    LogConstrainedExpectedImprovement,
-    LogProbabilityOfFeasibility,
-)
-from botorch.fit import fit_gpytorch_mll
-from botorch.models import SingleTaskGP
-from botorch.models.model_list_gp_regression import ModelListGP
-from gpytorch.mlls import ExactMarginalLogLikelihood
 from scipy.stats import qmc
-from torch import Tensor
 
-from compressor.search.clustering import cut, importance_tree
+from compressor.search import warm_start
+from compressor.search.clustering import EU, ST, IntArray, cut, importance_tree, structure_tree
+from compressor.search.costs import LatencyTable
 from compressor.search.objective import (
     CLUSTERS,
     LAYERS,
-    SPEEDUP_MARGIN,
     START,
+    TIME,
+    Objective,
     Problem,
     Proposal,
     best_first,
     feasible_first,
-    finished,
 )
-from compressor.search.space import SearchSpace, Widths
+from compressor.search.space import Ratios, SearchSpace, Widths
+from compressor.search.surrogate import Features, Promise, one_thread
+from compressor.search.warm_start import damages, limits_of, meets, scaled_to, walled, warm_starts
 from compressor.values import Trial
 
-IntArray = npt.NDArray[np.int64]
-
-N_RANDOM = 1024  # random plans that the acquisition is read at, as in the paper's code
+N_RANDOM = 512  # random plans at the limit that the acquisition is read at
+N_WALLED = 128
+N_KNAPSACKS = 48  # with damages as they might be
+HARM_ERROR = 0.7  # of the logarithm of a damage, in those
 N_ASCENTS = 3  # so many of the best climb on, as a beam
+N_CLIMBS = 12
 TOP_K = 10  # plans whose ratios bound the search after the rollback
-FIT_STEPS = 60  # of L-BFGS: as 200 in 5 of 6 proposals of a digits run; 20 only in 3
-MIN_SPEEDUP_ERROR = 0.01  # relative; two finalists came out 1.2 % and 1.6 % from their trials
-T95 = 2.78  # half a trial's interval in standard errors: Student's t of about 5 session pairs
+MIN_BOX = 0.05
+BRIDGE = 1 / 3  # of the variables, in the middle stage of a gradual rollback
+NONE, DIRECT, GRADUAL = "none", "direct", "gradual"
+GLOBAL, PER_DIMENSION = "global", "per-dimension"
+SCALE, WALL = "scale", "wall"
 
 
 @dataclass(frozen=True)
@@ -77,234 +77,304 @@ class Schedule:
         earliest: Trial from which a rollback may happen.
         latest: Trial at which it happens at the latest.
         patience: Trials without improvement that bring it about in between.
+        second_earliest: The same for the second rollback of a gradual one.
+        second_latest: The same for the second rollback of a gradual one.
     """
 
     n_start: int
     earliest: int
     latest: int
     patience: int
+    second_earliest: int
+    second_latest: int
 
     @classmethod
     def scaled(cls, n_trials: int) -> Self:
-        """The paper's schedule (10, 80, 100, 20 of 200) scaled to `n_trials`."""
+        """The paper's schedule (10, 80, 100, 20, 130, 150 of 200) scaled to `n_trials`."""
         return cls(
             n_start=min(n_trials, max(5, n_trials // 20)),
             earliest=round(0.4 * n_trials),
             latest=round(0.5 * n_trials),
             patience=max(3, round(0.1 * n_trials)),
+            second_earliest=round(0.65 * n_trials),
+            second_latest=round(0.75 * n_trials),
         )
 
 
 @dataclass(frozen=True)
 class Bocr:
-    """Bayesian optimisation with clustering and direct rollback."""
+    """Bayesian optimisation with clustering and rollback; see the module.
+
+    Attributes:
+        distance: What makes groups alike: `EU`, `JS` or `ST`.
+        rollback: `NONE`, `DIRECT` or `GRADUAL`.
+        bounds: After a rollback, two numbers for all variables (`GLOBAL`, as in the released
+            code) or two for each (`PER_DIMENSION`).
+        fit_to_limit: How plans are brought to a limit: `SCALE` or `WALL`.
+        clusters: Whether it begins with clusters.
+        is_informed: Whether it knows the latency table, the measured damages and the plans of
+            `warm_start`.
+    """
+
+    distance: str = EU
+    rollback: str = DIRECT
+    bounds: str = GLOBAL
+    fit_to_limit: str = SCALE
+    clusters: bool = True
+    is_informed: bool = True
 
     def propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
         """A plan that was not tried yet; None where none is left."""
-        with _one_thread():  # matrices of a few dozen rows: more threads take half as long again
+        with one_thread():
             return self._propose(problem, trials)
 
     def _propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
-        tried = {problem.space.from_names(trial.widths) for trial in trials}
-        tried.add(problem.space.original)
-        clusters = group_clusters(problem)
-        if len(trials) < Schedule.scaled(problem.n_trials).n_start:
-            for start in _start_design(problem, clusters):
-                if start not in tried:
-                    return Proposal(start, START)
+        if not self.is_informed:
+            problem = replace(problem, timed=(), damages={})
+        space = problem.space
+        tried = {space.from_names(trial.widths) for trial in trials}
+        tried.add(space.original)
+        for start in self._start_design(problem):
+            if len(trials) < self._n_start(problem) and start not in tried:
+                return Proposal(start, START)
+        problem = _at_this_time(problem, len(trials))
+        table = problem.table(trials)
         seed = problem.seed + len(trials)
-        if not _rolled_back(problem, trials):
-            widths = _maximise(problem, trials, clusters, problem.space, tried, seed)
+        stage = self._stage(problem, trials)
+        for labels, phase, own_space in self._stages(problem, trials, stage):
+            maximiser = _Maximiser(self, problem, trials, table, labels, own_space, tried, seed)
+            widths = maximiser.best()
             if widths is not None:
-                return Proposal(widths, CLUSTERS)
-        every_group = np.arange(len(problem.space.groups))
-        for space in (_bounded(problem, trials), problem.space):
-            widths = _maximise(problem, trials, every_group, space, tried, seed)
-            if widths is not None:
-                return Proposal(widths, LAYERS)
+                return Proposal(widths, phase)
         return None
 
+    def _n_start(self, problem: Problem) -> int:
+        n = Schedule.scaled(problem.n_trials).n_start
+        warm = len(self._warm_starts(problem)) if self.is_informed else 0
+        return min(max(n, warm), max(n, problem.n_trials // 4))
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
+    def _warm_starts(self, problem: Problem) -> list[Widths]:
+        return warm_starts(problem, problem.table([]))
+
+    def _start_design(self, problem: Problem) -> list[Widths]:
+        """Plans of `warm_start`, then Sobol points over the clusters."""
+        labels = self.labels(problem, problem.n_clusters)
+        sobol = qmc.Sobol(int(labels.max()) + 1, scramble=False).random(64)[1:]  # no zero point
+        fitted = self._at_limit(problem, problem.table([]), expand(problem, labels, sobol))
+        return [*(self._warm_starts(problem) if self.is_informed else []), *fitted]
+
+    def _at_limit(self, problem: Problem, table: LatencyTable, ratios: Ratios) -> list[Widths]:
+        limits = limits_of(problem)[0]
+        if not self.is_informed:  # what is on paper is on paper for everybody
+            limits = {m: limit for m, limit in limits.items() if m != TIME}
+        if not limits:
+            return problem.space.snap(ratios)
+        if self.fit_to_limit == WALL:
+            return walled(problem, table, limits, ratios[:N_WALLED])
+        return scaled_to(problem, table, limits, ratios)
+
+    def labels(self, problem: Problem, n_clusters: int) -> IntArray:
+        """`(n_variables,)`: the cluster of every group, then that of every branch.
+
+        A branch goes with the first of its groups, in a cluster of its own kind.
+        """
+        space = problem.space
+        n_groups = len(space.groups)
+        groups = np.arange(n_groups)
+        if self.clusters and n_groups > max(n_clusters, 2):
+            tree = (
+                structure_tree(space, problem.layers)
+                if self.distance == ST
+                else importance_tree(space.scores, distance=self.distance)
+            )
+            groups = cut(tree, n_clusters)
+        elif not self.clusters:
+            return np.arange(len(space.choices))
+        of_branches = []
+        for b in range(len(space.branches)):
+            members = np.flatnonzero(space.inside[:, b])
+            of_branches.append(int(groups[members[0]]) if len(members) else -1)
+        labels = np.concatenate([groups, n_groups + 1 + np.array(of_branches, dtype=np.int64)])
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+    def _stage(self, problem: Problem, trials: Sequence[Trial]) -> int:
+        """0 in clusters, 1 in the finer cut of a gradual rollback, 2 with every variable free."""
+        if not self.clusters:
+            return 2
+        if self.rollback == NONE:
+            return 0
+        schedule = Schedule.scaled(problem.n_trials)
+        windows = [(schedule.earliest, schedule.latest)]
+        if self.rollback == GRADUAL:
+            windows.append((schedule.second_earliest, schedule.second_latest))
+        stage, best, last = 0, -np.inf, 0
+        for number in range(len(trials) + 1):
+            if stage < len(windows):
+                earliest, latest = windows[stage]
+                tired = number >= earliest and number - 1 - last >= schedule.patience
+                if number >= latest or tired:
+                    stage, last = stage + 1, number
+            if number < len(trials) and trials[number].accuracy is not None:
+                trial = trials[number]
+                value = problem.value(trial)
+                if problem.excess(trial) == 0 and value > best:
+                    best, last = value, number
+        return 2 if stage == len(windows) else stage
+
+    def _stages(
+        self, problem: Problem, trials: Sequence[Trial], stage: int
+    ) -> list[tuple[IntArray, str, SearchSpace]]:
+        """What to try in turn: (clusters, phase, space); wider where nothing new is left."""
+        space = problem.space
+        free = np.arange(len(space.choices))
+        found = []
+        if stage == 0:
+            found.append((self.labels(problem, problem.n_clusters), CLUSTERS, space))
+        if stage == 1:
+            finer = max(problem.n_clusters + 1, round(BRIDGE * len(space.groups)))
+            found.append((self.labels(problem, finer), CLUSTERS, self._bounded(problem, trials)))
+        if stage == 2 and self.clusters:
+            found.append((free, LAYERS, self._bounded(problem, trials)))
+        return [*found, (free, LAYERS, space)]
+
+    def _bounded(self, problem: Problem, trials: Sequence[Trial]) -> SearchSpace:
+        """The space between the smallest and the largest ratio of the best feasible plans.
+
+        Unchanged without a feasible plan. Branches stay free: between 0 and 1 there is nothing.
+        """
+        space = problem.space
+        feasible = feasible_first(trials, problem)[:TOP_K]
+        if not feasible:
+            return space
+        plans = [space.from_names(trial.widths) for trial in feasible]
+        n_groups = len(space.groups)
+        used = (np.array(plans) / space.sizes)[:, :n_groups]
+        if not used.size:
+            return space
+        low, high = used.min(axis=0), used.max(axis=0)
+        if self.bounds == GLOBAL:
+            low, high = np.full(n_groups, low.min()), np.full(n_groups, high.max())
+        missing = np.maximum(MIN_BOX - (high - low), 0) / 2
+        low, high = low - missing - 1e-9, high + missing + 1e-9
+        choices = list(space.choices)
+        for i, (a, b) in enumerate(zip(low, high, strict=True)):
+            inside = tuple(w for w in space.choices[i] if a <= w / space.sizes[i] <= b)
+            choices[i] = inside or space.choices[i]
+        return replace(space, choices=tuple(choices))
 
 
-def group_clusters(problem: Problem) -> IntArray:
-    """`(n_groups,)` the cluster that each free group starts in."""
-    n_groups = len(problem.space.groups)
-    if n_groups <= problem.n_clusters or n_groups < 3:
-        return np.arange(n_groups)
-    return cut(importance_tree(problem.space.scores), problem.n_clusters)
+def expand(problem: Problem, labels: IntArray, points: Ratios) -> Ratios:
+    """`(n, n_variables)` ratios from `(n, n_clusters)` points in [0, 1].
 
-
-def _start_design(problem: Problem, clusters: IntArray) -> list[Widths]:
-    """The narrowest plan (can the limit be met at all?), then Sobol points over the clusters."""
-    space = problem.space
-    floors = space.ratios([space.narrowest])[0]
-    n_clusters = int(clusters.max()) + 1
-    sobol = qmc.Sobol(n_clusters, scramble=False).random(64)[1:]  # the first is the zero point
-    low = np.array([floors[clusters == k].min() for k in range(n_clusters)])
-    ratios = low + sobol * (1 - low)
-    return [space.narrowest, *space.snap(ratios[:, clusters])]
-
-
-def _rolled_back(problem: Problem, trials: Sequence[Trial]) -> bool:
-    """Whether groups have ratios of their own by now; decided from the trials alone."""
-    if any(trial.phase == LAYERS for trial in trials):
-        return True
-    schedule = Schedule.scaled(problem.n_trials)
-    best, last_improved = -np.inf, 0
-    for number, trial in enumerate(trials):
-        if trial.accuracy is None or trial.speedup is None:
-            continue
-        if trial.speedup >= problem.min_speedup and trial.accuracy.value > best:
-            best, last_improved = trial.accuracy.value, number
-    n_without = len(trials) - 1 - last_improved
-    if len(trials) >= schedule.latest:
-        return True
-    return len(trials) >= schedule.earliest and n_without >= schedule.patience
-
-
-def _bounded(problem: Problem, trials: Sequence[Trial]) -> SearchSpace:
-    """The space between the smallest and the largest ratio of the best feasible plans.
-
-    Two numbers for all groups, as in the released code; unchanged without a feasible plan.
+    A group has its cluster's ratio; of a cluster's branches, the share stays whose loss harms
+    most.
     """
     space = problem.space
-    feasible = feasible_first(trials, problem.min_speedup)[:TOP_K]
-    if not feasible:
-        return space
-    used = space.ratios([space.from_names(trial.widths) for trial in feasible])
-    low, high = used.min() - 1e-9, used.max() + 1e-9
-    choices = []
-    for choice, n_channels in zip(space.choices, space.n_channels, strict=True):
-        inside = tuple(w for w in choice if low <= w / n_channels <= high)
-        choices.append(inside or choice)
-    return SearchSpace(space.groups, space.scores, tuple(choices))
+    n_groups = len(space.groups)
+    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
+    ratios = floors + points[:, labels] * (1 - floors)
+    harm = damages(problem)
+    branches = np.arange(n_groups, len(labels))
+    for k in np.unique(labels[n_groups:]):
+        members = branches[labels[branches] == k]
+        ranks = np.empty(len(members))
+        ranks[np.argsort(-harm[members], kind="stable")] = np.arange(len(members))
+        # The harmful ones first: rank 0 stays as long as anything does.
+        ratios[:, members] = np.clip(points[:, [k]] * len(members) - ranks, 0, 1)
+    return ratios
 
 
-def _maximise(
-    problem: Problem,
-    trials: Sequence[Trial],
-    clusters: IntArray,
-    space: SearchSpace,
-    tried: set[Widths],
-    seed: int,
-) -> Widths | None:
-    """The untried plan of `space` that promises most; None where none is left."""
-    generator = np.random.default_rng(seed)
-    pool = {w: None for w in _pool(problem, trials, clusters, space, generator) if w not in tried}
-    if not pool:
-        return None
-    acquisition = _Acquisition(problem, trials, clusters, seed)
-    plans = list(pool)
-    values = acquisition.values(plans)
-    if clusters.max() + 1 < len(clusters):
-        return max(zip(values, plans, strict=True))[1]  # few dimensions: the pool is dense
-    climbers = sorted(zip(values, plans, strict=True), reverse=True)[:N_ASCENTS]
-    while True:
-        near = {w: None for _, plan in climbers for w in space.neighbours(plan) if w not in tried}
-        ranked = [*climbers, *zip(acquisition.values(list(near)), near, strict=True)]
-        higher = sorted(set(ranked), reverse=True)[:N_ASCENTS]
-        if higher == climbers:
-            return climbers[0][1]
-        climbers = higher
+def _at_this_time(problem: Problem, n_trials: int) -> Problem:
+    """Where the whole front is wanted: the problem with one time of it as the limit, in turn."""
+    if not problem.objective.front:
+        return problem
+    times = np.linspace(0.9, 0.3, 7)
+    limit = float(times[n_trials % len(times)])
+    return replace(problem, objective=Objective(limits={TIME: limit}))
 
 
-def _pool(
-    problem: Problem,
-    trials: Sequence[Trial],
-    clusters: IntArray,
-    space: SearchSpace,
-    generator: np.random.Generator,
-) -> list[Widths]:
-    """Random plans of `space`, and around the best trials where groups are free."""
-    n_clusters = int(clusters.max()) + 1
-    floors = space.ratios([space.narrowest])[0]
-    tops = space.ratios([space.original])[0]
-    uniform = generator.uniform(size=(N_RANDOM, n_clusters))[:, clusters]
-    plans = space.snap(floors + uniform * (tops - floors))
-    if n_clusters == len(clusters):
-        best = best_first(trials, problem.min_speedup)[:TOP_K]
-        used = problem.space.ratios([problem.space.from_names(t.widths) for t in best])
-        for kept in space.snap(used):
-            for widths in space.neighbours(kept):
-                plans.append(widths)
-                further = space.neighbours(widths)
-                plans.append(further[generator.integers(len(further))])
-    return plans
-
-
-class _Acquisition:
-    """Log constrained expected improvement of plans, from all finished trials.
-
-    Legend: `n` trials and the original, `d` clusters (or groups), features are keep ratios.
-    """
+class _Maximiser:
+    """Finds the untried plan that promises most."""
 
     def __init__(
-        self, problem: Problem, trials: Sequence[Trial], clusters: IntArray, seed: int
+        self,
+        strategy: Bocr,
+        problem: Problem,
+        trials: Sequence[Trial],
+        table: LatencyTable,
+        labels: IntArray,
+        space: SearchSpace,
+        tried: set[Widths],
+        seed: int,
     ) -> None:
-        self.space, self.clusters = problem.space, clusters
-        known = finished(trials)
-        widths = [problem.space.original, *(problem.space.from_names(t.widths) for t in known)]
-        features = self._features(widths)
-        accuracies = [problem.original_accuracy, *(t.accuracy for t in known if t.accuracy)]
-        speedups = np.array([1.0, *(t.speedup for t in known if t.speedup is not None)])
-        errors = np.array([MIN_SPEEDUP_ERROR, *(_relative_error(t) for t in known)])
-        accuracy = _column([a.value for a in accuracies])
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            gp_accuracy = _fit(
-                features, accuracy, _column([a.standard_error**2 for a in accuracies])
-            )
-            gp_log_speedup = _fit(features, _column(np.log(speedups)), _column(errors**2))
-        model = ModelListGP(gp_accuracy, gp_log_speedup)
-        limits: dict[int, tuple[float | None, float | None]] = {
-            1: (float(np.log(problem.min_speedup * SPEEDUP_MARGIN)), None)
-        }
-        feasible = torch.from_numpy(speedups >= problem.min_speedup)
-        if feasible.any():
-            with torch.no_grad():
-                means = gp_accuracy.posterior(features[feasible]).mean
-            self.acquisition: AnalyticAcquisitionFunction = LogConstrainedExpectedImprovement(
-                model, best_f=means.max(), objective_index=0, constraints=limits
-            )
-        else:
-            self.acquisition = LogProbabilityOfFeasibility(model, constraints=limits)
+        self.strategy, self.problem, self.trials, self.table = strategy, problem, trials, table
+        self.labels, self.space, self.tried, self.seed = labels, space, tried, seed
+        self.is_free = int(labels.max()) + 1 == len(labels)
 
-    def values(self, plans: Sequence[Widths]) -> list[float]:
-        if not plans:
-            return []
-        with torch.no_grad():
-            values: Tensor = self.acquisition(self._features(plans).unsqueeze(-2))
-        return [float(v) for v in values]
+    def best(self) -> Widths | None:
+        """None where no untried plan is left."""
+        pool = self._allowed(self._pool(np.random.default_rng(self.seed)))
+        if not pool:
+            return None
+        informed = self.strategy.is_informed
+        features = Features(self.problem, self.table, self.labels, informed=informed)
+        promise = Promise(
+            self.problem, self.trials, features, informed=informed, seed=self.seed
+        )  # fmt: skip
+        ranked = sorted(zip(promise(pool), pool, strict=True), reverse=True)
+        if not self.is_free:
+            return ranked[0][1]  # few dimensions: the pool is dense
+        climbers = ranked[:N_ASCENTS]
+        for _ in range(N_CLIMBS):
+            near = self._allowed([p for _, plan in climbers for p in self._neighbours(plan)])
+            tops = [*climbers, *zip(promise(near), near, strict=True)]
+            higher = sorted(set(tops), reverse=True)[:N_ASCENTS]
+            if higher == climbers:
+                break
+            climbers = higher
+        return climbers[0][1]
 
-    def _features(self, plans: Sequence[Widths]) -> Tensor:
-        """`(n, d)` float64: mean real ratio over the members of each cluster."""
-        ratios = self.space.ratios(plans)
-        n_clusters = int(self.clusters.max()) + 1
-        columns = [ratios[:, self.clusters == k].mean(axis=1) for k in range(n_clusters)]
-        return torch.from_numpy(np.stack(columns, axis=1))
+    def _neighbours(self, plan: Widths) -> list[Widths]:
+        """Inside the bounded space, also from plans that lie outside it."""
+        inside = [
+            p for p in self.problem.space.neighbours(plan)
+            if all(w in c or w == old
+                   for w, old, c in zip(p, plan, self.space.choices, strict=True))
+        ]  # fmt: skip
+        return inside
 
+    def _allowed(self, plans: Sequence[Widths]) -> list[Widths]:
+        """New ones, each once, that keep the limits on paper."""
+        new = [plan for plan in dict.fromkeys(plans) if plan not in self.tried]
+        on_paper = {m: x for m, x in self.problem.objective.limits.items() if m != TIME}
+        if not new or not on_paper:
+            return new
+        fits = meets(self.problem, self.table, on_paper, new)
+        return [plan for plan, fit in zip(new, fits, strict=True) if fit]
 
-def _fit(features: Tensor, values: Tensor, variances: Tensor) -> SingleTaskGP:
-    model = SingleTaskGP(features, values, train_Yvar=variances)
-    likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
-    fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": FIT_STEPS}})
-    return model
+    def _pool(self, generator: np.random.Generator) -> list[Widths]:
+        problem, space = self.problem, self.problem.space
+        points = generator.uniform(size=(N_RANDOM, int(self.labels.max()) + 1))
+        ratios = self._uniform(points) if self.is_free else expand(problem, self.labels, points)
+        plans = [*self.strategy._at_limit(problem, self.table, ratios), *space.snap(ratios)]
+        if not self.is_free:
+            return plans
+        if self.strategy.is_informed:
+            for limits in limits_of(problem):
+                for _ in range(N_KNAPSACKS // len(limits_of(problem))):
+                    harm = damages(problem)
+                    harm = harm * np.exp(HARM_ERROR * generator.standard_normal(len(harm)))
+                    plans.append(warm_start.knapsack(problem, self.table, limits, harm))
+        for trial in best_first(self.trials, problem)[:TOP_K]:
+            for widths in self._neighbours(space.from_names(trial.widths)):
+                plans.append(widths)
+                further = self._neighbours(widths)
+                if further:
+                    plans.append(further[generator.integers(len(further))])
+        return plans
 
-
-def _relative_error(trial: Trial) -> float:
-    assert trial.speedup_ci95 is not None
-    low, high = np.log(trial.speedup_ci95)
-    return float(np.hypot((high - low) / (2 * T95), MIN_SPEEDUP_ERROR))
-
-
-def _column(values: Sequence[float] | npt.NDArray[np.float64]) -> Tensor:
-    return torch.tensor(np.asarray(values), dtype=torch.float64).unsqueeze(-1)
+    def _uniform(self, points: Ratios) -> Ratios:
+        """`points` in [0, 1] as ratios of the bounded space."""
+        floors = np.array([choice[0] for choice in self.space.choices]) / self.space.sizes
+        tops = np.array([choice[-1] for choice in self.space.choices]) / self.space.sizes
+        return np.asarray(floors + points * (tops - floors))

@@ -1,16 +1,23 @@
-"""Groups with alike importance statistics share one keep ratio first [fan2022, sec. 3.1].
+"""Groups that are alike share one keep ratio first [fan2022, sec. 3.1]; channels too [chang2022].
 
 [fan2022] Fan, Mu, Zhang, Bayesian Optimization with Clustering and Rollback for CNN Auto
     Pruning, ECCV 2022, and its released code.
+[chang2022] Chang, Lu, Xue, Xu, Wei, Automatic channel pruning via clustering and swarm
+    intelligence optimization for CNN, Applied Intelligence 52, 2022, and its released code.
 
-1. Shift each group's importances by their lower median.
-2. Estimate their density with a Gaussian kernel (Scott's bandwidth).
-3. Read the density at 1000 points; the distance of two groups is the Euclidean norm of the
-   difference of their readings.
-4. Ward linkage. The tree is kept: a rollback cuts it again, finer.
+Distance of two groups, by one of three measures:
 
-The released code reads the density on [-15, 15], which fits the weights of its networks. `AUTO`,
-our default, reads it where these importances are: their pooled range, 3 bandwidths wider.
+* `EU`, `JS`: shift each group's importances by their lower median, estimate their density with a
+  Gaussian kernel (Scott's bandwidth), read it at 1000 points; Euclidean norm of the difference of
+  the readings, or Jensen-Shannon distance (on which Ward's linkage has no justification; the
+  released code does it, and so do we).
+* `ST`: Euclidean distance of [c_in, c_out, kernel, parameters, MACs, output side, c_in / c_out]
+  of the layer that reads the group, each as a share of the largest.
+
+Ward linkage. The tree is kept: a rollback cuts it again, finer.
+
+The released code reads densities on [-15, 15], which fits the weights of its networks. `AUTO`,
+our default, reads them where these importances are: their pooled range, 3 bandwidths wider.
 """
 
 from collections.abc import Sequence
@@ -20,23 +27,34 @@ import numpy.typing as npt
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist
 from scipy.stats import gaussian_kde
+from sklearn.cluster import DBSCAN
+
+from compressor.search.space import SearchSpace
+from compressor.values import LayerCost
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+EU, JS, ST = "eu", "js", "st"
 N_POINTS = 1000
 FIXED_GRID = (-15.0, 15.0)
 AUTO = None
+NO_ZERO = 9.88131292e-50  # as in the released code; a density of 0 has no divergence
+MIN_ALIKE = 5  # channels that make a cluster, as in the code of [chang2022]
 
 
 def importance_tree(
-    importances: Sequence[FloatArray], *, grid: tuple[float, float] | None = AUTO
+    importances: Sequence[FloatArray],
+    *,
+    grid: tuple[float, float] | None = AUTO,
+    distance: str = EU,
 ) -> FloatArray:
     """Ward linkage of the groups, as `scipy.cluster.hierarchy` writes it: `(n_groups - 1, 4)`.
 
     Args:
         importances: Per group `(n_channels,)`, at least 2 groups; channel counts may differ.
         grid: Where densities are read; `AUTO`, or `FIXED_GRID` as in the released code.
+        distance: `EU` or `JS`.
     """
     shifted = [_spread(values - _lower_median(values)) for values in importances]
     densities = [gaussian_kde(values) for values in shifted]
@@ -45,15 +63,61 @@ def importance_tree(
         pooled = np.concatenate(shifted)
         grid = (float(pooled.min()) - margin, float(pooled.max()) + margin)
     points = np.linspace(*grid, N_POINTS)
-    readings = np.stack([kde(points) for kde in densities])
-    tree: FloatArray = linkage(pdist(readings), "ward")
-    return tree
+    readings = np.stack([kde(points) for kde in densities]) + NO_ZERO
+    return _ward(readings, {EU: "euclidean", JS: "jensenshannon"}[distance])
+
+
+def structure_tree(space: SearchSpace, layers: Sequence[LayerCost]) -> FloatArray:
+    """Ward linkage of the groups by the structure of the layers that read them; see `ST`.
+
+    Args:
+        space: With at least 2 groups.
+        layers: From `graph.costs.layer_costs`.
+    """
+    rows = []
+    for group in space.groups:
+        readers = [x for x in layers if len(x.shape) > 1 and group.name in _read_by(x)]
+        layer = max(readers, key=lambda x: x.macs, default=None)
+        if layer is None:
+            rows.append([float(group.n_channels), *[0.0] * 6])
+            continue
+        c_out, c_in, *kernel = layer.shape
+        side = np.sqrt(layer.macs / layer.params)
+        rows.append(
+            [c_in, c_out, kernel[0] if kernel else 1, layer.params, layer.macs, side, c_in / c_out]
+        )
+    features = np.array(rows, dtype=np.float64)
+    largest = features.max(axis=0)
+    return _ward(features / np.where(largest > 0, largest, 1), "euclidean")
 
 
 def cut(tree: FloatArray, n_clusters: int) -> IntArray:
     """`(n_groups,)` cluster of each group, from 0; fewer than asked where groups are identical."""
     labels: IntArray = fcluster(tree, n_clusters, "maxclust").astype(np.int64) - 1
     return labels
+
+
+def n_distinct(maps: FloatArray, eps: float) -> int:
+    """How many channels are left where those with alike feature maps count once [chang2022].
+
+    DBSCAN with cosine distance: clusters, and channels that lie in none.
+
+    Args:
+        maps: `(n_channels, n_pixels)` mean feature maps.
+        eps: Largest cosine distance of neighbours; larger merges more.
+    """
+    labels = DBSCAN(eps=eps, min_samples=MIN_ALIKE, metric="cosine").fit(maps).labels_
+    return int(len(set(labels[labels >= 0])) + (labels < 0).sum())
+
+
+def _read_by(layer: LayerCost) -> set[str]:
+    """Groups along the second dimension; of a depthwise layer, along its only one."""
+    return set(layer.shares[-1]) if layer.shares else set()
+
+
+def _ward(rows: FloatArray, metric: str) -> FloatArray:
+    tree: FloatArray = linkage(pdist(rows, metric), "ward")  # type: ignore[call-overload]
+    return tree
 
 
 def _lower_median(values: FloatArray) -> float:

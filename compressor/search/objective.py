@@ -1,24 +1,71 @@
-"""What a search is asked for: the most accurate plan that meets the latency limit.
+"""What a search is asked for, and which of two trials is the better one.
 
-Larger is better for both figures: accuracy in [0, 1], and speed-up, the measured ratio
-original / candidate. A plan is feasible where its speed-up reaches `min_speedup`.
+Costs are shares of the original's: a network twice as fast has time 0.5. Four questions can be
+asked (`Objective`): the most accurate network within limits; the fastest one that loses no more
+than so much accuracy; the largest weighted sum of what is kept and what is saved [choudhary2022];
+and the whole front of accuracy against time.
+
+[choudhary2022] Choudhary, Mishra, Goswami, Sarangapani, Inference-aware convolutional neural
+    network pruning, FGCS 135, 2022. Their weights are not known; ours are options.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+
+from compressor.search.costs import Costs, FloatArray, LatencyTable
 from compressor.search.space import SearchSpace, Widths
-from compressor.values import Accuracy, Trial
+from compressor.values import Accuracy, LayerCost, Trial
 
 START, CLUSTERS, LAYERS = "start", "clusters", "layers"
+TIME, MACS, PARAMS = "time", "macs", "params"
+ACCURACY = "accuracy"
 
-# A trial's speed-up is good to about 2 %; proposals aim this much above the limit.
-SPEEDUP_MARGIN = 1.02
+# A trial's time is good to about 2 %; proposals aim this much below the limit.
+TIME_MARGIN = 0.98
 
-# The narrowest plan is measured first. Where even it stays this far below the limit, no plan of
-# this space meets it and the rest of the budget is saved.
-HOPELESS = 0.95
+# Where even the fastest plan stays this far above the limit, no plan of this space meets it.
+HOPELESS = 1.05
+
+MIN_ERROR = 0.01  # of log time; two finalists came out 1.2 % and 1.6 % from their trials
+T95 = 2.78  # half a trial's interval in standard errors: Student's t of about 5 session pairs
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is wanted.
+
+    Attributes:
+        limits: `TIME`, `MACS` or `PARAMS` -> largest share of the original's.
+        min_accuracy: Lowest accuracy; then time is what is minimised.
+        weights: `ACCURACY`, `TIME`, `MACS` or `PARAMS` -> weight; then the sum of the weighted
+            accuracy (as a share of the original's) and savings is what is maximised.
+        front: Every time between the fastest and the original's is wanted with the best accuracy.
+    """
+
+    limits: Mapping[str, float] = field(default_factory=dict)
+    min_accuracy: float | None = None
+    weights: Mapping[str, float] | None = None
+    front: bool = False
+
+
+@dataclass(frozen=True)
+class TimedPlan:
+    """A plan that was timed before the search.
+
+    Attributes:
+        widths: Variable's name -> its number.
+        speedup: original / candidate.
+        speedup_ci95: Its interval.
+    """
+
+    widths: Mapping[str, int]
+    speedup: float
+    speedup_ci95: tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +74,86 @@ class Problem:
 
     Attributes:
         space: What may be chosen.
-        min_speedup: The latency limit as a ratio original / candidate.
-        original_accuracy: Of the original network on the search split; its speed-up is 1.
+        layers: What its layers cost; empty where no cost on paper is asked for.
+        objective: What is wanted.
+        original_accuracy: Of the original network on the search split; its costs are 1.
         n_trials: The budget.
         n_clusters: Clusters that groups start in.
         seed: Decides every random draw; the same trials give the same proposal.
+        damages: Variable's name -> accuracy that is lost, in [0, 1], where it alone is at its
+            least; empty where it was not measured.
+        timed: Plans that were timed before the search.
     """
 
     space: SearchSpace
-    min_speedup: float
+    objective: Objective
     original_accuracy: Accuracy
     n_trials: int
     n_clusters: int
     seed: int
+    layers: tuple[LayerCost, ...] = ()
+    damages: Mapping[str, float] = field(default_factory=dict)
+    timed: Sequence[TimedPlan] = ()
+
+    @cached_property
+    def costs(self) -> Costs:
+        """On paper."""
+        return Costs(self.space, self.layers)
+
+    def table(self, trials: Sequence[Trial]) -> LatencyTable:
+        """The latency table, from all that was timed so far."""
+        timed = self.all_timed(trials)
+        plans = [self.space.from_names(plan.widths) for plan in timed]
+        times = np.array([1 / plan.speedup for plan in timed])
+        errors = np.array([log_error(plan.speedup_ci95) for plan in timed])
+        return LatencyTable(self.costs, plans, times, errors)
+
+    def all_timed(self, trials: Sequence[Trial]) -> list[TimedPlan]:
+        """Before the search and in it."""
+        in_trials = [
+            TimedPlan(t.widths, t.speedup, t.speedup_ci95)
+            for t in trials
+            if t.speedup is not None and t.speedup_ci95 is not None
+        ]
+        return [*self.timed, *in_trials]
+
+    def expected(self, metric: str, plans: Sequence[Widths], table: LatencyTable) -> FloatArray:
+        """`(n_plans,)` share of the original's that is expected of `plans`."""
+        if metric == TIME:
+            return table.times(plans)
+        return self.costs.macs(plans) if metric == MACS else self.costs.params(plans)
+
+    def share(self, metric: str, trial: Trial) -> float:
+        """What the trial has of the original's `metric`."""
+        if metric == TIME:
+            assert trial.speedup is not None
+            return 1 / trial.speedup
+        plans = [self.space.from_names(trial.widths)]
+        return float((self.costs.macs if metric == MACS else self.costs.params)(plans)[0])
+
+    def excess(self, trial: Trial) -> float:
+        """How far the trial is beyond its limits, as a sum of logarithms; 0 where it meets all."""
+        assert trial.accuracy is not None
+        beyond = sum(
+            max(0.0, math.log(self.share(metric, trial) / limit))
+            for metric, limit in self.objective.limits.items()
+        )
+        if self.objective.min_accuracy is not None:
+            missing = self.objective.min_accuracy - trial.accuracy.value
+            beyond += max(0.0, missing)
+        return beyond
+
+    def value(self, trial: Trial) -> float:
+        """What is maximised."""
+        assert trial.accuracy is not None
+        if self.objective.weights is not None:
+            weights = dict(self.objective.weights)
+            accuracy = trial.accuracy.value / max(self.original_accuracy.value, 1e-9)
+            total = weights.pop(ACCURACY, 0.0) * accuracy
+            return total + sum(w * (1 - self.share(m, trial)) for m, w in weights.items())
+        if self.objective.min_accuracy is not None:
+            return -math.log(self.share(TIME, trial))
+        return trial.accuracy.value
 
 
 @dataclass(frozen=True)
@@ -60,34 +174,43 @@ class Strategy(Protocol):
         """
 
 
+def log_error(interval: tuple[float, float]) -> float:
+    """Standard error of the logarithm of a ratio with that 95 % interval."""
+    low, high = np.log(interval)
+    return float(np.hypot((high - low) / (2 * T95), MIN_ERROR))
+
+
 def finished(trials: Sequence[Trial]) -> list[Trial]:
     """Trials with a measurement, in order."""
     return [trial for trial in trials if trial.accuracy is not None]
 
 
-def best_first(trials: Sequence[Trial], min_speedup: float) -> list[Trial]:
-    """Feasible trials by falling accuracy, then the infeasible ones by falling speed-up."""
+def best_first(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
+    """Trials within the limits by falling value, then the others by rising excess."""
 
-    def rank(trial: Trial) -> tuple[bool, float, float]:
-        assert trial.accuracy is not None
+    def rank(trial: Trial) -> tuple[float, float, float]:
         assert trial.speedup is not None
-        if trial.speedup >= min_speedup:
-            return (True, trial.accuracy.value, trial.speedup)
-        return (False, trial.speedup, trial.accuracy.value)
+        return (-problem.excess(trial), problem.value(trial), trial.speedup)
 
     return sorted(finished(trials), key=rank, reverse=True)
 
 
-def feasible_first(trials: Sequence[Trial], min_speedup: float) -> list[Trial]:
-    """Only the trials that meet the limit, by falling accuracy."""
-    ranked = best_first(trials, min_speedup)
-    return [t for t in ranked if t.speedup is not None and t.speedup >= min_speedup]
+def feasible_first(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
+    """Only the trials within the limits, by falling value."""
+    return [trial for trial in best_first(trials, problem) if problem.excess(trial) == 0]
 
 
-def is_hopeless(trial: Trial, problem: Problem) -> bool:
-    """Whether `trial` shows that no plan of the space can meet the limit."""
-    return (
-        problem.space.from_names(trial.widths) == problem.space.narrowest
-        and trial.speedup_ci95 is not None
-        and trial.speedup_ci95[1] < HOPELESS * problem.min_speedup
-    )
+def penalised(trial: Trial, problem: Problem) -> float:
+    """One number for optimisers that know no limits: beyond them, the worse the further."""
+    excess = problem.excess(trial)
+    return problem.value(trial) if excess == 0 else -excess
+
+
+def is_hopeless(problem: Problem) -> bool:
+    """Whether even the fastest plan, which was timed before the search, misses the time limit."""
+    limit = problem.objective.limits.get(TIME)
+    fastest = [t for t in problem.timed
+               if problem.space.from_names(t.widths) == problem.space.narrowest]  # fmt: skip
+    if limit is None or not fastest:
+        return False
+    return 1 / fastest[0].speedup_ci95[1] > HOPELESS * limit

@@ -31,6 +31,7 @@ __all__ = [
     "check_dropped",
     "check_plan",
     "groups_left",
+    "kept_positions",
     "masked",
     "prune_with_nni",
     "remove_branches",

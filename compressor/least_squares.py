@@ -1,0 +1,163 @@
+"""Least squares: weights that answer with the channels left as the layer did with all of them.
+
+[fan2022] Fan, Mu, Zhang, Bayesian Optimization with Clustering and Rollback for CNN Auto
+    Pruning, ECCV 2022, and its released code; after [he2017] He, Zhang, Sun, Channel Pruning for
+    Accelerating Very Deep Neural Networks, ICCV 2017.
+
+A layer that reads fewer channels than before gets the weights W_S that minimise
+|| X_S W_S' - X W' ||, with X what the layer read in the original network and W its weights. The
+released code solves that from 30,000 rows of X for every candidate. But with G = X'X, gathered
+once, the minimiser is W_S' = inv(G_SS) G_S: W', a small solve, and X is not needed any more.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.values import ChannelGroup, Role
+
+Kept = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
+
+N_POSITIONS = 10  # of every batch, the same ones for all its images, as in the released code
+RIDGE = 1e-9  # of the mean diagonal; channels that are always 0 need some
+MAX_FEATURES = 6000  # a Gram matrix of 288 MB; wider layers keep their weights
+
+
+@dataclass(frozen=True, eq=False)
+class LeastSquares:
+    """What the layers of a network read, as Gram matrices.
+
+    Attributes:
+        grams: Module -> `(n_features, n_features)` float64; features are input channels times
+            taps, as in the weight.
+    """
+
+    grams: Mapping[str, Tensor]
+
+    def repair(self, pruned: nn.Module, original: nn.Module, kept: Kept) -> None:
+        """Refits the layers of `pruned` that read fewer channels, in place.
+
+        Args:
+            pruned: `original` with fewer channels.
+            original: The network that the Gram matrices are of.
+            kept: (tensor, dimension) -> which positions of the original's tensor are left.
+        """
+        left = dict(pruned.named_modules())
+        for name, gram in self.grams.items():
+            layer, inputs = left.get(name), kept.get((f"{name}.weight", 1))
+            if layer is None or inputs is None:
+                continue
+            whole, weight = original.get_submodule(name).weight, layer.weight
+            assert isinstance(whole, Tensor)
+            assert isinstance(weight, Tensor)
+            outputs = kept.get((f"{name}.weight", 0), np.ones(len(whole), dtype=np.bool_))
+            features = np.repeat(inputs, whole[0, 0].numel())
+            rows, columns = map(torch.from_numpy, map(np.flatnonzero, (outputs, features)))
+            with torch.no_grad():
+                refitted = refit(gram, whole[rows].flatten(1), columns)
+                weight.copy_(refitted.reshape(weight.shape))
+
+
+def gather(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Iterable[Tensor],
+    *,
+    seed: int = 0,
+) -> LeastSquares:
+    """Runs `model` and gathers what its prunable convolutions and linear layers read.
+
+    Grouped and transposed convolutions are left out, and layers wider than `MAX_FEATURES`.
+
+    Args:
+        model: In eval mode; not changed.
+        groups: Its channel groups.
+        batches: Inputs, `(n, c, h, w)` each.
+        seed: Decides the positions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    readers = {
+        where.module
+        for group in groups
+        if group.locked_because is None
+        for where in group.slices
+        if where.role is Role.CONSUMER and where.tensor == "weight"
+    }
+    grams: dict[str, Tensor] = {}
+
+    def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = sampled_rows(layer, inputs[0].detach(), generator)
+            rows = rows.double()  # in float32 the weights differ by 1e-3
+            gram = rows.T @ rows
+            grams[name] = grams[name] + gram if name in grams else gram
+
+        return layer.register_forward_pre_hook(add)
+
+    hooks = [
+        watch(name, layer)
+        for name, layer in model.named_modules()
+        if name in readers and _is_plain(layer)
+    ]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return LeastSquares({name: gram.clone() for name, gram in grams.items()})
+
+
+def sampled_rows(layer: nn.Module, read: Tensor, generator: torch.Generator) -> Tensor:
+    """`(n_rows, n_features)`: what `layer` reads at some positions of its output."""
+    if isinstance(layer, nn.Linear):
+        return read.reshape(-1, read.shape[-1])
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    sides = [0] * 2 * len(layer.kernel_size)
+    if not isinstance(layer.padding, str):
+        sides = [side for pad in reversed(layer.padding) for side in (pad, pad)]
+    elif layer.padding == "same":
+        sides = list(layer._reversed_padding_repeated_twice)
+    padded = F.pad(read, sides) if any(sides) else read
+    places = zip(
+        padded.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+    )  # fmt: skip
+    spans = [((size - d * (k - 1) - 1) // s + 1, s, d, k) for size, k, s, d in places]
+    rows = []
+    for _ in range(N_POSITIONS):
+        patch = padded
+        for dim, (n_out, stride, dilation, kernel) in enumerate(spans, start=2):
+            at = stride * int(torch.randint(n_out, (1,), generator=generator))
+            taps = torch.arange(at, at + dilation * (kernel - 1) + 1, dilation)
+            patch = patch.index_select(dim, taps.to(patch.device))
+        rows.append(patch.flatten(1))
+    return torch.cat(rows)
+
+
+def refit(gram: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+    """`(n_out, n_kept)` float64: the least-squares weights on the features in `keep`.
+
+    Args:
+        gram: `(n_features, n_features)`.
+        weight: `(n_out, n_features)`, the whole layer's.
+        keep: `(n_kept,)` indices.
+    """
+    inner = gram[keep][:, keep]
+    ridge = RIDGE * inner.diagonal().mean().clamp_min(1e-30)
+    factor = torch.linalg.cholesky(inner + ridge * torch.eye(len(keep), dtype=inner.dtype))
+    right = gram[keep] @ weight.double().T
+    solved: Tensor = torch.cholesky_solve(right, factor).T
+    return solved
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        is_plain = layer.groups == 1 and layer.padding_mode == "zeros"
+        return is_plain and layer.weight[0].numel() <= MAX_FEATURES
+    return isinstance(layer, nn.Linear) and layer.in_features <= MAX_FEATURES

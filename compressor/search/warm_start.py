@@ -1,0 +1,199 @@
+"""Plans that people make by hand, and what a latency table says of them: the first trials.
+
+They cost trials like all others, and see to it that a search is never worse than a hand-tuned
+tool. All are brought to the limit by `fitted`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from compressor.search.costs import FloatArray, LatencyTable
+from compressor.search.objective import TIME, TIME_MARGIN, Problem
+from compressor.search.space import Ratios, Widths
+
+N_BISECTIONS = 12
+FREE_TIMES = (0.75, 0.6, 0.45)  # where no limit is given
+Family = Callable[[FloatArray], Ratios]  # strength in [0, 1], (n,) -> ratios, (n, n_variables)
+
+
+def limits_of(problem: Problem) -> list[dict[str, float]]:
+    """The limits that plans are brought to; several where the user gave none."""
+    limits = dict(problem.objective.limits)
+    if TIME in limits:
+        limits[TIME] *= TIME_MARGIN
+    return [limits] if limits else [{TIME: share} for share in FREE_TIMES]
+
+
+def meets(
+    problem: Problem, table: LatencyTable, limits: dict[str, float], plans: Sequence[Widths]
+) -> FloatArray:
+    """`(n_plans,)`: 1 where a plan is expected to meet all limits, else 0."""
+    fits = np.ones(len(plans))
+    for metric, limit in limits.items():
+        fits *= problem.expected(metric, plans, table) <= limit
+    return fits
+
+
+def warm_starts(problem: Problem, table: LatencyTable) -> list[Widths]:
+    """Hand-made plans and knapsacks at the limit, each once, most promising first."""
+    space = problem.space
+    plans: list[Widths] = []
+    for limits in limits_of(problem):
+        for power in (1.0, 2.0, 0.5):
+            plans.append(knapsack(problem, table, limits, damages(problem) ** power))
+        if space.branches:
+            whole = damages(problem).copy()
+            whole[: len(space.groups)] = np.inf
+            plans.append(knapsack(problem, table, limits, whole))
+        for family in (global_importance(problem), uniform(problem)):
+            fitted_plan = fitted(problem, table, limits, family)
+            if fitted_plan is not None:
+                plans.append(fitted_plan)
+    return [plan for plan in dict.fromkeys(plans) if plan != space.original]
+
+
+def damages(problem: Problem) -> FloatArray:
+    """`(n_variables,)` accuracy lost where a variable alone is at its least, never 0.
+
+    Where it was not measured: the share of the MACs that go then.
+    """
+    space = problem.space
+    if not problem.damages:
+        alone = space.written_once([
+            (*space.original[:i], choice[0], *space.original[i + 1 :])
+            for i, choice in enumerate(space.choices)
+        ])  # fmt: skip
+        return np.maximum(1 - problem.costs.macs(alone), 1e-3)
+    measured = np.array([problem.damages.get(name, 0.0) for name in space.names])
+    least: float = 0.5 * problem.original_accuracy.standard_error
+    harm: FloatArray = np.maximum(measured, least)
+    return harm
+
+
+def uniform(problem: Problem) -> Family:
+    """The same ratio for every group; no branch is left out."""
+    n_groups, n = len(problem.space.groups), len(problem.space.choices)
+
+    def ratios(strength: FloatArray) -> Ratios:
+        rows = np.ones((len(strength), n))
+        rows[:, :n_groups] = 1 - strength[:, None]
+        return rows
+
+    return ratios
+
+
+def global_importance(problem: Problem) -> Family:
+    """The lowest-scored channels of the whole network go; scores as shares of their group's mean.
+
+    No branch is left out.
+    """
+    space = problem.space
+    relative = [scores / max(float(scores.mean()), 1e-12) for scores in space.scores]
+    pooled = np.sort(np.concatenate(relative)) if relative else np.zeros(1)
+
+    def ratios(strength: FloatArray) -> Ratios:
+        rows = np.ones((len(strength), len(space.choices)))
+        for row, share in zip(rows, strength, strict=True):
+            threshold = pooled[min(int(share * len(pooled)), len(pooled) - 1)]
+            row[: len(relative)] = [float((scores >= threshold).mean()) for scores in relative]
+        return rows
+
+    return ratios
+
+
+def fitted(
+    problem: Problem, table: LatencyTable, limits: dict[str, float], family: Family
+) -> Widths | None:
+    """The weakest plan of `family` that meets the limits; None where its strongest does not."""
+    strengths = np.linspace(0, 1, 65)
+    plans = problem.space.snap(family(strengths))
+    fits = np.flatnonzero(meets(problem, table, limits, plans))
+    return plans[int(fits[0])] if len(fits) else None
+
+
+def scaled_to(
+    problem: Problem, table: LatencyTable, limits: dict[str, float], ratios: Ratios
+) -> list[Widths]:
+    """Plans along the lines from `ratios` to the narrowest plan, where they first meet the limits.
+
+    Proportional scaling: one factor for all variables of a plan, found by bisection.
+    """
+    space = problem.space
+    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
+    weakest, strongest = np.zeros(len(ratios)), np.ones(len(ratios))
+
+    def plans_at(strength: FloatArray) -> list[Widths]:
+        return space.snap(floors + (1 - strength[:, None]) * np.maximum(ratios - floors, 0))
+
+    for _ in range(N_BISECTIONS):
+        middle = (weakest + strongest) / 2
+        fits = meets(problem, table, limits, plans_at(middle)) > 0
+        strongest = np.where(fits, middle, strongest)
+        weakest = np.where(fits, weakest, middle)
+    return plans_at(strongest)
+
+
+def walled(
+    problem: Problem, table: LatencyTable, limits: dict[str, float], ratios: Ratios
+) -> list[Widths]:
+    """The action wall of the released code, one variable after the other [he2018, fan2022].
+
+    Each gets what it asks for as long as all later ones could still be narrowest, so that late
+    layers pay.
+
+    [he2018] He, Lin, Liu, Wang, Li, Han, AMC, ECCV 2018.
+    """
+    space = problem.space
+    asked = space.snap(ratios)
+    n_groups = len(space.groups)
+    first = [
+        next((i for i in range(n_groups) if space.inside[i, b]), n_groups)
+        for b in range(len(space.branches))
+    ]
+    order = sorted(
+        range(len(space.choices)), key=lambda i: (i if i < n_groups else first[i - n_groups], -i)
+    )
+    rows = np.array([[choice[0] for choice in space.choices]] * len(asked))
+    for i in order:
+        for choice in space.choices[i][1:]:
+            tried = rows.copy()
+            tried[:, i] = np.where(np.array(asked)[:, i] >= choice, choice, tried[:, i])
+            plans = space.written_once([tuple(row) for row in tried.tolist()])
+            fits = meets(problem, table, limits, plans) > 0
+            rows[fits, i] = tried[fits, i]
+    return space.written_once([tuple(row) for row in rows.tolist()])
+
+
+def knapsack(
+    problem: Problem, table: LatencyTable, limits: dict[str, float], harm: FloatArray
+) -> Widths:
+    """Steps of least harm per time saved are taken until the limits are met.
+
+    Args:
+        problem: What is searched.
+        table: Expected times.
+        limits: Metric -> largest share.
+        harm: `(n_variables,)` of taking each variable to its least; steps of a width have equal
+            parts of it.
+    """
+    space = problem.space
+    steps = [(i, choice) for i, c in enumerate(space.choices) for choice in reversed(c[:-1])]
+    metric = next(iter(limits))
+    alone = [(*space.original[:i], choice, *space.original[i + 1 :]) for i, choice in steps]
+    saved = 1 - problem.expected(metric, space.written_once(alone), table)
+    n_steps = np.array([len(space.choices[i]) - 1 for i, _ in steps])
+    depth = np.array([
+        len(space.choices[i]) - 1 - space.choices[i].index(choice) for i, choice in steps
+    ])  # fmt: skip
+    rates = harm[[i for i, _ in steps]] * depth / n_steps / np.maximum(saved, 1e-9)
+    rates[saved <= 0] = np.inf
+    plan, path = space.original, [space.original]
+    for at in np.argsort(rates, kind="stable"):
+        i, choice = steps[at]
+        if np.isfinite(rates[at]) and choice < plan[i]:
+            plan = (*plan[:i], choice, *plan[i + 1 :])
+            path.append(plan)
+    path = [*space.written_once(path), space.narrowest]
+    fits = np.flatnonzero(meets(problem, table, limits, path))
+    return path[int(fits[0])] if len(fits) else space.narrowest
