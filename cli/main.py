@@ -93,6 +93,21 @@ def run(
     max_latency: Annotated[
         str | None, typer.Option(metavar="12ms", help="Or: must not take longer than this.")
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Or: the fastest network that loses at most so many points."),
+    ] = None,
+    constraint: Annotated[
+        list[str] | None,
+        typer.Option(metavar="K=V", help="Largest share of macs or params; may be repeated."),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="K=V",
+            help="Or: the largest weighted sum of accuracy and savings in time, macs, params.",
+        ),
+    ] = None,
     device: Device = None,
     estimate: Estimate = None,
     precision: Precision = None,
@@ -103,9 +118,42 @@ def run(
     time_budget: Annotated[
         str | None, typer.Option(metavar="30m", help="Begin no new trial after this long.")
     ] = None,
-    search: Annotated[str | None, typer.Option(help="Strategy. Default bocr.")] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="bocr, bo, random, tpe, cma-es, genetic or swarm. Default bocr."),
+    ] = None,
     clusters: Annotated[
         int | None, typer.Option(help="Clusters channel groups start in. Default 3.")
+    ] = None,
+    clustering: Annotated[
+        str | None,
+        typer.Option(help="What makes groups alike: eu or js (importances), st (structure)."),
+    ] = None,
+    rollback: Annotated[
+        str | None,
+        typer.Option(help="From clusters to single groups: direct, gradual or none."),
+    ] = None,
+    bounds: Annotated[
+        str | None,
+        typer.Option(help="What the best plans bound after it: global or per-dimension."),
+    ] = None,
+    fit_to_limit: Annotated[
+        str | None,
+        typer.Option(help="How plans are brought to a limit on MACs: scale or wall."),
+    ] = None,
+    depth: Annotated[
+        bool | None,
+        typer.Option("--depth/--no-depth", help="Whether residual branches may go whole."),
+    ] = None,
+    least_squares: Annotated[
+        bool | None,
+        typer.Option(
+            "--least-squares/--no-least-squares", help="Whether trials refit cut layers."
+        ),
+    ] = None,
+    recalibration_images: Annotated[
+        int | None,
+        typer.Option(help="For the batch-norms of every trial; 0 for none. Default 256."),
     ] = None,
     importance: Annotated[
         str | None,
@@ -183,12 +231,14 @@ def inspect(
     flags = _given(locals()) | {"target": "host-cpu"}
 
     def work() -> int:
-        loaded, groups = compressor.inspect_model(compressor.load_config(model, flags))
+        loaded, prunable = compressor.inspect_model(compressor.load_config(model, flags))
         if as_json:
-            _print(json.dumps(compressor.groups_json(groups), indent=2))
+            _print(
+                json.dumps(compressor.groups_json(prunable.groups, prunable.branches), indent=2)
+            )
         else:
             paper = compressor.cost(loaded.module, loaded.example_input)
-            _print(compressor.groups_report(groups, paper))
+            _print(compressor.groups_report(prunable.groups, prunable.branches, paper))
         return 0
 
     _exit(work)
@@ -343,15 +393,17 @@ def _given(flags: dict[str, Any]) -> dict[str, object]:
             given[name] = [part.strip() for part in value.split(",")]
         elif name == "arch_arg":
             given["arch_args"] = dict(_key_value(item) for item in value)
+        elif name in ("constraint", "weight"):
+            given[name] = dict(_key_value(item, f"--{name}") for item in value)
         else:
             given[name] = value
     return given
 
 
-def _key_value(item: str) -> tuple[str, object]:
+def _key_value(item: str, flag: str = "--arch-arg") -> tuple[str, object]:
     key, equals, value = item.partition("=")
     if not equals or not key:
-        raise typer.BadParameter(f"expected KEY=VALUE, got {item!r}", param_hint="--arch-arg")
+        raise typer.BadParameter(f"expected KEY=VALUE, got {item!r}", param_hint=flag)
     try:
         parsed = json.loads(value)
     except json.JSONDecodeError:

@@ -20,6 +20,7 @@ from compressor.errors import (
     unknown_name,
 )
 from compressor.graph import channel_groups
+from compressor.graph.branches import residual_branches, traced
 from compressor.importance import IMPORTANCES, Batches
 from compressor.latency.device import open_device
 from compressor.latency.probe import probe, save
@@ -27,14 +28,20 @@ from compressor.model_io import load_weights, read_checkpoint
 from compressor.model_io.architectures import build
 from compressor.pipeline import read_data, read_model
 from compressor.program import export_program
-from compressor.prunable import PROGRAM, Prunable, disagreement, make_prunable
+from compressor.prunable import (
+    PROGRAM,
+    TRACED,
+    Prunable,
+    disagreement,
+    make_prunable,
+    with_branches,
+)
 from compressor.report import text_report, trials_json, trials_report
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
-from compressor.surgery import check_plan, remove_channels
+from compressor.surgery import check_dropped, check_plan, remove_branches, remove_channels
 from compressor.values import (
     Basis,
-    ChannelGroup,
     Example,
     LoadedModel,
     Plan,
@@ -131,13 +138,23 @@ def load_compressed(
     example = torch.zeros(1, *saved["input_shape"])
     if saved.get("form") == PROGRAM and not isinstance(original, fx.GraphModule):
         original = export_program(original, example)
-    plan = Plan({name: tuple(kept) for name, kept in saved["plan"].items()})
-    compact = remove_channels(original, channel_groups(original, example), plan)
+    if saved.get("form") == TRACED:
+        original = traced(original)
+    plan = Plan(
+        {name: tuple(kept) for name, kept in saved["plan"].items()},
+        tuple(saved.get("dropped", ())),
+    )
+    groups = channel_groups(original, example)
+    compact = remove_channels(original, groups, plan)
+    if plan.dropped:
+        assert isinstance(original, fx.GraphModule)
+        branches = residual_branches(original, example, groups)
+        compact = remove_branches(compact, check_dropped(branches, plan))
     load_weights(path, compact, saved["state_dict"], arch or type(original).__name__)
     return compact.eval()
 
 
-def inspect_model(config: Config) -> tuple[LoadedModel, tuple[ChannelGroup, ...]]:
+def inspect_model(config: Config) -> tuple[LoadedModel, Prunable]:
     """The model of `config` and its channel groups, as a run would prune it.
 
     Needs its data only for the input's shape.
@@ -149,8 +166,10 @@ def inspect_model(config: Config) -> tuple[LoadedModel, tuple[ChannelGroup, ...]
     if shape is None and config.data is not None:
         shape = read_data(config, config.data).input_shape
     loaded = read_model(config, shape)
-    prunable = make_prunable(loaded.module, loaded.example_input)
-    return replace(loaded, module=prunable.module), prunable.groups
+    prunable = with_branches(
+        make_prunable(loaded.module, loaded.example_input), loaded.example_input
+    )
+    return replace(loaded, module=prunable.module), prunable
 
 
 def probe_target(

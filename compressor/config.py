@@ -21,10 +21,11 @@ from pydantic import (
 )
 
 from compressor.errors import ConfigError, unknown_name
-from compressor.values import MAX_LATENCY, SPEEDUP, Constraint
+from compressor.values import MACS, MAX_DROP, MAX_LATENCY, PARAMS, SPEEDUP, Constraint
 
 CONFIG_FILE = "compress.toml"
 PATH_KEYS = ("data", "out")
+GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -76,10 +77,22 @@ class Config(BaseModel):
         std: Per channel, divided by after that.
         speedup: The compressed model must be this many times faster.
         max_latency: Or it must not take longer than this, in milliseconds.
+        max_drop: Points of accuracy that may be lost; then the fastest network is looked for.
+        constraint: "macs" or "params" -> largest share of the original's.
+        weight: "accuracy", "time", "macs" or "params" -> weight; then the largest weighted sum of
+            accuracy (as a share of the original's) and savings is looked for.
         trials: Plans to measure.
         time_budget: Seconds after which no new trial is begun.
         search: Strategy.
         clusters: Clusters that channel groups start in.
+        clustering: What makes groups alike: the distance of their importances' densities
+            ("eu", "js"), or their structure ("st").
+        rollback: How clusters give way to single groups.
+        bounds: What the best plans bound after a rollback: all groups alike, or each.
+        fit_to_limit: How plans are brought to a limit on MACs or parameters.
+        depth: Whether residual branches may be left out whole.
+        least_squares: Whether layers that read fewer channels are refitted.
+        recalibration_images: Whose batch-norm statistics every trial takes; 0 for none.
         importance: How channels are ranked.
         min_keep_ratio: No group goes below this share of its channels.
         fine_tune_epochs: Passes over the fit split at the end.
@@ -106,10 +119,24 @@ class Config(BaseModel):
     std: Annotated[tuple[Finite, ...], AfterValidator(_positive)] = ()
     speedup: float | None = Field(default=None, gt=1, le=1000)
     max_latency: Milliseconds | None = None
+    max_drop: float | None = Field(default=None, ge=0, le=100)
+    constraint: dict[Literal["macs", "params"], Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=dict
+    )
+    weight: dict[
+        Literal["accuracy", "time", "macs", "params"], Annotated[float, Field(ge=0, le=1e6)]
+    ] = Field(default_factory=dict)
     trials: int = Field(default=60, ge=1, le=100_000)
     time_budget: Seconds | None = None
-    search: Literal["bocr"] = "bocr"
+    search: Literal["bocr", "bo", "random", "tpe", "cma-es", "genetic", "swarm"] = "bocr"
     clusters: int = Field(default=3, ge=1)
+    clustering: Literal["eu", "js", "st"] = "eu"
+    rollback: Literal["none", "direct", "gradual"] = "direct"
+    bounds: Literal["global", "per-dimension"] = "global"
+    fit_to_limit: Literal["scale", "wall"] = "scale"
+    depth: bool = True
+    least_squares: bool = True
+    recalibration_images: int = Field(default=256, ge=0)
     importance: Literal["l1", "l2", "geometric-median", "bn-scale", "taylor", "cpmc", "random"] = (
         "l1"
     )
@@ -124,6 +151,8 @@ class Config(BaseModel):
     def _consistent(self) -> "Config":
         if self.speedup is not None and self.max_latency is not None:
             raise ValueError("give either speedup or max-latency, not both")
+        if self.weight and (self.constraints or not any(self.weight.values())):
+            raise ValueError("give weights, not all 0, or limits, not both")
         if self.estimate and self.device is not None:
             raise ValueError("give either device (to measure) or estimate, not both")
         if len(self.mean) != len(self.std):
@@ -131,17 +160,21 @@ class Config(BaseModel):
         return self
 
     @property
-    def constraint(self) -> Constraint:
-        """The latency limit.
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Every limit that was given."""
+        given = (
+            (SPEEDUP, self.speedup), (MAX_LATENCY, self.max_latency), (MAX_DROP, self.max_drop),
+            (MACS, self.constraint.get("macs")), (PARAMS, self.constraint.get("params")),
+        )  # fmt: skip
+        return tuple(Constraint(kind, value) for kind, value in given if value is not None)
 
-        Raises:
-            ConfigError: None was given.
-        """
-        if self.speedup is not None:
-            return Constraint(SPEEDUP, self.speedup)
-        if self.max_latency is not None:
-            return Constraint(MAX_LATENCY, self.max_latency)
-        raise ConfigError("How fast must it be? Give --speedup 2 or --max-latency 12ms.")
+    def check_goal(self) -> None:
+        """Raises `ConfigError` where nothing says what is wanted."""
+        if not self.constraints and not self.weight:
+            raise ConfigError(
+                "How fast must it be? Give --speedup 2 or --max-latency 12ms; or --max-drop 1.0 "
+                "for the fastest network that loses no more, or --constraint macs=0.5."
+            )
 
     def as_toml(self) -> dict[str, object]:
         """Every setting that is not None, under its flag's name, for `config.toml`."""
@@ -163,9 +196,9 @@ def load_config(model: Path, flags: Mapping[str, object]) -> Config:
     found = [p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if p.is_file()]
     if found:
         settings = _read(found[0])
-    if {"speedup", "max_latency"} & flags.keys():
-        settings.pop("speedup", None)
-        settings.pop("max_latency", None)
+    if set(GOALS) & flags.keys():  # a goal on the command line replaces the file's
+        for goal in GOALS:
+            settings.pop(goal, None)
     settings |= dict(flags)
     settings["model"] = model
     known = sorted(Config.model_fields)

@@ -4,7 +4,7 @@ Whatever answers is a function from images `(batch, c, h, w)` to logits `(batch,
 torch module in eval mode, or a session of any runtime.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -28,15 +28,28 @@ def accuracy(predict: Predict, split: Split, *, batch_size: int) -> Accuracy:
         split: Labelled images.
         batch_size: Every call gets exactly this many; the last batch is padded.
     """
-    n_right = 0
+    pairs = _answers(predict, split, batch_size)
+    n_right = sum(int((logits.argmax(dim=1) == labels).sum()) for logits, labels in pairs)
+    return Accuracy(n_right / len(split), len(split))
+
+
+def soft_accuracy(predict: Predict, split: Split, *, batch_size: int) -> float:
+    """Mean probability of the right class, in [0, 1]; see `accuracy` for the arguments."""
+    total = 0.0
+    for logits, labels in _answers(predict, split, batch_size):
+        right = logits.softmax(dim=1).gather(1, labels[:, None])
+        total += float(right.sum())
+    return total / len(split)
+
+
+def _answers(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of every batch."""
     with torch.inference_mode():
         for images, labels in split.batches(batch_size):
             n_missing = batch_size - len(images)
             if n_missing:
                 images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
-            guesses = predict(images)[: len(labels)].argmax(dim=1)
-            n_right += int((guesses == labels).sum())
-    return Accuracy(n_right / len(split), len(split))
+            yield predict(images)[: len(labels)], labels
 
 
 def check_agree(what: str, expected: Predict, got: Predict, images: Tensor) -> float:

@@ -1,11 +1,10 @@
 """The whole method: trained model in, measured-faster ONNX out."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from compressor import run_folder
+from compressor.bench import (
+    ACCURACY,
+    BATCH_SIZE,
+    EXPORT,
+    LATENCY,
+    N_PROOF_IMAGES,
+    RECALIBRATION,
+    REPAIR,
+    SURGERY,
+    Bench,
+    Recovery,
+    check_surgery,
+    n_cores,
+    timed,
+)
 from compressor.config import Config
 from compressor.datasets import load_data
 from compressor.errors import (
@@ -27,28 +41,39 @@ from compressor.errors import (
     SearchError,
 )
 from compressor.evaluate import accuracy, check_agree
-from compressor.export import candidate_writer, export_onnx
+from compressor.export import export_onnx
 from compressor.graph import cost, outputs
+from compressor.graph.costs import layer_costs
 from compressor.importance import IMPORTANCES
-from compressor.latency.device import Device, open_device, patiently
-from compressor.latency.machine import Model
+from compressor.latency.device import open_device
 from compressor.latency.onnxruntime import predictor
 from compressor.latency.ssh import find_device
 from compressor.latency.targets import load_target
-from compressor.latency.timing import FINAL, TRIAL, Effort, is_win
-from compressor.prunable import Prunable, load_model, make_prunable
-from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
+from compressor.latency.timing import is_win
+from compressor.prunable import Prunable, load_model, make_prunable, with_branches
+from compressor.recovery import FineTuneRecipe, fine_tune
 from compressor.run_folder import RunFolder
-from compressor.search import STRATEGIES
-from compressor.search.objective import Problem, Proposal, best_first, feasible_first, is_hopeless
+from compressor.search import make_strategy
+from compressor.search.objective import (
+    MACS,
+    PARAMS,
+    START,
+    TIME,
+    Objective,
+    Problem,
+    Proposal,
+    best_first,
+    feasible_first,
+    is_hopeless,
+)
 from compressor.search.space import SearchSpace, make_space
 from compressor.search.study import Study
-from compressor.surgery import masked, prune_with_nni, remove_channels
+from compressor.surgery import check_dropped, groups_left, prune_with_nni, remove_branches
 from compressor.values import (
-    Accuracy,
+    MAX_DROP,
     Basis,
+    Branch,
     ChannelGroup,
-    Constraint,
     Data,
     Latency,
     LoadedModel,
@@ -64,13 +89,12 @@ from compressor.values import (
     Verdict,
 )
 
-BATCH_SIZE = 50  # of accuracy; larger batches leave the cache and gain nothing
 N_RANKING_IMAGES = 500  # that gradients are averaged over, where importance looks at them
-N_PROOF_IMAGES = 32  # real images that engines must agree on
 N_FINALISTS = 5  # plans measured again, at most, before one is chosen
 
-TRIAL_PARTS = ("proposal", "surgery", "recalibration", "accuracy", "export", "latency")
-INHERENT_PARTS = ("recalibration", "accuracy", "latency")  # forward passes and measuring
+PROPOSAL = "proposal"
+TRIAL_PARTS = (PROPOSAL, SURGERY, REPAIR, RECALIBRATION, EXPORT, LATENCY, ACCURACY)
+INHERENT_PARTS = (RECALIBRATION, ACCURACY, LATENCY)  # forward passes and measuring
 
 TrialCallback = Callable[[Trial], None]
 
@@ -100,7 +124,10 @@ def compress(
     job = prepare(config)
     with open_device(job.target) as device:
         on_progress(Progress("Measuring the original", 0, 1))
-        bench = Bench(job, device, on_progress)
+        bench = Bench(
+            job.prunable, job.space, job.data, job.target, device,
+            recovery=job.recovery, on_progress=on_progress,
+        )  # fmt: skip
         problem = pose(job, bench)
         default_name = f"{config.model.stem}-{job.target.name}"
         folder = run_folder.create(config.out, default_name, config.as_toml())
@@ -108,7 +135,7 @@ def compress(
             searched = search(job, problem, bench, folder, on_trial, on_progress)
             plan = choose(job, searched, bench, on_progress)
             compact, engines = cut_out(job, plan, on_progress)
-            tuned = recover(job, compact, on_progress)
+            tuned = recover(job, bench.recover(compact, plan, {}), on_progress)
             return finish(job, searched, plan, tuned, engines, bench, folder, on_progress)
 
 
@@ -129,6 +156,12 @@ class Job:
         return self.prunable.module
 
     @property
+    def recovery(self) -> Recovery:
+        """What is done to pruned networks before their accuracy is taken."""
+        config = self.config
+        return Recovery(config.least_squares, config.recalibration_images)
+
+    @property
     def groups(self) -> tuple[ChannelGroup, ...]:
         """Its channel groups."""
         return self.prunable.groups
@@ -142,7 +175,7 @@ class Job:
 
 def prepare(config: Config) -> Job:
     """Everything that bad input can break, before anything is written."""
-    config.constraint  # noqa: B018  raises where none was given
+    config.check_goal()
     if config.device is not None:
         find_device(config.device)
     if config.out is not None:
@@ -163,6 +196,8 @@ def prepare(config: Config) -> Job:
     loaded = read_model(config, data.input_shape)
     _check_outputs(loaded, data, is_folder=config.data.is_dir())
     prunable = make_prunable(loaded.module, loaded.example_input)
+    if config.depth:
+        prunable = with_branches(prunable, loaded.example_input)
     groups = prunable.groups
     scores = IMPORTANCES[config.importance].scores(
         prunable.module, groups, partial(_ranking_batches, data.fit)
@@ -172,9 +207,10 @@ def prepare(config: Config) -> Job:
         {name: score.numpy() for name, score in scores.items()},
         step=target.step,
         min_keep_ratio=config.min_keep_ratio,
+        branches=prunable.branches,
     )
     job = Job(config, target, loaded, data, prunable, space)
-    check_surgery(job, space.plan(space.narrowest))
+    check_surgery(prunable, space.plan(space.narrowest), data)
     return job
 
 
@@ -203,18 +239,6 @@ def _check_outputs(loaded: LoadedModel, data: Data, *, is_folder: bool) -> None:
         )
 
 
-def check_surgery(job: Job, plan: Plan) -> tuple[nn.Module, float]:
-    """The network without the channels that `plan` removes, and its error against the oracle.
-
-    Raises:
-        EquivalenceError: It does not answer like the original whose wires were cut.
-    """
-    images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
-    compact = remove_channels(job.model, job.groups, plan)
-    oracle = masked(job.model, job.groups, plan)
-    return compact, check_agree("Own surgery and the masked original", compact, oracle, images)
-
-
 def read_data(config: Config, source: Path) -> Data:
     """The images at `source`, as `config` wants them read."""
     return load_data(
@@ -238,89 +262,44 @@ def read_model(config: Config, input_shape: Sequence[int] | None) -> LoadedModel
     )
 
 
-class Bench:
-    """Measures plans: accuracy after recalibration, and latency beside the original.
-
-    Attributes:
-        described: What the device says of itself.
-        noise_floor: The original against itself; what differs from 1 in it is noise.
-    """
-
-    def __init__(self, job: Job, device: Device, on_progress: ProgressCallback) -> None:
-        self.job = job
-        self._device = device
-        self._on_progress = on_progress
-        self.described = device.describe()
-        model, example, opset = job.model, job.example, job.target.opset
-        pruned = remove_channels(model, job.groups, job.space.plan(job.space.narrowest))
-        batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
-        self._single = candidate_writer(model, example, pruned, opset=opset)
-        self._batched = candidate_writer(model, batch, pruned, opset=opset)
-        self._original_onnx = self._single(model)
-        self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
-
-    def original_accuracy(self) -> Accuracy:
-        """Of the original on the search split."""
-        return self._accuracy(self.job.model)
-
-    def measure(
-        self, plan: Plan, seconds: dict[str, float], seed: int
-    ) -> tuple[Accuracy, PairedLatency]:
-        """One trial; adds to `seconds` what each part took."""
-        with _timed(seconds, "surgery"):
-            pruned = remove_channels(self.job.model, self.job.groups, plan)
-        with _timed(seconds, "recalibration"):
-            pruned = recalibrate_batch_norm(pruned, self.job.data.fit)
-        with _timed(seconds, "export"):
-            candidate = self._single(pruned)
-        with _timed(seconds, "latency"):  # first, because what crashes a runtime crashes it here
-            latency = self.compare(self._original_onnx, candidate, TRIAL, seed)
-        with _timed(seconds, "accuracy"):
-            measured = self._accuracy(pruned)
-        return measured, latency
-
-    def remeasure(self, plan: Plan) -> PairedLatency:
-        """The latency of a finalist, with the effort of a final figure."""
-        pruned = remove_channels(self.job.model, self.job.groups, plan)
-        return self.compare(self._original_onnx, self._single(pruned))
-
-    def compare(
-        self, original: Model, candidate: Model, effort: Effort = FINAL, seed: int = 0
-    ) -> PairedLatency:
-        """Both models on the device; waits for one that went away."""
-        return patiently(
-            self._device,
-            lambda: self._device.compare(original, candidate, effort=effort, seed=seed),
-            on_wait=lambda why: self._on_progress(Progress("Waiting for the device", 0, 1, why)),
-        )
-
-    def _accuracy(self, model: nn.Module) -> Accuracy:
-        predict = predictor(self._batched(model), n_threads=n_cores())
-        return accuracy(predict, self.job.data.search, batch_size=BATCH_SIZE)
-
-
 def pose(job: Job, bench: Bench) -> Problem:
-    """Turns the user's constraint into a speed-up to reach.
+    """Turns the user's limits into shares of the original's costs, and measures what it takes.
 
     Raises:
-        ConfigError: The original meets it already.
+        ConfigError: The original meets them already.
     """
-    constraint = job.config.constraint
     original_ms = bench.noise_floor.original.median_ms
-    min_speedup = constraint.min_speedup(original_ms)
-    if min_speedup <= 1:
-        raise ConfigError(
-            f"The original already meets {constraint} on {job.target.name}: it takes "
-            f"{original_ms:.3g} ms. Lower --max-latency, or ship the original."
-        )
-    return Problem(
+    original_accuracy = bench.original_accuracy()
+    limits: dict[str, float] = {}
+    min_accuracy = None
+    for constraint in job.config.constraints:
+        if constraint.kind in (MACS, PARAMS):
+            limits[constraint.kind] = constraint.value
+        elif constraint.kind == MAX_DROP:
+            min_accuracy = original_accuracy.value - constraint.value / 100
+        else:
+            limits[TIME] = 1 / constraint.min_speedup(original_ms)
+            if limits[TIME] >= 1:
+                raise ConfigError(
+                    f"The original already meets {constraint} on {job.target.name}: it takes "
+                    f"{original_ms:.3g} ms. Lower --max-latency, or ship the original."
+                )
+    seed = job.config.seed
+    problem = Problem(
         space=job.space,
-        min_speedup=min_speedup,
-        original_accuracy=bench.original_accuracy(),
+        objective=Objective(
+            limits, min_accuracy, {str(k): w for k, w in job.config.weight.items()} or None
+        ),
+        original_accuracy=original_accuracy,
         n_trials=job.config.trials,
         n_clusters=job.config.clusters,
-        seed=job.config.seed,
+        seed=seed,
+        layers=layer_costs(job.model, job.groups),
+        timed=bench.timed_plans(seed),
     )
+    if is_hopeless(problem):
+        return problem
+    return replace(problem, damages=bench.damages())
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,22 +321,27 @@ def search(
     on_progress: ProgressCallback,
 ) -> Searched:
     """Proposes and measures until the budget is spent or nothing is left to try."""
-    strategy = STRATEGIES[job.config.search]
+    strategy = make_strategy(job.config.search, **_search_options(job.config))
     study = Study.create(folder.study, job.space)
     started = time.perf_counter()
     budget = job.config.time_budget or float("inf")
+    hopeless = is_hopeless(problem)
     while len(study.trials) < problem.n_trials and time.perf_counter() - started < budget:
         on_progress(Progress("Searching", len(study.trials), problem.n_trials))
         seconds: dict[str, float] = {}
-        with _timed(seconds, "proposal"):
-            proposal = strategy.propose(problem, study.trials)
+        with timed(seconds, PROPOSAL):
+            proposal = (
+                Proposal(job.space.narrowest, START)
+                if hopeless
+                else strategy.propose(problem, study.trials)
+            )
         if proposal is None:
             logger.info("every plan of the space was tried")
             break
         trial = _run_trial(job, study, proposal, bench, seconds)
         on_trial(trial)
-        if is_hopeless(trial, problem):
-            logger.info("the narrowest plan stays far below the limit; no need to go on")
+        if hopeless:
+            logger.info("the fastest plan stays far beyond the limit; no need to go on")
             break
     on_progress(Progress("Searching", len(study.trials), len(study.trials)))
     if not any(trial.accuracy for trial in study.trials):
@@ -365,6 +349,16 @@ def search(
         raise SearchError(f"None of {len(study.trials)} trials could be measured: {reasons}.")
     seconds_spent = time.perf_counter() - started
     return Searched(problem, study.trials, seconds_spent, bench.noise_floor)
+
+
+def _search_options(config: Config) -> dict[str, str]:
+    """Those of BOCR; the other strategies have none."""
+    return {
+        "distance": config.clustering,
+        "rollback": config.rollback,
+        "bounds": config.bounds,
+        "fit_to_limit": config.fit_to_limit,
+    }
 
 
 def _run_trial(
@@ -397,32 +391,34 @@ def _run_trial(
 
 
 def choose(job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback) -> Plan:
-    """The most accurate plan that meets the limit when it is measured again, with more effort.
+    """The best plan that meets the limits when it is measured again, with more effort.
 
-    Plans just above the limit owe it partly to luck, so one whose whole interval meets it is
+    Plans just within a limit owe it partly to luck, so one whose whole interval meets it is
     preferred to one whose figure does; the surest plan of the search is always among them. Where
-    no trial met the limit: the fastest one.
+    no trial met the limits: the one that came nearest.
     """
-    constraint, min_speedup = job.config.constraint, searched.problem.min_speedup
-    feasible = feasible_first(searched.trials, min_speedup)
+    problem = searched.problem
+    feasible = feasible_first(searched.trials, problem)
     if not feasible:
-        fastest = best_first(searched.trials, min_speedup)[0]
-        return job.space.plan(job.space.from_names(fastest.widths))
+        nearest = best_first(searched.trials, problem)[0]
+        return job.space.plan(job.space.from_names(nearest.widths))
     surest = max(feasible, key=lambda t: t.speedup_ci95[0] if t.speedup_ci95 else 0.0)
     finalists = feasible[:N_FINALISTS]
     if surest not in finalists:
         finalists.append(surest)
+    min_speedup = 1 / problem.objective.limits.get(TIME, 1.0)
     again: list[tuple[Plan, PairedLatency]] = []
     for trial in finalists:
         on_progress(Progress("Measuring finalists", len(again), len(finalists)))
         plan = job.space.plan(job.space.from_names(trial.widths))
         latency = bench.remeasure(plan)
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
-        if constraint.is_met(latency) and latency.ci95[0] >= min_speedup:
+        is_met = all(c.is_met_in_time(latency) for c in job.config.constraints)
+        if is_met and latency.ci95[0] >= min_speedup:
             return plan
         again.append((plan, latency))
     for plan, latency in again:
-        if constraint.is_met(latency):
+        if all(c.is_met_in_time(latency) for c in job.config.constraints):
             return plan
     return max(again, key=lambda pair: pair[1].ratio)[0]
 
@@ -439,12 +435,14 @@ def cut_out(
         EquivalenceError: The masked original answers differently.
     """
     on_progress(Progress("Pruning with NNI and checking", 0, 1))
-    model, example = job.model, job.example
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
-    compact, error = check_surgery(job, plan)
+    compact, error = check_surgery(job.prunable, plan, job.data)
     engines: dict[str, object] = {"masked": error}
+    dropped = check_dropped(job.prunable.branches, plan)
+    network = remove_branches(job.model, dropped)
+    groups = groups_left(job.groups, dropped, network)
     try:
-        by_nni = prune_with_nni(model, example, job.groups, plan)
+        by_nni = prune_with_nni(network, job.example, groups, plan)
         engines["nni"] = check_agree("NNI and own surgery", compact, by_nni, images)
     except (EngineError, EquivalenceError) as err:
         logger.warning("%s Own surgery's model is used; it equals the masked original.", err)
@@ -453,8 +451,8 @@ def cut_out(
     return by_nni, engines
 
 
-def recover(job: Job, compact: nn.Module, on_progress: ProgressCallback) -> nn.Module:
-    """BatchNorm recalibration, then fine-tuning; never worse on the search split than before."""
+def recover(job: Job, repaired: nn.Module, on_progress: ProgressCallback) -> nn.Module:
+    """Fine-tuning; never worse on the search split than before."""
     recipe = FineTuneRecipe(
         n_epochs=job.config.fine_tune_epochs,
         learning_rate=job.config.learning_rate,
@@ -462,7 +460,7 @@ def recover(job: Job, compact: nn.Module, on_progress: ProgressCallback) -> nn.M
         seed=job.config.seed,
     )
     return fine_tune(
-        recalibrate_batch_norm(compact, job.data.fit),
+        repaired,
         job.data.fit,
         recipe,
         score=lambda model: accuracy(model, job.data.search, batch_size=BATCH_SIZE).value,
@@ -491,9 +489,10 @@ def finish(
         answers = predictor(unproven, n_threads=n_cores())
         error = check_agree("torch and ONNX Runtime", tuned, answers, images)
         speedup = bench.compare(original_file, unproven)
-        verdict = judge(job.config.constraint, speedup, searched.noise_floor)
         before = measured_side(job, original, original_file, speedup.original)
         after = measured_side(job, tuned, unproven, speedup.candidate)
+        are_met = [c.is_met(speedup, before, after) for c in job.config.constraints]
+        verdict = judge(speedup, searched.noise_floor, are_met)
         handed_back = verdict is not Verdict.NOT_FASTER
         if handed_back:
             folder.write_checkpoint(rebuildable(job, plan, tuned))
@@ -504,7 +503,9 @@ def finish(
         target=job.target.name,
         runtime=job.target.runtime,
         basis=speedup.basis,
-        constraint=job.config.constraint,
+        constraint=next(iter(job.config.constraints), None),
+        constraints=job.config.constraints,
+        branches=branches_table(job.prunable.branches, plan),
         original=before,
         compressed=after if handed_back else None,
         speedup=speedup,
@@ -515,7 +516,7 @@ def finish(
             "max_abs_error": max(errors),
         },
         search=search_report(job, searched),
-        groups=groups_table(job.groups, plan),
+        groups=groups_table(job.prunable, plan),
         environment={
             **run_folder.describe_environment(job.target, job.loaded, job.data),
             "device": dict(bench.described),
@@ -531,6 +532,7 @@ def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:
     return {
         "state_dict": tuned.state_dict(),
         "plan": {name: list(kept) for name, kept in plan.kept.items()},
+        "dropped": list(plan.dropped),
         "arch": job.config.arch,
         "arch_args": dict(job.config.arch_args),
         "input_shape": list(job.data.input_shape),
@@ -551,22 +553,28 @@ def measured_side(job: Job, model: nn.Module, file: Path, latency: Latency) -> S
     )
 
 
-def groups_table(groups: Sequence[ChannelGroup], plan: Plan) -> list[dict[str, object]]:
-    """What became of every channel group."""
+def groups_table(prunable: Prunable, plan: Plan) -> list[dict[str, object]]:
+    """What became of every channel group; one that went with its branch keeps 0."""
+    gone = {name for b in prunable.branches if b.name in plan.dropped for name in b.groups}
     return [
         {
             "name": group.name,
             "channels": group.n_channels,
             "unit": group.unit,
-            "kept": plan.width(group),
+            "kept": 0 if group.name in gone else plan.width(group),
             "locked_because": group.locked_because,
         }
-        for group in groups
+        for group in prunable.groups
     ]
 
 
-def judge(constraint: Constraint, speedup: PairedLatency, noise_floor: PairedLatency) -> Verdict:
-    """Whether the figure reaches the limit; what noise alone can do is no win.
+def branches_table(branches: Sequence[Branch], plan: Plan) -> list[dict[str, object]]:
+    """What became of every residual branch."""
+    return [{"name": b.name, "kept": b.name not in plan.dropped, "macs": b.macs} for b in branches]
+
+
+def judge(speedup: PairedLatency, noise_floor: PairedLatency, are_met: Sequence[bool]) -> Verdict:
+    """Whether the limits are met; and what is no faster than noise can make it is no win.
 
     An estimate has no noise, and its error is no interval: only its ratio is looked at, and the
     result is labelled with its basis.
@@ -574,7 +582,7 @@ def judge(constraint: Constraint, speedup: PairedLatency, noise_floor: PairedLat
     is_estimate = speedup.basis is Basis.ESTIMATE
     if not (speedup.ratio > 1 if is_estimate else is_win(speedup, noise_floor)):
         return Verdict.NOT_FASTER
-    return Verdict.MET if constraint.is_met(speedup) else Verdict.INFEASIBLE
+    return Verdict.MET if all(are_met) else Verdict.INFEASIBLE
 
 
 def search_report(job: Job, searched: Searched) -> dict[str, object]:
@@ -591,27 +599,12 @@ def search_report(job: Job, searched: Searched) -> dict[str, object]:
         "n_failed": sum(trial.failed_because is not None for trial in trials),
         "seconds": searched.seconds,
         "seed": job.config.seed,
-        "min_speedup": searched.problem.min_speedup,
+        "limits": dict(searched.problem.objective.limits),
+        "n_timed_before": len(searched.problem.timed),
         "noise_floor": {"ratio": floor.ratio, "ci95": list(floor.ci95)},
         "seconds_per_trial": {**parts, "all": wall},
         "overhead_seconds_per_trial": wall - sum(parts[part] for part in INHERENT_PARTS),
     }
-
-
-def n_cores() -> int:
-    """Cores this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - began
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from compressor.values import (
     Basis,
+    Branch,
     ChannelGroup,
     Cost,
     PairedLatency,
@@ -23,7 +24,7 @@ from compressor.values import (
 
 VERDICTS = {
     Verdict.MET: "met",
-    Verdict.INFEASIBLE: "NOT met: the best plan found is written, but it is not fast enough",
+    Verdict.INFEASIBLE: "NOT met: the best plan found is written, but it misses a limit",
     Verdict.NOT_FASTER: "NOT faster: no model is handed back",
 }
 
@@ -50,13 +51,14 @@ def text_report(result: Result) -> str:
             )
         ]
     locked = [g for g in result.groups if g["locked_because"]]
-    pruned = [g for g in result.groups if g["kept"] != g["channels"]]
+    pruned = [g for g in result.groups if g["kept"] != g["channels"] and g["kept"]]
+    dropped = [str(b["name"]) for b in result.branches if not b["kept"]]
     widths = ", ".join(f"{g['name']} {g['channels']}->{g['kept']}" for g in pruned) or "none"
     overhead = result.search.get("overhead_seconds_per_trial")
     return "\n".join([
         *_aligned(rows),
         "",
-        f"asked for   {result.constraint} on {result.target} ({result.runtime})",
+        f"asked for   {_asked_for(result)} on {result.target} ({result.runtime})",
         f"verdict     {VERDICTS[result.verdict]}",
         f"speed-up    {_speedup(result.speedup)}",
         *(f"doubtful    {condition}" for condition in result.speedup.conditions),
@@ -65,10 +67,15 @@ def text_report(result: Result) -> str:
         f"{overhead:.2f} s a trial outside forward passes and measuring",
         f"proof       largest output difference {result.equivalence['max_abs_error']:.1e} on "
         f"{result.equivalence['n_inputs']} real images: {_engines(result)}",
+        f"left out    {', '.join(dropped) or 'no residual branch'}",
         f"widths      {widths}",
         f"locked      {', '.join(str(g['name']) for g in locked) or 'none'}",
         f"files       {result.out}",
     ])  # fmt: skip
+
+
+def _asked_for(result: Result) -> str:
+    return " and ".join(map(str, result.constraints)) or "the largest weighted sum"
 
 
 def _speedup(pair: PairedLatency) -> str:
@@ -113,7 +120,7 @@ def trials_json(trials: Sequence[Trial]) -> str:
     return TypeAdapter(list[Trial]).dump_json(list(trials), indent=2).decode()
 
 
-def groups_report(groups: Sequence[ChannelGroup], paper: Cost) -> str:
+def groups_report(groups: Sequence[ChannelGroup], branches: Sequence[Branch], paper: Cost) -> str:
     """Every channel group: who is tied to whom, what it costs, and why it is locked."""
     rows = [("group", "channels", "", "MACs", "params", "written by", "read by")]
     rows += [
@@ -135,12 +142,16 @@ def groups_report(groups: Sequence[ChannelGroup], paper: Cost) -> str:
         "MACs and params are those that go if the whole group goes; groups share them.",
         "locked:" if reasons else "no group is locked",
         *(f"  {_names(names)}: {because}" for because, names in reasons.items()),
+        f"residual branches that can be left out whole: "
+        f"{', '.join(f'{b.name} ({_si(b.macs)})' for b in branches) or 'none'}",
     ])  # fmt: skip
 
 
-def groups_json(groups: Sequence[ChannelGroup]) -> list[dict[str, object]]:
+def groups_json(
+    groups: Sequence[ChannelGroup], branches: Sequence[Branch]
+) -> dict[str, list[dict[str, object]]]:
     """The same as plain values."""
-    return [
+    rows: list[dict[str, object]] = [
         {
             "name": g.name,
             "channels": g.n_channels,
@@ -153,6 +164,10 @@ def groups_json(groups: Sequence[ChannelGroup]) -> list[dict[str, object]]:
         }
         for g in groups
     ]
+    return {
+        "groups": rows,
+        "branches": [{"name": b.name, "groups": list(b.groups), "macs": b.macs} for b in branches],
+    }
 
 
 def _names(names: Sequence[str]) -> str:

@@ -440,12 +440,20 @@ class Staircase:
     costs: Mapping[str, Mapping[int, float]]
 
 
+SPEEDUP = "speedup"
+MAX_LATENCY = "max-latency"
+MAX_DROP = "max-drop"
+MACS = "macs"
+PARAMS = "params"
+
+
 @dataclass(frozen=True)
 class Constraint:
-    """The latency limit as the user put it.
+    """One limit as the user put it.
 
     Attributes:
-        kind: "speedup" (times the original) or "max-latency" (milliseconds).
+        kind: `SPEEDUP` (times the original), `MAX_LATENCY` (milliseconds), `MAX_DROP` (points of
+            accuracy), `MACS` or `PARAMS` (share of the original's).
         value: In the unit of `kind`.
     """
 
@@ -453,21 +461,33 @@ class Constraint:
     value: float
 
     def min_speedup(self, original_ms: float) -> float:
-        """The ratio original / candidate that a plan must reach."""
-        return self.value if self.kind == SPEEDUP else original_ms / self.value
+        """The ratio original / candidate that a plan must reach; 0 where time is not limited."""
+        if self.kind == MAX_LATENCY:
+            return original_ms / self.value
+        return self.value if self.kind == SPEEDUP else 0.0
 
-    def is_met(self, pair: "PairedLatency") -> bool:
-        """Whether the measured figure that the limit speaks of reaches it."""
-        if self.kind == SPEEDUP:
-            return pair.ratio >= self.value
-        return pair.candidate.median_ms <= self.value
+    def is_met_in_time(self, pair: "PairedLatency") -> bool:
+        """Whether the measured figure that the limit speaks of reaches it, if it is of time."""
+        if self.kind == MAX_LATENCY:
+            return pair.candidate.median_ms <= self.value
+        return self.kind != SPEEDUP or pair.ratio >= self.value
+
+    def is_met(self, pair: "PairedLatency", original: "Side", compressed: "Side") -> bool:
+        """Whether the limit is met, in time or else."""
+        if self.kind == MAX_DROP:
+            return 100 * (original.accuracy - compressed.accuracy) <= self.value
+        if self.kind == MACS:
+            return compressed.macs <= self.value * original.macs
+        if self.kind == PARAMS:
+            return compressed.params <= self.value * original.params
+        return self.is_met_in_time(pair)
 
     def __str__(self) -> str:
-        return f"{self.value:g}x" if self.kind == SPEEDUP else f"{self.value:g} ms"
-
-
-SPEEDUP = "speedup"
-MAX_LATENCY = "max-latency"
+        if self.kind in (SPEEDUP, MAX_LATENCY):
+            return f"{self.value:g}x" if self.kind == SPEEDUP else f"{self.value:g} ms"
+        if self.kind == MAX_DROP:
+            return f"a drop of at most {self.value:g} points"
+        return f"{self.value:.0%} of the {'MACs' if self.kind == MACS else 'parameters'}"
 
 
 @dataclass(frozen=True)
@@ -615,6 +635,7 @@ class Result:
     """What a run found, and how sure it is; `result.json` is this, written down.
 
     Attributes:
+        constraint: What was asked for first; None where a weighted sum was.
         compressed: None where nothing was measured to be faster, so nothing is handed back.
         accuracy_drop_points: Percentage points on the test split; None with `compressed`.
         equivalence: Which engines were compared on how many inputs, and the largest error.
@@ -622,13 +643,15 @@ class Result:
         groups: name, channels, unit, kept, locked_because of every channel group.
         environment: Versions, machine, and hashes of model and data.
         out: The run folder.
+        constraints: All that was asked for.
+        branches: name, kept, macs of every residual branch that could be left out.
     """
 
     verdict: Verdict
     target: str
     runtime: str
     basis: Basis
-    constraint: Constraint
+    constraint: Constraint | None
     original: Side
     compressed: Side | None
     speedup: PairedLatency
@@ -638,3 +661,5 @@ class Result:
     groups: Sequence[Mapping[str, object]]
     environment: Mapping[str, object]
     out: Path
+    constraints: Sequence[Constraint] = ()
+    branches: Sequence[Mapping[str, object]] = ()

@@ -1,6 +1,7 @@
 """Searching: one file per strategy; only this package knows BoTorch and Optuna."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from compressor.search.bocr import Bocr
 from compressor.search.objective import Strategy
@@ -9,3 +10,8 @@ STRATEGIES: Mapping[str, Strategy] = {
     "bocr": Bocr(),
     "bo": Bocr(clusters=False, is_informed=False),
 }
+
+
+def make_strategy(name: str, **options: Any) -> Strategy:
+    """The strategy of that name; `options` are BOCR's, and others ignore them."""
+    return Bocr(**options) if name == "bocr" else STRATEGIES[name]

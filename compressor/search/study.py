@@ -1,7 +1,8 @@
 """The trials on disk: one Optuna study in SQLite, which optuna-dashboard reads as it is.
 
-Its parameters are always one width a free group, whatever the phase of the search, so nothing is
-lost at a rollback. Its two values are accuracy and speed-up, both larger is better.
+Its parameters are always one number a variable (a free group's width, or whether a branch stays),
+whatever the phase of the search, so nothing is lost at a rollback. Its two values are accuracy
+and speed-up, both larger is better.
 """
 
 import sqlite3
@@ -30,7 +31,8 @@ class Study:
     def __init__(self, study: optuna.Study, space: SearchSpace) -> None:
         self._study = study
         self._distributions: dict[str, BaseDistribution] = {
-            group.name: IntDistribution(1, group.n_channels) for group in space.groups
+            name: IntDistribution(min(choice), max(choice))
+            for name, choice in zip(space.names, space.choices, strict=True)
         }
         self._space = space
         self._trials: list[Trial] = []

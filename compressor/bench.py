@@ -1,0 +1,267 @@
+"""Where plans are tried out: accuracy after repair, and latency beside the original.
+
+The measuring half of the pipeline: surgery, recovery, export, evaluation and latency meet here.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import MeasurementError
+from compressor.evaluate import accuracy, check_agree, soft_accuracy
+from compressor.export import candidate_writer
+from compressor.latency.device import Device, patiently
+from compressor.latency.machine import Model
+from compressor.latency.onnxruntime import predictor
+from compressor.latency.timing import FINAL, TRIAL, Effort
+from compressor.least_squares import LeastSquares, gather
+from compressor.prunable import Prunable
+from compressor.recovery import recalibrate_batch_norm
+from compressor.search.objective import TimedPlan
+from compressor.search.space import SearchSpace, Widths
+from compressor.values import (
+    Accuracy,
+    Data,
+    PairedLatency,
+    Plan,
+    Progress,
+    ProgressCallback,
+    Target,
+)
+
+BATCH_SIZE = 50  # of accuracy; larger batches leave the cache and gain nothing
+N_PROOF_IMAGES = 32  # real images that engines must agree on
+N_REPAIR_IMAGES = 1000  # whose patches least squares looks at
+N_DAMAGE_IMAGES = 256  # of the search split, for what each variable costs alone
+DESIGN = Effort(min_pairs=3, max_pairs=4, budget_s=0.5, half_width=0.01, pair_s=0.1)
+MIN_DESIGN, MAX_DESIGN = 8, 24  # plans that are timed before the search
+
+SURGERY, REPAIR, RECALIBRATION = "surgery", "least squares", "recalibration"
+EXPORT, LATENCY, ACCURACY = "export", "latency", "accuracy"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What is done to a pruned network before its accuracy is taken.
+
+    Attributes:
+        least_squares: Layers that read fewer channels are refitted.
+        n_recalibration_images: For batch-norm's statistics; 0 leaves them as they were.
+    """
+
+    least_squares: bool = True
+    n_recalibration_images: int = 256
+
+
+class Bench:
+    """Measures plans.
+
+    Attributes:
+        described: What the device says of itself.
+        noise_floor: The original against itself; what differs from 1 in it is noise.
+    """
+
+    def __init__(
+        self,
+        prunable: Prunable,
+        space: SearchSpace,
+        data: Data,
+        target: Target,
+        device: Device,
+        *,
+        recovery: Recovery,
+        on_progress: ProgressCallback,
+    ) -> None:
+        self.prunable, self.space, self.data = prunable, space, data
+        self.recovery = recovery
+        self._device, self._on_progress = device, on_progress
+        self.described = device.describe()
+        example = data.fit.model_input(slice(0, 1))
+        floors = tuple(choice[0] for choice in space.choices[: len(space.groups)])
+        thin = space.plan((*floors, *(1 for _ in space.branches)))
+        pruned = prunable.without(thin)
+        batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
+        write = partial(
+            candidate_writer, prunable.module, opset=target.opset, branches=prunable.branches
+        )
+        self._single = write(example, pruned)
+        self._batched = write(batch, pruned)
+        self._check_template(space.plan(space.narrowest), batch)
+        self._original_onnx = self._single(prunable.module)
+        self._fitted: LeastSquares | None = None
+        self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
+
+    def _check_template(self, plan: Plan, batch: Tensor) -> None:
+        """Candidates without branches come from an edited graph: it must answer like torch."""
+        if plan.dropped:
+            compact = self.prunable.without(plan)
+            answers = predictor(self._batched(compact), n_threads=n_cores())(batch)
+            with torch.inference_mode():
+                check_agree("torch and ONNX Runtime", compact, lambda _: answers[:1], batch[:1])
+
+    def original_accuracy(self) -> Accuracy:
+        """Of the original on the search split."""
+        return self._accuracy(self.prunable.module)
+
+    def repaired(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
+        """The network without what `plan` leaves out, after recovery."""
+        with timed(seconds, SURGERY):
+            pruned = self.prunable.without(plan)
+        return self.recover(pruned, plan, seconds)
+
+    def recover(self, pruned: nn.Module, plan: Plan, seconds: dict[str, float]) -> nn.Module:
+        """A pruned network, refitted and recalibrated; `pruned` itself may be changed."""
+        if self.recovery.least_squares and plan.kept:
+            if self._fitted is None:
+                self._fitted = gather(
+                    self.prunable.module, self.prunable.groups, self._repair_batches()
+                )
+            with timed(seconds, REPAIR):
+                kept = self.prunable.kept_positions(plan)
+                self._fitted.repair(pruned, self.prunable.module, kept)
+        if self.recovery.n_recalibration_images:
+            with timed(seconds, RECALIBRATION):
+                n_images = self.recovery.n_recalibration_images
+                pruned = recalibrate_batch_norm(pruned, self.data.fit, n_images=n_images)
+        return pruned
+
+    def _repair_batches(self) -> Iterator[Tensor]:
+        drawn = torch.randperm(len(self.data.fit), generator=torch.Generator().manual_seed(0))
+        for rows in drawn[:N_REPAIR_IMAGES].split(BATCH_SIZE):
+            yield self.data.fit.model_input(rows)
+
+    def measure(
+        self, plan: Plan, seconds: dict[str, float], seed: int
+    ) -> tuple[Accuracy, PairedLatency]:
+        """One trial; adds to `seconds` what each part took."""
+        pruned = self.repaired(plan, seconds)
+        with timed(seconds, EXPORT):
+            candidate = self._single(pruned)
+        with timed(seconds, LATENCY):  # first, because what crashes a runtime crashes it here
+            latency = self.compare(self._original_onnx, candidate, TRIAL, seed)
+        with timed(seconds, ACCURACY):
+            measured = self._accuracy(pruned)
+        return measured, latency
+
+    def remeasure(self, plan: Plan) -> PairedLatency:
+        """The latency of a finalist, with the effort of a final figure."""
+        return self.compare(self._original_onnx, self._single(self.prunable.without(plan)))
+
+    def compare(
+        self, original: Model, candidate: Model, effort: Effort = FINAL, seed: int = 0
+    ) -> PairedLatency:
+        """Both models on the device; waits for one that went away."""
+        return patiently(
+            self._device,
+            lambda: self._device.compare(original, candidate, effort=effort, seed=seed),
+            on_wait=lambda why: self._on_progress(Progress("Waiting for the device", 0, 1, why)),
+        )
+
+    def timed_plans(self, seed: int) -> list[TimedPlan]:
+        """Plans timed before the search: the fastest one, and some that differ in everything.
+
+        What they cost tells what each layer costs; see `search.costs.LatencyTable`.
+        """
+        plans = design(self.space, seed)
+        found = []
+        for i, widths in enumerate(plans):
+            self._on_progress(Progress("Timing the layers", i, len(plans)))
+            try:
+                candidate = self._single(self.prunable.without(self.space.plan(widths)))
+                pair = self.compare(self._original_onnx, candidate, DESIGN, seed + i)
+            except MeasurementError as err:
+                logger.warning("a plan of the latency table could not be timed: %s", err)
+                continue
+            found.append(TimedPlan(self.space.by_name(widths), pair.ratio, pair.ranking_ci95))
+        self._on_progress(Progress("Timing the layers", len(plans), len(plans)))
+        return found
+
+    def damages(self) -> dict[str, float]:
+        """Variable -> accuracy lost where it alone is at its least.
+
+        Of few images, so not the share of right answers is taken but the mean probability of the
+        right one, which tells more.
+        """
+        whole = self._soft(self.prunable.module)
+        found = {}
+        for i, (name, choice) in enumerate(zip(self.space.names, self.space.choices, strict=True)):
+            self._on_progress(Progress("Trying every group and branch", i, len(self.space.names)))
+            original = self.space.original
+            widths = (*original[:i], choice[0], *original[i + 1 :])
+            (widths,) = self.space.written_once([widths])
+            found[name] = whole - self._soft(self.repaired(self.space.plan(widths), {}))
+        n = len(self.space.names)
+        self._on_progress(Progress("Trying every group and branch", n, n))
+        return found
+
+    def _soft(self, model: nn.Module) -> float:
+        predict = predictor(self._batched(model), n_threads=n_cores())
+        split = self.data.search
+        drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+        rows = drawn[:N_DAMAGE_IMAGES]
+        some = replace(split, images=split.images[rows], labels=split.labels[rows])
+        return soft_accuracy(predict, some, batch_size=BATCH_SIZE)
+
+    def _accuracy(self, model: nn.Module) -> Accuracy:
+        predict = predictor(self._batched(model), n_threads=n_cores())
+        return accuracy(predict, self.data.search, batch_size=BATCH_SIZE)
+
+    def check_surgery(self, plan: Plan) -> tuple[nn.Module, float]:
+        """See `check_surgery`."""
+        return check_surgery(self.prunable, plan, self.data)
+
+
+def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:
+    """The network without what `plan` leaves out, and its error against the oracle.
+
+    Raises:
+        EquivalenceError: It does not answer like the original whose wires were cut.
+    """
+    images = data.search.model_input(slice(0, N_PROOF_IMAGES))
+    compact = prunable.without(plan)
+    oracle = prunable.masked(plan)
+    return compact, check_agree("Own surgery and the masked original", compact, oracle, images)
+
+
+def design(space: SearchSpace, seed: int) -> list[Widths]:
+    """The fastest plan, and random ones in which every variable is at its least half of the time.
+
+    Their number grows with the square root of that of the variables: layers are alike.
+    """
+    n = len(space.choices)
+    n_plans = int(np.clip(round(3 * np.sqrt(n)), MIN_DESIGN, MAX_DESIGN))
+    generator = np.random.default_rng(seed)
+    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
+    shares = generator.uniform(0.1, 0.9, size=(n_plans, 1))
+    ratios = np.where(generator.random((n_plans, n)) < shares, floors, 1.0)
+    between = generator.random((n_plans, n)) < 0.3
+    ratios = np.where(between, floors + generator.random((n_plans, n)) * (1 - floors), ratios)
+    plans = [space.narrowest, *space.snap(ratios)]
+    return [plan for plan in dict.fromkeys(plans) if plan != space.original]
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Adds what the block takes to `seconds[part]`."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - began
