@@ -252,18 +252,17 @@ def _bypass(graph: onnx.GraphProto, sums: Sequence[tuple[int, int]]) -> None:
             del total.input[at]
         else:
             instead[total.output[0]] = total.input[1 - at]
-    needed, left = outputs, []
-    for node in reversed(graph.node):
+    needed = outputs
+    for position in reversed(range(len(graph.node))):
+        node = graph.node[position]
         for i, name in enumerate(node.input):
             while name in instead:
                 name = instead[name]
             node.input[i] = name
-        if not needed.isdisjoint(node.output):
+        if needed.isdisjoint(node.output):
+            del graph.node[position]
+        else:
             needed.update(node.input)
-            left.append(node)
-    nodes = [copy.deepcopy(node) for node in reversed(left)]
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,8 @@ from compressor.search.surrogate import Features, Promise, one_thread
 from compressor.search.warm_start import damages, limits_of, meets, scaled_to, walled, warm_starts
 from compressor.values import Trial
 
-N_RANDOM = 512  # random plans at the limit that the acquisition is read at
+N_ALTERED = 40  # around each of the best plans
+N_RANDOM = 256  # random plans at the limit that the acquisition is read at
 N_WALLED = 128
 N_KNAPSACKS = 48  # with damages as they might be
 HARM_ERROR = 0.7  # of the logarithm of a damage, in those
@@ -134,9 +135,14 @@ class Bocr:
         space = problem.space
         tried = {space.from_names(trial.widths) for trial in trials}
         tried.add(space.original)
-        for start in self._start_design(problem):
-            if len(trials) < self._n_start(problem) and start not in tried:
-                return Proposal(start, START)
+        schedule = Schedule.scaled(problem.n_trials)
+        if len(trials) < max(schedule.n_start, problem.n_trials // 4):
+            by_hand = self._warm_starts(problem)
+            n_start = min(max(schedule.n_start, len(by_hand)), problem.n_trials)
+            if len(trials) < n_start:
+                for start in [*by_hand, *self._sobol(problem)]:
+                    if start not in tried:
+                        return Proposal(start, START)
         problem = _at_this_time(problem, len(trials))
         table = problem.table(trials)
         seed = problem.seed + len(trials)
@@ -148,20 +154,14 @@ class Bocr:
                 return Proposal(widths, phase)
         return None
 
-    def _n_start(self, problem: Problem) -> int:
-        n = Schedule.scaled(problem.n_trials).n_start
-        warm = len(self._warm_starts(problem)) if self.is_informed else 0
-        return min(max(n, warm), max(n, problem.n_trials // 4))
-
     def _warm_starts(self, problem: Problem) -> list[Widths]:
-        return warm_starts(problem, problem.table([]))
+        return warm_starts(problem, problem.table([])) if self.is_informed else []
 
-    def _start_design(self, problem: Problem) -> list[Widths]:
-        """Plans of `warm_start`, then Sobol points over the clusters."""
+    def _sobol(self, problem: Problem) -> list[Widths]:
+        """Points over the clusters."""
         labels = self.labels(problem, problem.n_clusters)
-        sobol = qmc.Sobol(int(labels.max()) + 1, scramble=False).random(64)[1:]  # no zero point
-        fitted = self._at_limit(problem, problem.table([]), expand(problem, labels, sobol))
-        return [*(self._warm_starts(problem) if self.is_informed else []), *fitted]
+        points = qmc.Sobol(int(labels.max()) + 1, scramble=False).random(64)[1:]  # no zero point
+        return self._at_limit(problem, problem.table([]), expand(problem, labels, points))
 
     def _at_limit(self, problem: Problem, table: LatencyTable, ratios: Ratios) -> list[Widths]:
         limits = limits_of(problem)[0]
@@ -366,12 +366,21 @@ class _Maximiser:
                     harm = harm * np.exp(HARM_ERROR * generator.standard_normal(len(harm)))
                     plans.append(warm_start.knapsack(problem, self.table, limits, harm))
         for trial in best_first(self.trials, problem)[:TOP_K]:
-            for widths in self._neighbours(space.from_names(trial.widths)):
-                plans.append(widths)
-                further = self._neighbours(widths)
-                if further:
-                    plans.append(further[generator.integers(len(further))])
+            kept = space.from_names(trial.widths)
+            plans += self._neighbours(kept)
+            plans += self._altered(kept, generator)
         return plans
+
+    def _altered(self, plan: Widths, generator: np.random.Generator) -> list[Widths]:
+        """Plans that differ from `plan` in two to four variables."""
+        found = []
+        for _ in range(N_ALTERED):
+            widths = list(plan)
+            n_changed = min(int(generator.integers(2, 5)), len(plan))
+            for i in generator.choice(len(plan), n_changed, replace=False):
+                widths[i] = int(generator.choice(self.space.choices[i]))
+            found.append(tuple(widths))
+        return self.problem.space.written_once(found)
 
     def _uniform(self, points: Ratios) -> Ratios:
         """`points` in [0, 1] as ratios of the bounded space."""

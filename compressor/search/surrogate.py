@@ -8,19 +8,13 @@ process, and the sum of the damages that were measured one by one, along which a
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from botorch.acquisition.analytic import (
-    AnalyticAcquisitionFunction,
-    LogConstrainedExpectedImprovement,
-    LogExpectedImprovement,
-    LogProbabilityOfFeasibility,
-)
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
-from botorch.models.model_list_gp_regression import ModelListGP
 from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
 from gpytorch.kernels import Kernel, ScaleKernel
 from gpytorch.means import Mean
@@ -148,49 +142,71 @@ class Promise:
             )  # fmt: skip
         within = [True, *(problem.excess(trial) == 0 for trial in known)]
         within[0] = all(limit >= 1 for limit in objective.limits.values())
-        self._acquisition = self._acquire(problem, x, torch.tensor(within))
-
-    def _acquire(self, problem: Problem, x: Tensor, within: Tensor) -> AnalyticAcquisitionFunction:
-        objective = problem.objective
-        if objective.weights is not None:
-            return LogExpectedImprovement(self._worth, best_f=_best(self._worth, x))
-        model = ModelListGP(self._worth, self._speed)
+        self._objective = objective
+        self._has_feasible = any(within)
         if objective.min_accuracy is not None:
-            limits: dict[int, tuple[float | None, float | None]] = {
-                0: (objective.min_accuracy, None)
-            }
-            best = _best(self._speed, x[within])  # the original keeps its accuracy
-            return LogConstrainedExpectedImprovement(
-                model, best_f=best, objective_index=1, constraints=limits
-            )
-        if TIME not in objective.limits:  # limits on paper are exact, and kept by the pool
-            if not within.any():
-                return LogExpectedImprovement(self._worth, best_f=_best(self._worth, x) - 1)
-            return LogExpectedImprovement(self._worth, best_f=_best(self._worth, x[within]))
-        limits = {1: (float(-np.log(TIME_MARGIN * objective.limits[TIME])), None)}
-        if not within.any():
-            return LogProbabilityOfFeasibility(model, constraints=limits)
-        return LogConstrainedExpectedImprovement(
-            model,
-            best_f=_best(self._worth, x[within]),
-            objective_index=0,
-            constraints=limits,
-        )
+            self._best = _best(self._speed, x[torch.tensor(within)])
+        elif self._has_feasible and objective.weights is None:
+            self._best = _best(self._worth, x[torch.tensor(within)])
+        else:
+            self._best = _best(self._worth, x)
 
     def __call__(self, plans: Sequence[Widths]) -> list[float]:
-        """Logarithm of the (constrained) expected improvement of every plan."""
+        """Logarithm of the (constrained) expected improvement of every plan.
+
+        Where time is limited and no plan is known to meet the limit: of the probability that it
+        does. Limits on paper are not looked at; the caller keeps them exactly.
+        """
         if not plans:
             return []
-        with torch.no_grad():
-            values: Tensor = self._acquisition(self._features(plans).unsqueeze(-2))
-        return [float(v) for v in values]
+        x = self._features(plans)
+        objective = self._objective
+        if objective.weights is not None:
+            return _listed(log_expected_improvement(*_posterior(self._worth, x), self._best))
+        if objective.min_accuracy is not None:
+            mean, sigma = _posterior(self._worth, x)
+            log_feasible = torch.special.log_ndtr((mean - objective.min_accuracy) / sigma)
+            improvement = log_expected_improvement(*_posterior(self._speed, x), self._best)
+            return _listed(improvement + log_feasible)
+        log_feasible = torch.zeros(len(x), dtype=torch.float64)
+        if TIME in objective.limits:
+            least = -math.log(TIME_MARGIN * objective.limits[TIME])
+            mean, sigma = _posterior(self._speed, x)
+            log_feasible = torch.special.log_ndtr((mean - least) / sigma)
+            if not self._has_feasible:
+                return _listed(log_feasible)
+        improvement = log_expected_improvement(*_posterior(self._worth, x), self._best)
+        return _listed(improvement + log_feasible)
 
 
-def _best(model: SingleTaskGP, x: Tensor) -> Tensor:
-    """The largest posterior mean, as in the paper's code; the best figure seen owes to luck."""
+def log_expected_improvement(mean: Tensor, sigma: Tensor, best: float) -> Tensor:
+    """Log E[max(0, y - best)] for y normal; exact far below `best` too [ament2023].
+
+    BoTorch's own takes one covariance matrix a point, which is 50 times slower here.
+    """
+    u = ((mean - best) / sigma).clamp_min(-1e5)
+    tail = torch.special.erfcx(-u.clamp_max(0) / math.sqrt(2))
+    below = -0.5 * u**2 + torch.log(1 / math.sqrt(2 * math.pi) + 0.5 * u.clamp_max(0) * tail)
+    density = torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
+    above = torch.log(density + u.clamp_min(0) * torch.special.ndtr(u))
+    return torch.log(sigma) + torch.where(u < 0, below, above)
+
+
+def _posterior(model: SingleTaskGP, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`(n,)` means and standard deviations."""
     with torch.no_grad():
-        means: Tensor = model.posterior(x).mean
-    return means.max()
+        posterior = model.posterior(x)
+        mean, variance = posterior.mean.squeeze(-1), posterior.variance.squeeze(-1)
+    return mean, variance.clamp_min(1e-12).sqrt()
+
+
+def _listed(values: Tensor) -> list[float]:
+    return [float(value) for value in values]
+
+
+def _best(model: SingleTaskGP, x: Tensor) -> float:
+    """The largest posterior mean, as in the paper's code; the best figure seen owes to luck."""
+    return float(_posterior(model, x)[0].max())
 
 
 def _falling(columns: tuple[int, ...], n_shares: int, informed: bool, has_ard: bool) -> Kernel:

@@ -12,7 +12,7 @@ from compressor.search.costs import FloatArray, LatencyTable
 from compressor.search.objective import TIME, TIME_MARGIN, Problem
 from compressor.search.space import Ratios, Widths
 
-N_BISECTIONS = 12
+N_BISECTIONS = 8
 FREE_TIMES = (0.75, 0.6, 0.45)  # where no limit is given
 Family = Callable[[FloatArray], Ratios]  # strength in [0, 1], (n,) -> ratios, (n, n_variables)
 
