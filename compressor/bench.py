@@ -5,6 +5,7 @@ The measuring half of the pipeline: surgery, recovery, export, evaluation and la
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from compressor.errors import MeasurementError
 from compressor.evaluate import accuracy, check_agree, soft_accuracy
 from compressor.export import candidate_writer
+from compressor.features import channel_maps
 from compressor.latency.device import Device, patiently
 from compressor.latency.machine import Model
 from compressor.latency.onnxruntime import predictor
@@ -25,11 +27,13 @@ from compressor.latency.timing import FINAL, TRIAL, Effort
 from compressor.least_squares import LeastSquares, gather
 from compressor.prunable import Prunable
 from compressor.recovery import recalibrate_batch_norm
+from compressor.search.clustering import n_distinct
 from compressor.search.objective import TimedPlan
 from compressor.search.space import SearchSpace, Widths
 from compressor.values import (
     Accuracy,
     Data,
+    GroupFeatures,
     PairedLatency,
     Plan,
     Progress,
@@ -40,7 +44,10 @@ from compressor.values import (
 BATCH_SIZE = 50  # of accuracy; larger batches leave the cache and gain nothing
 N_PROOF_IMAGES = 32  # real images that engines must agree on
 N_REPAIR_IMAGES = 1000  # whose patches least squares looks at
-N_DAMAGE_IMAGES = 256  # of the search split, for what each variable costs alone
+N_DAMAGE_IMAGES = 128  # of the search split, for what each variable costs alone
+N_DAMAGE_RECALIBRATION = 64
+N_FEATURE_IMAGES = 200  # as in the code of [chang2022]
+EPS = tuple(np.geomspace(0.001, 0.5, 12).tolist())  # strengths of merging alike maps
 DESIGN = Effort(min_pairs=3, max_pairs=4, budget_s=0.5, half_width=0.01, pair_s=0.1)
 MIN_DESIGN, MAX_DESIGN = 8, 24  # plans that are timed before the search
 
@@ -113,14 +120,29 @@ class Bench:
         """Of the original on the search split."""
         return self._accuracy(self.prunable.module)
 
-    def repaired(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
-        """The network without what `plan` leaves out, after recovery."""
+    def repaired(
+        self, plan: Plan, seconds: dict[str, float], n_images: int | None = None
+    ) -> nn.Module:
+        """The network without what `plan` leaves out, after recovery; see `recover`."""
         with timed(seconds, SURGERY):
             pruned = self.prunable.without(plan)
-        return self.recover(pruned, plan, seconds)
+        return self.recover(pruned, plan, seconds, n_images)
 
-    def recover(self, pruned: nn.Module, plan: Plan, seconds: dict[str, float]) -> nn.Module:
-        """A pruned network, refitted and recalibrated; `pruned` itself may be changed."""
+    def recover(
+        self,
+        pruned: nn.Module,
+        plan: Plan,
+        seconds: dict[str, float],
+        n_images: int | None = None,
+    ) -> nn.Module:
+        """A pruned network, refitted and recalibrated; `pruned` itself may be changed.
+
+        Args:
+            pruned: The network without what `plan` leaves out.
+            plan: What was left out.
+            seconds: Gets what each part took.
+            n_images: At most so many for the recalibration, if any.
+        """
         if self.recovery.least_squares and plan.kept:
             if self._fitted is None:
                 self._fitted = gather(
@@ -131,8 +153,8 @@ class Bench:
                 self._fitted.repair(pruned, self.prunable.module, kept)
         if self.recovery.n_recalibration_images:
             with timed(seconds, RECALIBRATION):
-                n_images = self.recovery.n_recalibration_images
-                pruned = recalibrate_batch_norm(pruned, self.data.fit, n_images=n_images)
+                n = min(n_images or sys.maxsize, self.recovery.n_recalibration_images)
+                pruned = recalibrate_batch_norm(pruned, self.data.fit, n_images=n)
         return pruned
 
     def _repair_batches(self) -> Iterator[Tensor]:
@@ -199,10 +221,25 @@ class Bench:
             original = self.space.original
             widths = (*original[:i], choice[0], *original[i + 1 :])
             (widths,) = self.space.written_once([widths])
-            found[name] = whole - self._soft(self.repaired(self.space.plan(widths), {}))
+            pruned = self.repaired(self.space.plan(widths), {}, N_DAMAGE_RECALIBRATION)
+            found[name] = whole - self._soft(pruned)
         n = len(self.space.names)
         self._on_progress(Progress("Trying every group and branch", n, n))
         return found
+
+    def features(self) -> dict[str, GroupFeatures]:
+        """What the channels of every free group answer; see `features.channel_maps`."""
+        split = self.data.fit
+        drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+        rows = drawn[:N_FEATURE_IMAGES].split(BATCH_SIZE)
+        batches = ((split.model_input(each), split.labels[each]) for each in rows)
+        maps = channel_maps(self.prunable.module, self.prunable.groups, batches)
+        return {
+            name: GroupFeatures(
+                means, fisher, tuple(n_distinct(means.reshape(len(means), -1), e) for e in EPS)
+            )
+            for name, (means, fisher) in maps.items()
+        }
 
     def _soft(self, model: nn.Module) -> float:
         predict = predictor(self._batched(model), n_threads=n_cores())

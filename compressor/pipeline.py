@@ -53,7 +53,7 @@ from compressor.latency.timing import is_win
 from compressor.prunable import Prunable, load_model, make_prunable, with_branches
 from compressor.recovery import FineTuneRecipe, fine_tune
 from compressor.run_folder import RunFolder
-from compressor.search import make_strategy
+from compressor.search import ASK_FOR_FEATURES, make_strategy
 from compressor.search.objective import (
     MACS,
     PARAMS,
@@ -299,6 +299,8 @@ def pose(job: Job, bench: Bench) -> Problem:
     )
     if is_hopeless(problem):
         return problem
+    if job.config.search in ASK_FOR_FEATURES:
+        return replace(problem, features=bench.features())
     return replace(problem, damages=bench.damages())
 
 

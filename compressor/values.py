@@ -245,6 +245,21 @@ class Cost:
     params: int
 
 
+@dataclass(frozen=True, eq=False)
+class GroupFeatures:
+    """What the channels of a group answer to real images.
+
+    Attributes:
+        maps: `(n_channels, h, w)` mean over images of what the producer writes, before any norm.
+        fisher: `(n_channels,)` variance of the pooled maps between classes / within them.
+        n_distinct: For growing strengths, how many channels are left where alike maps count once.
+    """
+
+    maps: npt.NDArray[np.float64]
+    fisher: npt.NDArray[np.float64]
+    n_distinct: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """One parameter tensor, and how its cost follows the widths of groups.

@@ -19,7 +19,7 @@ import numpy as np
 
 from compressor.search.costs import Costs, FloatArray, LatencyTable
 from compressor.search.space import SearchSpace, Widths
-from compressor.values import Accuracy, LayerCost, Trial
+from compressor.values import Accuracy, GroupFeatures, LayerCost, Trial
 
 START, CLUSTERS, LAYERS = "start", "clusters", "layers"
 TIME, MACS, PARAMS = "time", "macs", "params"
@@ -83,6 +83,7 @@ class Problem:
         damages: Variable's name -> accuracy that is lost, in [0, 1], where it alone is at its
             least; empty where it was not measured.
         timed: Plans that were timed before the search.
+        features: Group's name -> what its channels answer; empty where no strategy asks for it.
     """
 
     space: SearchSpace
@@ -94,6 +95,7 @@ class Problem:
     layers: tuple[LayerCost, ...] = ()
     damages: Mapping[str, float] = field(default_factory=dict)
     timed: Sequence[TimedPlan] = ()
+    features: Mapping[str, GroupFeatures] = field(default_factory=dict)
 
     @cached_property
     def costs(self) -> Costs:
