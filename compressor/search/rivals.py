@@ -46,9 +46,7 @@ class Tpe:
         space = problem.space
         seed = problem.seed + len(trials)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, warn_independent_sampling=False
-        )
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         ranges: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.IntDistribution(0, len(choice) - 1)

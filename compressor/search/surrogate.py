@@ -9,6 +9,7 @@ process, and the sum of the damages that were measured one by one, along which a
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scal
 from gpytorch.kernels import Kernel, ScaleKernel
 from gpytorch.means import Mean
 from gpytorch.mlls import ExactMarginalLogLikelihood
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from compressor.search.clustering import IntArray
@@ -194,7 +196,8 @@ def log_expected_improvement(mean: Tensor, sigma: Tensor, best: float) -> Tensor
 
 def _posterior(model: SingleTaskGP, x: Tensor) -> tuple[Tensor, Tensor]:
     """`(n,)` means and standard deviations."""
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)  # at plans that were measured: -1e-18
         posterior = model.posterior(x)
         mean, variance = posterior.mean.squeeze(-1), posterior.variance.squeeze(-1)
     return mean, variance.clamp_min(1e-12).sqrt()

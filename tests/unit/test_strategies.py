@@ -2,51 +2,104 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from compressor.search import STRATEGIES
-from compressor.search.bocr import Bocr, Schedule, group_clusters
+from compressor.errors import SearchError
+from compressor.search import STRATEGIES, make_strategy
+from compressor.search.bocr import GRADUAL, NONE, PER_DIMENSION, WALL, Bocr, Schedule
+from compressor.search.clustering import JS, ST
 from compressor.search.objective import (
+    ACCURACY,
     CLUSTERS,
     LAYERS,
+    MACS,
     START,
+    TIME,
+    Objective,
     Problem,
     Strategy,
+    TimedPlan,
     best_first,
+    feasible_first,
     is_hopeless,
+    penalised,
 )
 from compressor.search.space import Widths, make_space
-from compressor.values import Accuracy, ChannelGroup, Trial
+from compressor.values import Accuracy, Branch, ChannelGroup, GroupFeatures, LayerCost, Trial
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+VARIANTS: Mapping[str, Strategy] = {
+    "js": Bocr(distance=JS),
+    "st": Bocr(distance=ST),
+    "no rollback": Bocr(rollback=NONE),
+    "gradual": Bocr(rollback=GRADUAL),
+    "per dimension": Bocr(bounds=PER_DIMENSION),
+    "wall": Bocr(fit_to_limit=WALL),
+    "uninformed": Bocr(is_informed=False),
+}
+every_variant = pytest.mark.parametrize("strategy", VARIANTS.values(), ids=VARIANTS.keys())
 
 N_IMAGES = 2000
 WEIGHTS = (1.0, 0.2, 1.0, 0.2, 1.0, 0.2)  # how much accuracy a group's channels carry
 COSTS = (1.0, 3.0, 1.0, 3.0, 1.0, 3.0)  # and how much time
+DROPS = (0.02, 0.3)  # accuracy that goes with each branch, beside that of its channels
+TIME_AT_LIMIT = 0.5
 
 
-def make_problem(n_trials: int = 30, min_speedup: float = 2.0, seed: int = 0) -> Problem:
-    """Six groups of 64; odd ones are cheap to lose and dear to keep."""
+def make_problem(
+    n_trials: int = 30, time: float = TIME_AT_LIMIT, seed: int = 0, n_branches: int = 0
+) -> Problem:
+    """Six groups of 64; odd ones are cheap to lose and dear to keep.
+
+    Branches hold groups 1 and 3.
+    """
     groups = [ChannelGroup(f"g{i}", 64, ()) for i in range(6)]
     spread = [1.0 if w == 1.0 else 4.0 for w in WEIGHTS]
     scores = {
         g.name: s * np.random.default_rng(i).standard_normal(64) + 20
         for i, (g, s) in enumerate(zip(groups, spread, strict=True))
     }
-    space = make_space(groups, scores, step=16, min_keep_ratio=0.1)
+    branches = tuple(
+        Branch(
+            f"b{i}", f"add_{i}", 0, (), (f"m{2 * i + 1}",), (f"g{2 * i + 1}",), 1, "aten::add", i
+        )
+        for i in range(n_branches)
+    )
+    layers = tuple(
+        LayerCost(f"m{i}.weight", round(1e6 * c), 64, (64,), ({f"g{i}": 1.0},))
+        for i, c in enumerate(COSTS)
+    )
+    generator = np.random.default_rng(7)
+    features = {
+        g.name: GroupFeatures(generator.random((64, 4, 4)), generator.random(64), (60, 40, 20))
+        for g in groups
+    }
+    space = make_space(groups, scores, step=16, min_keep_ratio=0.1, branches=branches)
     original = Accuracy(0.98, N_IMAGES)
-    return Problem(space, min_speedup, original, n_trials, n_clusters=2, seed=seed)
+    limits = Objective(limits={TIME: time})
+    return Problem(
+        space,
+        limits,
+        original,
+        n_trials,
+        n_clusters=2,
+        seed=seed,
+        layers=layers,
+        features=features,
+    )
 
 
 def truth(problem: Problem, widths: Widths) -> tuple[float, float]:
     """(accuracy, speed-up) in closed form."""
     ratios = problem.space.ratios([widths])[0]
-    lost = sum(w * (1 - r) ** 2 for w, r in zip(WEIGHTS, ratios, strict=True)) / sum(WEIGHTS)
-    speedup = sum(COSTS) / sum(c * r for c, r in zip(COSTS, ratios, strict=True))
-    return float(0.98 - 0.6 * lost), float(speedup)
+    lost = sum(w * (1 - r) ** 2 for w, r in zip(WEIGHTS, ratios[:6], strict=True)) / sum(WEIGHTS)
+    drops = sum(d for d, kept in zip(DROPS, ratios[6:], strict=False) if not kept)
+    left = sum(c * r for c, r in zip(COSTS, ratios[:6], strict=True))
+    return max(0.05, float(0.98 - 0.6 * lost - drops)), float(sum(COSTS) / max(left, 0.1))
 
 
 def measured(problem: Problem, widths: Widths, number: int, phase: str) -> Trial:
@@ -77,29 +130,42 @@ def run(strategy: Strategy, problem: Problem, fail_every: int = 0) -> list[Trial
     return trials
 
 
-@every_strategy
-def test_proposals_are_new_and_in_the_space(strategy: Strategy) -> None:
-    problem = make_problem()
-    trials = run(strategy, problem)
-    plans = [problem.space.from_names(t.widths) for t in trials]
+def check_new(problem: Problem, trials: list[Trial]) -> None:
+    space = problem.space
+    plans = [space.from_names(t.widths) for t in trials]
     assert len(plans) == problem.n_trials == len(set(plans))
-    assert problem.space.original not in plans
+    assert space.original not in plans
+    assert space.written_once(plans) == plans
     for plan in plans:
-        assert all(w in choice for w, choice in zip(plan, problem.space.choices, strict=True))
+        assert all(w in choice for w, choice in zip(plan, space.choices, strict=True))
+
+
+@every_strategy
+@pytest.mark.parametrize("n_branches", [0, 2])
+def test_proposals_are_new_and_in_the_space(strategy: Strategy, n_branches: int) -> None:
+    problem = make_problem(n_branches=n_branches)
+    check_new(problem, run(strategy, problem))
+
+
+@every_variant
+def test_so_are_those_of_every_variant(strategy: Strategy) -> None:
+    problem = make_problem(n_branches=2)
+    check_new(problem, run(strategy, problem))
 
 
 @every_strategy
 def test_the_same_trials_give_the_same_proposal(strategy: Strategy) -> None:
-    problem = make_problem(n_trials=20)
+    problem = make_problem(n_trials=20, n_branches=1)
     trials = run(strategy, problem)
     for n in (0, 3, 8, 15):
         assert strategy.propose(problem, trials[:n]) == strategy.propose(problem, trials[:n])
 
 
 @every_strategy
-def test_a_search_survives_failed_trials(strategy: Strategy) -> None:
-    problem = make_problem()
-    trials = run(strategy, problem, fail_every=3)
+@pytest.mark.parametrize("fail_every", [1, 3])
+def test_a_search_survives_failed_trials(strategy: Strategy, fail_every: int) -> None:
+    problem = make_problem(n_trials=20, n_branches=1)
+    trials = run(strategy, problem, fail_every)
     assert len(trials) == problem.n_trials
     assert len({problem.space.from_names(t.widths) for t in trials}) == problem.n_trials
 
@@ -109,7 +175,8 @@ def test_a_small_space_is_searched_whole_and_then_ends(strategy: Strategy) -> No
     groups = [ChannelGroup("a", 32, ()), ChannelGroup("b", 32, ())]
     scores = {g.name: np.random.default_rng(i).random(32) for i, g in enumerate(groups)}
     space = make_space(groups, scores, step=16, min_keep_ratio=0.1)
-    problem = replace(make_problem(), space=space)
+    layers = tuple(LayerCost(g.name, 9, 9, (32,), ({g.name: 1.0},)) for g in groups)
+    problem = replace(make_problem(), space=space, layers=layers, features={})
     trials: list[Trial] = []
     while proposal := strategy.propose(problem, trials):
         speedup = 64 / sum(proposal.widths)
@@ -123,17 +190,44 @@ def test_a_small_space_is_searched_whole_and_then_ends(strategy: Strategy) -> No
     assert plans == {(16, 16), (16, 32), (32, 16)}  # (32, 32) is the original
 
 
-@every_strategy
+def optimum(problem: Problem) -> float:
+    """Brute force over all plans."""
+    plans = problem.space.written_once(list(itertools.product(*problem.space.choices)))
+    limit = 1 / problem.objective.limits[TIME]
+    return max(a for a, s in (truth(problem, plan) for plan in set(plans)) if s >= limit)
+
+
+INFORMED = {"bocr": STRATEGIES["bocr"], "bo": STRATEGIES["bo"], **VARIANTS}
+
+
+@pytest.mark.parametrize("strategy", INFORMED.values(), ids=INFORMED.keys())
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_best_of_all_plans_is_nearly_found(strategy: Strategy, seed: int) -> None:
-    """Brute force over all 4,096 plans; 30 trials end within 1.5 points of the best of them."""
-    problem = make_problem(seed=seed)
-    reachable = [truth(problem, plan) for plan in itertools.product(*problem.space.choices)]
-    optimum = max(a for a, s in reachable if s >= problem.min_speedup)
-    best = best_first(run(strategy, problem), problem.min_speedup)[0]
-    assert best.speedup is not None
-    assert best.speedup >= problem.min_speedup
-    assert truth(problem, problem.space.from_names(best.widths))[0] > optimum - 0.015
+@pytest.mark.parametrize("n_branches", [0, 2])
+def test_the_best_of_all_plans_is_nearly_found(
+    strategy: Strategy, seed: int, n_branches: int
+) -> None:
+    """Of 4,096 plans, or 16,384 with branches; 30 trials end within 2 points of the best."""
+    if strategy in (VARIANTS["no rollback"], VARIANTS["st"]):
+        pytest.skip("two clusters for ever, or clusters of equal structure, cannot reach it")
+    problem = make_problem(seed=seed, n_branches=n_branches)
+    best = feasible_first(run(strategy, problem), problem)[0]
+    found = truth(problem, problem.space.from_names(best.widths))[0]
+    assert found > optimum(problem) - 0.02
+
+
+@every_strategy
+def test_something_feasible_is_found(strategy: Strategy) -> None:
+    problem = make_problem(n_trials=40, n_branches=2)
+    assert feasible_first(run(strategy, problem), problem)
+
+
+@every_strategy
+def test_limits_on_paper_are_kept_by_every_proposal(strategy: Strategy) -> None:
+    problem = replace(make_problem(n_branches=2), objective=Objective(limits={MACS: 0.5}))
+    trials = run(strategy, problem)
+    plans = [problem.space.from_names(t.widths) for t in trials]
+    assert len(trials) == problem.n_trials
+    assert problem.costs.macs(plans).max() <= 0.5
 
 
 @every_strategy
@@ -142,44 +236,112 @@ def test_budgets_below_the_start_design_work(strategy: Strategy) -> None:
         assert len(run(strategy, make_problem(n_trials=n_trials))) == n_trials
 
 
-def test_bocr_starts_narrow_then_clusters_then_rolls_back() -> None:
+def test_the_fastest_network_within_a_drop() -> None:
+    """Brute force over all plans; 30 trials end within 5 % of the fastest allowed one."""
+    wanted = Objective(min_accuracy=0.95)
+    problem = replace(make_problem(n_branches=2), objective=wanted)
+    plans = problem.space.written_once(list(itertools.product(*problem.space.choices)))
+    fastest = max(s for a, s in (truth(problem, p) for p in set(plans)) if a >= 0.95)
+    best = feasible_first(run(Bocr(), problem), problem)[0]
+    assert best.accuracy is not None
+    assert best.accuracy.value >= 0.95
+    assert truth(problem, problem.space.from_names(best.widths))[1] > 0.95 * fastest
+
+
+def test_the_largest_weighted_sum() -> None:
+    weights = {ACCURACY: 1.0, TIME: 0.4, MACS: 0.1}
+    problem = replace(make_problem(n_branches=2), objective=Objective(weights=weights))
+    plans = list(set(problem.space.written_once(list(itertools.product(*problem.space.choices)))))
+    macs = problem.costs.macs(plans)
+    values = [
+        a / 0.98 + 0.4 * (1 - 1 / s) + 0.1 * (1 - m)
+        for (a, s), m in zip((truth(problem, p) for p in plans), macs, strict=True)
+    ]
+    best = best_first(run(Bocr(), problem), problem)[0]
+    found = values[plans.index(problem.space.from_names(best.widths))]
+    assert found > max(values) - 0.02
+
+
+def test_the_front_has_good_plans_at_every_time() -> None:
+    problem = replace(make_problem(n_trials=50), objective=Objective(front=True))
+    trials = run(Bocr(), problem)
+    for time in (0.8, 0.6, 0.4):
+        limited = replace(problem, objective=Objective(limits={TIME: time}))
+        best = feasible_first(trials, limited)[0]
+        assert best.accuracy is not None
+        assert best.accuracy.value > optimum(limited) - 0.04
+
+
+def test_bocr_starts_by_hand_then_clusters_then_rolls_back() -> None:
     problem = replace(make_problem(n_trials=40), n_clusters=3)
     trials = run(Bocr(), problem)
     phases = [t.phase for t in trials]
     assert [phase for phase, _ in itertools.groupby(phases)] == [START, CLUSTERS, LAYERS]
-    assert problem.space.from_names(trials[0].widths) == problem.space.narrowest
     schedule = Schedule.scaled(40)
     assert schedule.earliest <= phases.index(LAYERS) <= schedule.latest
-    clusters = group_clusters(problem)
-    for trial in trials[: phases.index(LAYERS)]:
+    labels = Bocr().labels(problem, 3)
+    for trial in trials[phases.index(CLUSTERS) : phases.index(LAYERS)]:
         widths = np.array(problem.space.from_names(trial.widths))
-        if trial.number > 0:  # equal widths inside a cluster, as all groups have 64 channels
-            assert all(len(set(widths[clusters == k])) == 1 for k in set(clusters))
+        assert all(len(set(widths[labels == k])) == 1 for k in set(labels))
+
+
+def test_a_gradual_rollback_goes_by_way_of_more_clusters() -> None:
+    groups = make_problem().space
+    problem = replace(make_problem(n_trials=60), n_clusters=1)
+    trials = run(Bocr(rollback=GRADUAL), problem)
+    distinct = []
+    for trial in trials:
+        widths = problem.space.from_names(trial.widths)
+        distinct.append((trial.phase, len(set(widths))))
+    assert distinct[0][0] == START
+    assert trials[-1].phase == LAYERS
+    second = [n for phase, n in distinct if phase == CLUSTERS]
+    assert min(second) == 1
+    assert max(second) > 1
+    assert len(groups.choices) == 6
 
 
 def test_clusters_are_the_groups_of_alike_spread() -> None:
-    clusters = group_clusters(make_problem())
-    assert len(set(clusters[::2])) == len(set(clusters[1::2])) == 1
-    assert clusters[0] != clusters[1]
+    labels = Bocr().labels(make_problem(n_branches=2), 2)
+    assert len(set(labels[:6:2])) == len(set(labels[1:6:2])) == 1
+    assert labels[0] != labels[1]
+    assert set(labels[6:]).isdisjoint(labels[:6])
 
 
 def test_schedule_is_the_papers_at_its_budget() -> None:
-    assert Schedule.scaled(200) == Schedule(n_start=10, earliest=80, latest=100, patience=20)
+    assert Schedule.scaled(200) == Schedule(
+        n_start=10, earliest=80, latest=100, patience=20, second_earliest=130, second_latest=150
+    )
 
 
-def test_an_unreachable_limit_is_seen_from_the_narrowest_plan() -> None:
-    for min_speedup, hopeless in ((4.5, True), (3.0, False)):
-        problem = make_problem(min_speedup=min_speedup)
-        first = Bocr().propose(problem, [])
-        assert first is not None
-        assert is_hopeless(measured(problem, first.widths, 0, START), problem) is hopeless
+def test_an_unreachable_limit_is_seen_from_the_fastest_plan() -> None:
+    for time, hopeless in ((1 / 4.5, True), (1 / 3, False)):
+        problem = make_problem(time=time)
+        narrowest = problem.space.narrowest
+        speedup = truth(problem, narrowest)[1]
+        interval = (speedup * 0.99, speedup * 1.01)
+        timed = [TimedPlan(problem.space.by_name(narrowest), speedup, interval)]
+        assert is_hopeless(replace(problem, timed=timed)) is hopeless
+        assert not is_hopeless(problem)  # nothing was timed
 
 
-def test_best_first_puts_feasible_trials_first_and_then_the_fastest() -> None:
+def test_best_first_puts_feasible_trials_first_and_then_those_nearest_to_it() -> None:
+    problem = make_problem()
+    names = problem.space.by_name(problem.space.narrowest)
+
     def trial(number: int, accuracy: float, speedup: float) -> Trial:
-        return Trial(number, {}, "", Accuracy(accuracy, 100), speedup, (1, 2), 1.0)
+        return Trial(number, names, "", Accuracy(accuracy, 100), speedup, (1, 2), 1.0)
 
-    failed = Trial(9, {}, "", failed_because="x")
+    failed = Trial(9, names, "", failed_because="x")
     trials = [trial(0, 0.9, 1.5), trial(1, 0.5, 2.1), trial(2, 0.7, 2.0), failed,
               trial(3, 0.1, 1.9)]  # fmt: skip
-    assert [t.number for t in best_first(trials, 2.0)] == [2, 1, 3, 0]
+    assert [t.number for t in best_first(trials, problem)] == [2, 1, 3, 0]
+    assert [t.number for t in feasible_first(trials, problem)] == [2, 1]
+    ranked = sorted((t for t in trials if t.accuracy), key=lambda t: -penalised(t, problem))
+    assert [t.number for t in ranked] == [2, 1, 3, 0]
+
+
+def test_options_reach_bocr_alone() -> None:
+    assert make_strategy("bocr", rollback=GRADUAL) == Bocr(rollback=GRADUAL)
+    assert make_strategy("random", rollback=GRADUAL) == STRATEGIES["random"]
+    assert issubclass(SearchError, Exception)
