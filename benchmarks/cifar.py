@@ -1,4 +1,4 @@
-"""ResNet-56 and CIFAR-10, for benchmarks: the network, and images out of a zip of class folders."""
+"""ResNet-56 and CIFAR-10, for benchmarks: the network, and images out of a zip."""
 
 import io
 import zipfile
@@ -56,7 +56,8 @@ class ResNet56(nn.Module):
         """`(n, 3, 32, 32)` to `(n, 10)`."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
 
 
 def load_resnet56(path: Path) -> nn.Module:
@@ -84,7 +85,9 @@ def load_cifar(zip_path: Path, n_fit: int, n_search: int, n_test: int, seed: int
         def split(chosen: np.ndarray) -> Split:
             images = [np.array(Image.open(io.BytesIO(archive.read(str(n))))) for n in chosen]
             labels = [classes.index(str(name).split("/")[1]) for name in chosen]
-            stacked = np.stack(images).transpose(0, 3, 1, 2) if images else np.zeros((0, 3, 32, 32))
+            stacked = (
+                np.stack(images).transpose(0, 3, 1, 2) if images else np.zeros((0, 3, 32, 32))
+            )
             return Split(
                 torch.from_numpy(np.ascontiguousarray(stacked, dtype=np.uint8)),
                 torch.tensor(labels, dtype=torch.int64), MEAN, STD,

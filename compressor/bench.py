@@ -189,12 +189,16 @@ class Bench:
             on_wait=lambda why: self._on_progress(Progress("Waiting for the device", 0, 1, why)),
         )
 
-    def timed_plans(self, seed: int) -> list[TimedPlan]:
+    def timed_plans(self, seed: int, *, at_most: int) -> list[TimedPlan]:
         """Plans timed before the search: the fastest one, and some that differ in everything.
 
         What they cost tells what each layer costs; see `search.costs.LatencyTable`.
+
+        Args:
+            seed: Decides which.
+            at_most: So many beside the fastest one.
         """
-        plans = design(self.space, seed)
+        plans = design(self.space, seed)[: at_most + 1]
         found = []
         for i, widths in enumerate(plans):
             self._on_progress(Progress("Timing the layers", i, len(plans)))

@@ -50,7 +50,7 @@ from compressor.latency.onnxruntime import predictor
 from compressor.latency.ssh import find_device
 from compressor.latency.targets import load_target
 from compressor.latency.timing import is_win
-from compressor.prunable import Prunable, load_model, make_prunable, with_branches
+from compressor.prunable import MODULE, TRACED, Prunable, load_model, make_prunable, with_branches
 from compressor.recovery import FineTuneRecipe, fine_tune
 from compressor.run_folder import RunFolder
 from compressor.search import ASK_FOR_FEATURES, make_strategy
@@ -90,6 +90,7 @@ from compressor.values import (
 )
 
 N_RANKING_IMAGES = 500  # that gradients are averaged over, where importance looks at them
+MIN_INFORMED = 10  # trials; below that, trying every variable first would cost more than they do
 N_FINALISTS = 5  # plans measured again, at most, before one is chosen
 
 PROPOSAL = "proposal"
@@ -295,9 +296,9 @@ def pose(job: Job, bench: Bench) -> Problem:
         n_clusters=job.config.clusters,
         seed=seed,
         layers=layer_costs(job.model, job.groups),
-        timed=bench.timed_plans(seed),
+        timed=bench.timed_plans(seed, at_most=job.config.trials // 2),
     )
-    if is_hopeless(problem):
+    if is_hopeless(problem) or job.config.trials < MIN_INFORMED:
         return problem
     if job.config.search in ASK_FOR_FEATURES:
         return replace(problem, features=bench.features())
@@ -538,7 +539,7 @@ def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:
         "arch": job.config.arch,
         "arch_args": dict(job.config.arch_args),
         "input_shape": list(job.data.input_shape),
-        "form": job.prunable.form,
+        "form": MODULE if job.prunable.form == TRACED and not plan.dropped else job.prunable.form,
     }
 
 

@@ -33,9 +33,7 @@ def test_snap_is_the_nearest_choice(n_channels: list[int], step: int, seed: int)
     space = space_of(n_channels, step)
     ratios = np.random.default_rng(seed).uniform(0, 1.2, size=(4, len(space.groups)))
     for row, widths in zip(ratios, space.snap(ratios), strict=True):
-        for wanted, width, choice, n in zip(
-            row, widths, space.choices, space.n_channels, strict=True
-        ):
+        for wanted, width, choice, n in zip(row, widths, space.choices, space.sizes, strict=True):
             assert abs(width - wanted * n) == min(abs(w - wanted * n) for w in choice)
     assert space.snap(space.ratios([space.narrowest])) == [space.narrowest]
 
