@@ -118,7 +118,7 @@ class Bench:
 
     def original_accuracy(self) -> Accuracy:
         """Of the original on the search split."""
-        return self._accuracy(self.prunable.module)
+        return self.accuracy(self.prunable.module)
 
     def repaired(
         self, plan: Plan, seconds: dict[str, float], n_images: int | None = None
@@ -172,7 +172,7 @@ class Bench:
         with timed(seconds, LATENCY):  # first, because what crashes a runtime crashes it here
             latency = self.compare(self._original_onnx, candidate, TRIAL, seed)
         with timed(seconds, ACCURACY):
-            measured = self._accuracy(pruned)
+            measured = self.accuracy(pruned)
         return measured, latency
 
     def remeasure(self, plan: Plan) -> PairedLatency:
@@ -253,7 +253,8 @@ class Bench:
         some = replace(split, images=split.images[rows], labels=split.labels[rows])
         return soft_accuracy(predict, some, batch_size=BATCH_SIZE)
 
-    def _accuracy(self, model: nn.Module) -> Accuracy:
+    def accuracy(self, model: nn.Module) -> Accuracy:
+        """On the search split, by ONNX Runtime."""
         predict = predictor(self._batched(model), n_threads=n_cores())
         return accuracy(predict, self.data.search, batch_size=BATCH_SIZE)
 
