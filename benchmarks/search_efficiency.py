@@ -48,7 +48,7 @@ ORDER = ("bocr", "random", "bo", "tpe", "genetic", "swarm", "cma-es")
 N_FIT, N_SEARCH = 5000, 2000
 FIELDS = (
     "task", "trials", "strategy", "seed", "trial", "phase", "accuracy", "time", "macs", "best",
-    "dropped", "seconds", "inherent_seconds", "proposal_seconds",
+    "dropped", "seconds", "inherent_seconds", "proposal_seconds", "plan",
 )  # fmt: skip
 
 
@@ -146,10 +146,13 @@ def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, 
             "seconds": round(seconds["all"], 3),
             "inherent_seconds": round(sum(seconds.get(part, 0.0) for part in inherent), 3),
             "proposal_seconds": round(seconds["proposal"], 3),
+            "plan": " ".join(map(str, trial.widths.values())),
         })  # fmt: skip
     for row in rows:
         row["trial"] = int(str(row["trial"])) + n_before
     spent = time.perf_counter() - began
+    if problem.damages:
+        print({name: round(harm, 4) for name, harm in problem.damages.items()}, flush=True)
     print(f"{task} {name} seed {problem.seed // 1000}: {before:.0f} s before, {len(trials)} "
           f"trials in {spent:.0f} s, best {rows[-1]['best']:.4f}", flush=True)  # fmt: skip
     return rows
