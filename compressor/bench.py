@@ -5,11 +5,10 @@ The measuring half of the pipeline: surgery, recovery, export, evaluation and la
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import MeasurementError
-from compressor.evaluate import accuracy, check_agree, soft_accuracy
+from compressor.evaluate import accuracy, check_agree
 from compressor.export import candidate_writer
 from compressor.features import channel_maps
 from compressor.latency.device import Device, patiently
@@ -31,6 +30,7 @@ from compressor.search.clustering import n_distinct
 from compressor.search.objective import TimedPlan
 from compressor.search.space import SearchSpace, Widths
 from compressor.values import (
+    BATCH_NORMS,
     Accuracy,
     Data,
     GroupFeatures,
@@ -45,7 +45,6 @@ BATCH_SIZE = 50  # of accuracy; larger batches leave the cache and gain nothing
 N_PROOF_IMAGES = 32  # real images that engines must agree on
 N_REPAIR_IMAGES = 1000  # whose patches least squares looks at
 N_DAMAGE_IMAGES = 128  # of the search split, for what each variable costs alone
-N_DAMAGE_RECALIBRATION = 64
 N_FEATURE_IMAGES = 200  # as in the code of [chang2022]
 EPS = tuple(np.geomspace(0.001, 0.5, 12).tolist())  # strengths of merging alike maps
 DESIGN = Effort(min_pairs=3, max_pairs=4, budget_s=0.5, half_width=0.01, pair_s=0.1)
@@ -120,29 +119,23 @@ class Bench:
         """Of the original on the search split."""
         return self.accuracy(self.prunable.module)
 
-    def repaired(
-        self, plan: Plan, seconds: dict[str, float], n_images: int | None = None
-    ) -> nn.Module:
-        """The network without what `plan` leaves out, after recovery; see `recover`."""
+    def repaired(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
+        """The network without what `plan` leaves out, after recovery."""
+        return self._recalibrated(self.refitted(plan, seconds), seconds)
+
+    def refitted(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
+        """The same without recalibration."""
         with timed(seconds, SURGERY):
             pruned = self.prunable.without(plan)
-        return self.recover(pruned, plan, seconds, n_images)
+        self._refit(pruned, plan, seconds)
+        return pruned
 
-    def recover(
-        self,
-        pruned: nn.Module,
-        plan: Plan,
-        seconds: dict[str, float],
-        n_images: int | None = None,
-    ) -> nn.Module:
-        """A pruned network, refitted and recalibrated; `pruned` itself may be changed.
+    def recover(self, pruned: nn.Module, plan: Plan) -> nn.Module:
+        """What another engine pruned by `plan`, refitted and recalibrated; it may be changed."""
+        self._refit(pruned, plan, {})
+        return self._recalibrated(pruned, {})
 
-        Args:
-            pruned: The network without what `plan` leaves out.
-            plan: What was left out.
-            seconds: Gets what each part took.
-            n_images: At most so many for the recalibration, if any.
-        """
+    def _refit(self, pruned: nn.Module, plan: Plan, seconds: dict[str, float]) -> None:
         if self.recovery.least_squares and plan.kept:
             if self._fitted is None:
                 self._fitted = gather(
@@ -151,11 +144,13 @@ class Bench:
             with timed(seconds, REPAIR):
                 kept = self.prunable.kept_positions(plan)
                 self._fitted.repair(pruned, self.prunable.module, kept)
-        if self.recovery.n_recalibration_images:
-            with timed(seconds, RECALIBRATION):
-                n = min(n_images or sys.maxsize, self.recovery.n_recalibration_images)
-                pruned = recalibrate_batch_norm(pruned, self.data.fit, n_images=n)
-        return pruned
+
+    def _recalibrated(self, pruned: nn.Module, seconds: dict[str, float]) -> nn.Module:
+        n_images = self.recovery.n_recalibration_images
+        if not n_images:
+            return pruned
+        with timed(seconds, RECALIBRATION):
+            return recalibrate_batch_norm(pruned, self.data.fit, n_images=n_images)
 
     def _repair_batches(self) -> Iterator[Tensor]:
         drawn = torch.randperm(len(self.data.fit), generator=torch.Generator().manual_seed(0))
@@ -216,17 +211,17 @@ class Bench:
         """Variable -> accuracy lost where it alone is at its least.
 
         Of few images, so not the share of right answers is taken but the mean probability of the
-        right one, which tells more.
+        right one, which tells more. One pass each: batch-norm takes the statistics of the batch.
         """
-        whole = self._soft(self.prunable.module)
+        whole = self._soft_accuracy(self.prunable.without(Plan({})))
         found = {}
         for i, (name, choice) in enumerate(zip(self.space.names, self.space.choices, strict=True)):
             self._on_progress(Progress("Trying every group and branch", i, len(self.space.names)))
             original = self.space.original
             widths = (*original[:i], choice[0], *original[i + 1 :])
             (widths,) = self.space.written_once([widths])
-            pruned = self.repaired(self.space.plan(widths), {}, N_DAMAGE_RECALIBRATION)
-            found[name] = whole - self._soft(pruned)
+            pruned = self.refitted(self.space.plan(widths), {})
+            found[name] = whole - self._soft_accuracy(pruned)
         n = len(self.space.names)
         self._on_progress(Progress("Trying every group and branch", n, n))
         return found
@@ -245,13 +240,17 @@ class Bench:
             for name, (means, fisher) in maps.items()
         }
 
-    def _soft(self, model: nn.Module) -> float:
-        predict = predictor(self._batched(model), n_threads=n_cores())
+    def _soft_accuracy(self, model: nn.Module) -> float:
+        """Mean probability of the right class; batch-norms of `model` are changed."""
+        for module in model.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.train()
         split = self.data.search
         drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         rows = drawn[:N_DAMAGE_IMAGES]
-        some = replace(split, images=split.images[rows], labels=split.labels[rows])
-        return soft_accuracy(predict, some, batch_size=BATCH_SIZE)
+        with torch.inference_mode():
+            probabilities = model(split.model_input(rows)).softmax(dim=1)
+        return float(probabilities.gather(1, split.labels[rows][:, None]).mean())
 
     def accuracy(self, model: nn.Module) -> Accuracy:
         """On the search split, by ONNX Runtime."""

@@ -33,15 +33,6 @@ def accuracy(predict: Predict, split: Split, *, batch_size: int) -> Accuracy:
     return Accuracy(n_right / len(split), len(split))
 
 
-def soft_accuracy(predict: Predict, split: Split, *, batch_size: int) -> float:
-    """Mean probability of the right class, in [0, 1]; see `accuracy` for the arguments."""
-    total = 0.0
-    for logits, labels in _answers(predict, split, batch_size):
-        right = logits.softmax(dim=1).gather(1, labels[:, None])
-        total += float(right.sum())
-    return total / len(split)
-
-
 def _answers(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels of every batch."""
     with torch.inference_mode():

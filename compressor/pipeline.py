@@ -136,7 +136,7 @@ def compress(
             searched = search(job, problem, bench, folder, on_trial, on_progress)
             plan = choose(job, searched, bench, on_progress)
             compact, engines = cut_out(job, plan, on_progress)
-            tuned = recover(job, bench.recover(compact, plan, {}), on_progress)
+            tuned = recover(job, bench.recover(compact, plan), on_progress)
             return finish(job, searched, plan, tuned, engines, bench, folder, on_progress)
 
 

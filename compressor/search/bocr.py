@@ -21,8 +21,7 @@ Where we deviate, and why:
 * What each variable costs alone was measured before, and the accuracy's process has the sum.
 * Widths are discrete (the target's step), so the acquisition is maximised over plans that can
   be built, by random plans and then step-wise ascent, not by L-BFGS over the box.
-* Length scales are one a dimension with BoTorch's dimension-scaled prior while dimensions are
-  few, and one for all after the rollback; the paper shares one.
+* Length scales are one a dimension with BoTorch's dimension-scaled prior; the paper shares one.
 * Trigger points scale with the budget; the paper's are those of 200 trials.
 * Points before the rollback enter with the ratios they really had, as those after it do, and a
   gradual rollback takes the mean over members, not the first one.
@@ -59,6 +58,7 @@ N_RANDOM = 256  # random plans at the limit that the acquisition is read at
 N_WALLED = 128
 N_KNAPSACKS = 48  # with damages as they might be
 HARM_ERROR = 0.7  # of the logarithm of a damage, in those
+BRANCH_HARM = (-0.7, 2.0)  # logarithm of what branches harm more than one by one
 N_ASCENTS = 3  # so many of the best climb on, as a beam
 N_CLIMBS = 12
 TOP_K = 10  # plans whose ratios bound the search after the rollback
@@ -317,7 +317,9 @@ class _Maximiser:
         if not pool:
             return None
         informed = self.strategy.is_informed
-        features = Features(self.problem, self.table, self.labels, informed=informed)
+        alike = replace(self.strategy, distance=ST, clusters=True)
+        stages = alike.labels(self.problem, self.problem.n_clusters)
+        features = Features(self.problem, self.table, self.labels, stages)
         promise = Promise(
             self.problem, self.trials, features, informed=informed, seed=self.seed
         )  # fmt: skip
@@ -364,6 +366,7 @@ class _Maximiser:
                 for _ in range(N_KNAPSACKS // len(limits_of(problem))):
                     harm = damages(problem)
                     harm = harm * np.exp(HARM_ERROR * generator.standard_normal(len(harm)))
+                    harm[len(space.groups) :] *= np.exp(generator.uniform(*BRANCH_HARM))
                     plans.append(warm_start.knapsack(problem, self.table, limits, harm))
         for trial in best_first(self.trials, problem)[:TOP_K]:
             kept = space.from_names(trial.widths)

@@ -1,16 +1,22 @@
 """Gaussian processes of accuracy and of time, and what a plan promises by them.
 
-Both get the plan as shares that are kept, of clusters or of single variables, and as two numbers
-that were worked out before: the time by the latency table, which is the mean of the time's
-process, and the sum of the damages that were measured one by one, along which accuracy falls.
+Both get the plan as shares that are kept, of clusters or of single variables. The time's process
+has the latency table as its mean. The accuracy's gets the damages that were measured one by one
+as well, added up over alike layers: along these sums accuracy falls, steeper the more of them.
+On 39 plans of ResNet-56, predicting each from the others, their error was 5.4 points with one sum
+over all and one length scale, 4.3 with sums for groups and for branches, 2.8 with sums over alike
+layers and a length scale for each variable.
 
 [ament2023] Ament et al., Unexpected Improvements to Expected Improvement, NeurIPS 2023.
 """
 
 import contextlib
+import copy
+import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +44,9 @@ from compressor.search.warm_start import damages
 from compressor.values import Trial
 
 FIT_STEPS = 60  # of L-BFGS
-N_WORKED_OUT = 2  # columns before the shares
+N_REFITTED = 50  # rows; with more, hyper-parameters are worked out every ten rows only
+N_REMEMBERED = 8
+_FITTED: dict[bytes, tuple[dict[str, Any], dict[str, Any]]] = {}  # data -> hyper-parameters
 SPREAD_OF_TIMES = 0.05  # of the logarithm, around the table
 
 
@@ -57,36 +65,42 @@ class Features:
     """A plan in numbers.
 
     Attributes:
-        clusters: `(n_variables,)` which variables share a column.
+        clusters: `(n_variables,)` which variables share a column of shares.
+        stages: `(n_variables,)` of which the damages are added up.
     """
 
     def __init__(
-        self, problem: Problem, table: LatencyTable, clusters: IntArray, *, informed: bool
+        self, problem: Problem, table: LatencyTable, clusters: IntArray, stages: IntArray
     ) -> None:
-        self._space = problem.space
-        self._table = table
-        self.clusters = clusters
-        self._informed = informed
+        self._space, self._table = problem.space, table
+        self.clusters, self.stages = clusters, stages
         floors = np.array([c[0] for c in problem.space.choices]) / problem.space.sizes
-        harm = damages(problem)
-        self._harm = harm / (1 - floors)
-        self._scale = np.ones(len(harm))
-        if informed and clusters.max() + 1 == len(clusters):  # what harms little tells little
-            self._scale = np.clip(np.sqrt(harm / harm.mean()), 0.3, 3.0)
+        self._harm = damages(problem) / (1 - floors)
+
+    @property
+    def n_stages(self) -> int:
+        """Columns of damages."""
+        return int(self.stages.max()) + 1
+
+    @property
+    def n_shares(self) -> int:
+        """Columns of shares."""
+        return int(self.clusters.max()) + 1
 
     def __call__(self, plans: Sequence[Widths]) -> Tensor:
-        """`(n_plans, 2 + n_clusters)` float64: log speed-up by the table, damage, shares kept."""
+        """`(n_plans, 1 + n_stages + n_shares)` float64.
+
+        Logarithm of the speed-up by the table, damages, shares kept.
+        """
         ratios = self._space.ratios(plans)
-        if self._informed:
-            speed = -np.log(self._table.times(plans))
-            harm = (1 - ratios) @ self._harm
-        else:
-            speed, harm = np.zeros(len(ratios)), np.zeros(len(ratios))
-        n_clusters = int(self.clusters.max()) + 1
-        shares = [
-            (ratios * self._scale)[:, self.clusters == k].mean(axis=1) for k in range(n_clusters)
-        ]
-        return torch.from_numpy(np.stack([speed, harm, *shares], axis=1))
+        # Of a group that went with its branch, the damage is in the branch's.
+        is_there = ratios > 0
+        is_there[:, len(self._space.groups) :] = True
+        harm = (1 - ratios) * is_there * self._harm
+        columns = [-np.log(self._table.times(plans))]
+        columns += [harm[:, self.stages == k].sum(axis=1) for k in range(self.n_stages)]
+        columns += [ratios[:, self.clusters == k].mean(axis=1) for k in range(self.n_shares)]
+        return torch.from_numpy(np.stack(columns, axis=1))
 
 
 class _ByTable(Mean):  # type: ignore[misc]
@@ -118,9 +132,8 @@ class Promise:
         speedups = [1.0, *(t.speedup for t in timed)]
         errors = [MIN_ERROR, *(log_error(t.speedup_ci95) for t in timed)]
         accuracies = [problem.original_accuracy, *(t.accuracy for t in known if t.accuracy)]
-        n_shares = int(features.clusters.max()) + 1
-        columns = tuple(range(N_WORKED_OUT, N_WORKED_OUT + n_shares))
-        has_ard = n_shares < len(features.clusters) or not informed
+        damage_columns = tuple(range(1, 1 + features.n_stages))
+        columns = tuple(range(1 + features.n_stages, 1 + features.n_stages + features.n_shares))
         objective = problem.objective
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -133,14 +146,21 @@ class Promise:
                 worth = [a.value for a in accuracies]
                 scale = 1.0
             noise = [(scale * a.standard_error) ** 2 for a in accuracies]
-            self._worth = _fit(
-                x, _column(worth), _column(noise), _falling(columns, n_shares, informed, has_ard)
-            )
-            kernel = ScaleKernel(_shares_kernel(columns, n_shares, has_ard))
-            kernel.outputscale = SPREAD_OF_TIMES**2 if informed else 0.1
+
+            def falling() -> Kernel:
+                shares = _matern(columns, has_ard=True)
+                return shares + _matern(damage_columns, has_ard=True) if informed else shares
+
+            def around_table() -> Kernel:
+                kernel = _matern(columns, has_ard=not informed)
+                kernel.outputscale = SPREAD_OF_TIMES**2 if informed else 0.1
+                return kernel
+
+            x[:, 0] = 0  # not looked at here, and another one after every trial
+            self._worth = _fit(x, _column(worth), _column(noise), falling)
             self._speed = _fit(
                 features(timed_plans), _column(np.log(speedups)), _column(np.square(errors)),
-                kernel, mean=_ByTable(), standardised=False,
+                around_table, mean=_ByTable() if informed else None, standardised=False,
             )  # fmt: skip
         within = [True, *(problem.excess(trial) == 0 for trial in known)]
         within[0] = all(limit >= 1 for limit in objective.limits.values())
@@ -212,37 +232,51 @@ def _best(model: SingleTaskGP, x: Tensor) -> float:
     return float(_posterior(model, x)[0].max())
 
 
-def _falling(columns: tuple[int, ...], n_shares: int, informed: bool, has_ard: bool) -> Kernel:
-    """Of accuracy: along the sum of damages, and along the shares kept."""
-    shares = ScaleKernel(_shares_kernel(columns, n_shares, has_ard))
-    if not informed:
-        return shares
-    return shares + ScaleKernel(_shares_kernel((1,), 1, has_ard=True))
-
-
-def _shares_kernel(columns: tuple[int, ...], n_shares: int, has_ard: bool) -> Kernel:
+def _matern(columns: tuple[int, ...], *, has_ard: bool) -> Kernel:
+    """One length scale a column, or one for all."""
     kernel: Kernel = get_covar_module_with_dim_scaled_prior(
-        ard_num_dims=n_shares if has_ard else 1, use_rbf_kernel=False, active_dims=columns
+        ard_num_dims=len(columns) if has_ard else 1, use_rbf_kernel=False, active_dims=columns
     )
-    return kernel
+    return ScaleKernel(kernel)
 
 
 def _fit(
     x: Tensor,
     values: Tensor,
     variances: Tensor,
-    kernel: Kernel,
+    make_kernel: Callable[[], Kernel],
     *,
     mean: Mean | None = None,
     standardised: bool = True,
 ) -> SingleTaskGP:
-    model = SingleTaskGP(
-        x, values, train_Yvar=variances, covar_module=kernel, mean_module=mean,
-        **({} if standardised else {"outcome_transform": None}),
-    )  # fmt: skip
-    likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
-    fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": FIT_STEPS}})
-    return model
+    """A process on all rows; its hyper-parameters are those of the first ones, in tens.
+
+    Those were often worked out for the trial before, and are remembered.
+    """
+    n = len(x) if len(x) < N_REFITTED else len(x) // 10 * 10
+    options = {} if standardised else {"outcome_transform": None}
+
+    def model(rows: slice) -> SingleTaskGP:
+        return SingleTaskGP(
+            x[rows], values[rows], train_Yvar=variances[rows],
+            covar_module=make_kernel(), mean_module=copy.deepcopy(mean), **options,
+        )  # fmt: skip
+
+    first = slice(0, n)
+    key = hashlib.sha256(
+        b"".join(t[first].contiguous().numpy().tobytes() for t in (x, values, variances))
+    ).digest()
+    if key not in _FITTED:
+        fitted = model(first)
+        likelihood = ExactMarginalLogLikelihood(fitted.likelihood, fitted)
+        fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": FIT_STEPS}})
+        _FITTED[key] = (fitted.covar_module.state_dict(), fitted.mean_module.state_dict())
+        while len(_FITTED) > N_REMEMBERED:
+            _FITTED.pop(next(iter(_FITTED)))
+    whole = model(slice(None))
+    whole.covar_module.load_state_dict(_FITTED[key][0])
+    whole.mean_module.load_state_dict(_FITTED[key][1])
+    return whole.eval()
 
 
 def _column(values: Sequence[float] | FloatArray) -> Tensor:

@@ -14,6 +14,9 @@ from compressor.search.space import Ratios, Widths
 
 N_BISECTIONS = 8
 FREE_TIMES = (0.75, 0.6, 0.45)  # where no limit is given
+# Damages add up steeper than one by one, those of whole branches most: ResNet-56 with half of its
+# MACs had 55 % of its answers right with factor 1, which left out 14 branches, and 83 % with 7.
+BRANCH_FACTORS = (2.0, 4.0, 1.0, 0.25)
 Family = Callable[[FloatArray], Ratios]  # strength in [0, 1], (n,) -> ratios, (n, n_variables)
 
 
@@ -40,12 +43,11 @@ def warm_starts(problem: Problem, table: LatencyTable) -> list[Widths]:
     space = problem.space
     plans: list[Widths] = []
     for limits in limits_of(problem):
-        for power in (1.0, 2.0, 0.5):
-            plans.append(knapsack(problem, table, limits, damages(problem) ** power))
-        if space.branches:
-            whole = damages(problem).copy()
-            whole[: len(space.groups)] = np.inf
-            plans.append(knapsack(problem, table, limits, whole))
+        n_groups = len(space.groups)
+        for factor in BRANCH_FACTORS if space.branches else (1.0,):
+            harm = damages(problem)
+            harm[n_groups:] *= factor
+            plans.append(knapsack(problem, table, limits, harm))
         for family in (global_importance(problem), uniform(problem)):
             fitted_plan = fitted(problem, table, limits, family)
             if fitted_plan is not None:
