@@ -75,7 +75,8 @@ def text_report(result: Result) -> str:
 
 
 def _asked_for(result: Result) -> str:
-    return " and ".join(map(str, result.constraints)) or "the largest weighted sum"
+    given = result.constraints or ([result.constraint] if result.constraint else [])
+    return " and ".join(map(str, given)) or "the largest weighted sum"
 
 
 def _speedup(pair: PairedLatency) -> str:

@@ -56,7 +56,7 @@ from compressor.values import Trial
 N_ALTERED = 40  # around each of the best plans
 N_RANDOM = 256  # random plans at the limit that the acquisition is read at
 N_WALLED = 128
-N_KNAPSACKS = 48  # with damages as they might be
+N_KNAPSACKS = 24  # with damages as they might be
 HARM_ERROR = 0.7  # of the logarithm of a damage, in those
 BRANCH_HARM = (-0.7, 2.0)  # logarithm of what branches harm more than one by one
 N_ASCENTS = 3  # so many of the best climb on, as a beam

@@ -172,6 +172,8 @@ def knapsack(
 ) -> Widths:
     """Steps of least harm per time saved are taken until the limits are met.
 
+    Then those are taken back that were not needed after all, most harmful first.
+
     Args:
         problem: What is searched.
         table: Expected times.
@@ -198,4 +200,16 @@ def knapsack(
             path.append(plan)
     path = [*space.written_once(path), space.narrowest]
     fits = np.flatnonzero(meets(problem, table, limits, path))
-    return path[int(fits[0])] if len(fits) else space.narrowest
+    if not len(fits):
+        return space.narrowest
+    plan = path[int(fits[0])]
+    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
+    per_share = harm / (1 - floors)
+    while True:
+        wider = [p for p in space.neighbours(plan) if sum(p) > sum(plan)]
+        wider = [p for p in wider if np.all(np.array(p) >= np.array(plan))]
+        fit = meets(problem, table, limits, wider)
+        saved_harm = (space.ratios(wider) - space.ratios([plan])) @ per_share * fit
+        if not wider or saved_harm.max() <= 0:
+            return plan
+        plan = wider[int(saved_harm.argmax())]

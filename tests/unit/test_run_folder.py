@@ -58,6 +58,8 @@ def make_result(out: Path, verdict: Verdict = Verdict.MET) -> Result:
         ],
         environment={"versions": {"torch": "2"}, "cpu": "x", "threads": 1, "git": None},
         out=out,
+        constraints=[Constraint("speedup", 2.0)],
+        branches=[{"name": "block", "kept": False, "macs": 1000}],
     )  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def test_result_json_has_the_stable_keys(tmp_path: Path) -> None:
     assert set(content) == {
         "schema", "verdict", "target", "runtime", "basis", "constraint", "original",
         "compressed", "speedup", "accuracy_drop_points", "equivalence", "search", "groups",
-        "environment",
+        "environment", "constraints", "branches",
     }  # fmt: skip
     text = json.loads(json.dumps(content))
     assert text["verdict"] == "met"
@@ -207,6 +209,7 @@ def test_the_table_says_what_was_asked_and_found(tmp_path: Path) -> None:
     for words in (
         "97.90%", "97.70%", "-0.20 points", "2.50x faster", "[2.400, 2.600]", "stem 64->48",
         "2x on host-cpu", "locked      head", "40 trials (1 failed)",
+            "left out    block",
     ):  # fmt: skip
         assert words in text
     assert "NOT met" in text_report(make_result(tmp_path, Verdict.INFEASIBLE))
