@@ -208,12 +208,13 @@ class Bench:
         return found
 
     def damages(self) -> dict[str, float]:
-        """Variable -> accuracy lost where it alone is at its least.
+        """Variable -> how far the answers go from the original's where it alone is at its least.
 
-        Of few images, so not the share of right answers is taken but the mean probability of the
-        right one, which tells more. One pass each: batch-norm takes the statistics of the batch.
+        The Kullback-Leibler divergence in nats, mean over images, one pass each: batch-norm takes
+        the statistics of the batch. Of 85 plans of ResNet-56, their sum ranks accuracy with
+        -0.69; sums of lost accuracy, or of lost probability of the right class, with -0.4.
         """
-        whole = self._soft_accuracy(self.prunable.without(Plan({})))
+        whole = self._log_probabilities(self.prunable.without(Plan({})))
         found = {}
         for i, (name, choice) in enumerate(zip(self.space.names, self.space.choices, strict=True)):
             self._on_progress(Progress("Trying every group and branch", i, len(self.space.names)))
@@ -221,7 +222,8 @@ class Bench:
             widths = (*original[:i], choice[0], *original[i + 1 :])
             (widths,) = self.space.written_once([widths])
             pruned = self.refitted(self.space.plan(widths), {})
-            found[name] = whole - self._soft_accuracy(pruned)
+            gone = whole - self._log_probabilities(pruned)
+            found[name] = float((whole.exp() * gone).sum(dim=1).mean())
         n = len(self.space.names)
         self._on_progress(Progress("Trying every group and branch", n, n))
         return found
@@ -240,8 +242,8 @@ class Bench:
             for name, (means, fisher) in maps.items()
         }
 
-    def _soft_accuracy(self, model: nn.Module) -> float:
-        """Mean probability of the right class; batch-norms of `model` are changed."""
+    def _log_probabilities(self, model: nn.Module) -> Tensor:
+        """Of some images of the search split; batch-norms of `model` are changed."""
         for module in model.modules():
             if isinstance(module, BATCH_NORMS):
                 module.train()
@@ -249,8 +251,8 @@ class Bench:
         drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         rows = drawn[:N_DAMAGE_IMAGES]
         with torch.inference_mode():
-            probabilities = model(split.model_input(rows)).softmax(dim=1)
-        return float(probabilities.gather(1, split.labels[rows][:, None]).mean())
+            answers: Tensor = model(split.model_input(rows)).double().log_softmax(dim=1)
+        return answers
 
     def accuracy(self, model: nn.Module) -> Accuracy:
         """On the search split, by ONNX Runtime."""

@@ -80,8 +80,8 @@ class Problem:
         n_trials: The budget.
         n_clusters: Clusters that groups start in.
         seed: Decides every random draw; the same trials give the same proposal.
-        damages: Variable's name -> accuracy that is lost, in [0, 1], where it alone is at its
-            least; empty where it was not measured.
+        damages: Variable's name -> how far the answers go from the original's (in nats) where
+            it alone is at its least; empty where it was not measured.
         timed: Plans that were timed before the search.
         features: Group's name -> what its channels answer; empty where no strategy asks for it.
     """

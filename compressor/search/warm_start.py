@@ -17,6 +17,7 @@ FREE_TIMES = (0.75, 0.6, 0.45)  # where no limit is given
 # Damages add up steeper than one by one, those of whole branches most: ResNet-56 with half of its
 # MACs had 55 % of its answers right with factor 1, which left out 14 branches, and 83 % with 7.
 BRANCH_FACTORS = (2.0, 4.0, 1.0, 0.25)
+LEAST_HARM = 0.1  # of the median; what was measured below that owes it to few images
 Family = Callable[[FloatArray], Ratios]  # strength in [0, 1], (n,) -> ratios, (n, n_variables)
 
 
@@ -56,7 +57,7 @@ def warm_starts(problem: Problem, table: LatencyTable) -> list[Widths]:
 
 
 def damages(problem: Problem) -> FloatArray:
-    """`(n_variables,)` accuracy lost where a variable alone is at its least, never 0.
+    """`(n_variables,)` harm done where a variable alone is at its least, never 0.
 
     Where it was not measured: the share of the MACs that go then.
     """
@@ -68,8 +69,7 @@ def damages(problem: Problem) -> FloatArray:
         ])  # fmt: skip
         return np.maximum(1 - problem.costs.macs(alone), 1e-3)
     measured = np.array([problem.damages.get(name, 0.0) for name in space.names])
-    least: float = 0.5 * problem.original_accuracy.standard_error
-    harm: FloatArray = np.maximum(measured, least)
+    harm: FloatArray = np.maximum(measured, max(LEAST_HARM * float(np.median(measured)), 1e-6))
     return harm
 
 

@@ -94,7 +94,7 @@ def test_a_knapsack_is_nearly_the_best_by_its_own_figures() -> None:
     found = knapsack(problem, table, {MACS: 0.5}, harm)
     assert found in within
     assert lost([found])[0] <= lost(within).min() + 0.03
-    assert lost([found])[0] < np.median(lost(within)) / 3
+    assert lost([found])[0] < np.median(lost(within)) / 2.5
 
 
 def test_families_meet_the_limit_with_their_weakest_plan() -> None:
