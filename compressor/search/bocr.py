@@ -362,17 +362,25 @@ class _Maximiser:
         if not self.is_free:
             return plans
         if self.strategy.is_informed:
-            for limits in limits_of(problem):
-                for _ in range(N_KNAPSACKS // len(limits_of(problem))):
-                    harm = damages(problem)
-                    harm = harm * np.exp(HARM_ERROR * generator.standard_normal(len(harm)))
-                    harm[len(space.groups) :] *= np.exp(generator.uniform(*BRANCH_HARM))
-                    plans.append(warm_start.knapsack(problem, self.table, limits, harm))
+            plans += self._knapsacks(generator)
         for trial in best_first(self.trials, problem)[:TOP_K]:
             kept = space.from_names(trial.widths)
             plans += self._neighbours(kept)
             plans += self._altered(kept, generator)
         return plans
+
+    def _knapsacks(self, generator: np.random.Generator) -> list[Widths]:
+        """Plans at the limit, by damages as they might be."""
+        problem, n_groups = self.problem, len(self.space.groups)
+        every_limit = limits_of(problem)
+        found = []
+        for i in range(N_KNAPSACKS):
+            factors = HARM_ERROR * generator.standard_normal(int(self.labels.max()) + 1)
+            harm = damages(problem) * np.exp(factors[self.labels])
+            harm[n_groups:] *= np.exp(generator.uniform(*BRANCH_HARM))
+            limits = every_limit[i % len(every_limit)]
+            found.append(warm_start.knapsack(problem, self.table, limits, harm))
+        return found
 
     def _altered(self, plan: Widths, generator: np.random.Generator) -> list[Widths]:
         """Plans that differ from `plan` in two to four variables."""

@@ -168,7 +168,10 @@ def walled(
 
 
 def knapsack(
-    problem: Problem, table: LatencyTable, limits: dict[str, float], harm: FloatArray
+    problem: Problem,
+    table: LatencyTable,
+    limits: dict[str, float],
+    harm: FloatArray,
 ) -> Widths:
     """Steps of least harm per time saved are taken until the limits are met.
 
