@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.errors import EquivalenceError
+from compressor.errors import EquivalenceError, MeasurementError
 from compressor.values import Accuracy, Split
 
 Predict = Callable[[Tensor], Tensor]
@@ -27,6 +27,9 @@ def accuracy(predict: Predict, split: Split, *, batch_size: int) -> Accuracy:
         predict: Images to logits.
         split: Labelled images.
         batch_size: Every call gets exactly this many; the last batch is padded.
+
+    Raises:
+        MeasurementError: An answer is NaN or infinite.
     """
     pairs = _answers(predict, split, batch_size)
     n_right = sum(int((logits.argmax(dim=1) == labels).sum()) for logits, labels in pairs)
@@ -40,7 +43,10 @@ def _answers(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[
             n_missing = batch_size - len(images)
             if n_missing:
                 images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
-            yield predict(images)[: len(labels)], labels
+            logits = predict(images)[: len(labels)]
+            if not torch.isfinite(logits).all():
+                raise MeasurementError("The network's answers to real images are not finite.")
+            yield logits, labels
 
 
 def check_agree(what: str, expected: Predict, got: Predict, images: Tensor) -> float:

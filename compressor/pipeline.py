@@ -326,6 +326,7 @@ def search(
     """Proposes and measures until the budget is spent or nothing is left to try."""
     strategy = make_strategy(job.config.search, **_search_options(job.config))
     study = Study.create(folder.study, job.space)
+    study.keep(problem)
     started = time.perf_counter()
     budget = job.config.time_budget or float("inf")
     hopeless = is_hopeless(problem)

@@ -8,6 +8,7 @@ and speed-up, both larger is better.
 import sqlite3
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -17,12 +18,13 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
 from compressor.errors import RunFolderError
-from compressor.search.objective import Proposal
+from compressor.search.objective import Problem, Proposal, TimedPlan
 from compressor.search.space import SearchSpace
 from compressor.values import Accuracy, PairedLatency, Trial
 
 STUDY_NAME = "compress"
 MEASURED = "measured"  # the one user attribute of a trial
+BEFORE = "before"  # the one of the study
 
 
 class Study:
@@ -50,6 +52,24 @@ class Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["accuracy", "speedup"])
         return cls(study, space)
+
+    def keep(self, problem: Problem) -> None:
+        """Writes what was measured before the first trial: proposals follow from it too."""
+        self._study.set_user_attr(
+            BEFORE,
+            {
+                "original_accuracy": [
+                    problem.original_accuracy.value,
+                    problem.original_accuracy.n,
+                ],
+                "limits": dict(problem.objective.limits),
+                "damages": dict(problem.damages),
+                "timed": [
+                    {"widths": dict(t.widths), "speedup": t.speedup, "ci95": list(t.speedup_ci95)}
+                    for t in problem.timed
+                ],
+            },
+        )
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -94,6 +114,33 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
     Raises:
         RunFolderError: There is no study in it.
     """
+    states = (TrialState.COMPLETE, TrialState.FAIL)
+    return tuple(_trial(t) for t in _load(path).get_trials(deepcopy=False, states=states))
+
+
+def read_before(path: Path, problem: Problem) -> Problem:
+    """`problem` with what was measured before the first trial of the study in the file at `path`.
+
+    Raises:
+        RunFolderError: There is no study in the file, or one of an older version.
+    """
+    before = _load(path).user_attrs.get(BEFORE)
+    if before is None:
+        raise RunFolderError(f"{path} was written by an older version; it cannot be repeated.")
+    value, n = before["original_accuracy"]
+    return replace(
+        problem,
+        original_accuracy=Accuracy(value, n),
+        objective=replace(problem.objective, limits=before["limits"]),
+        damages=before["damages"],
+        timed=tuple(
+            TimedPlan(t["widths"], t["speedup"], (t["ci95"][0], t["ci95"][1]))
+            for t in before["timed"]
+        ),
+    )
+
+
+def _load(path: Path) -> optuna.Study:
     if not path.is_file():
         raise RunFolderError(f"No study at {path}.")
     with path.open("rb") as file:
@@ -101,11 +148,9 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
             raise RunFolderError(f"{path} holds no study of compress: it is not an SQLite file.")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=_storage(path))
+        return optuna.load_study(study_name=STUDY_NAME, storage=_storage(path))
     except (KeyError, DatabaseError, optuna.exceptions.StorageInternalError) as err:
         raise RunFolderError(f"{path} holds no study of compress: {err}") from err
-    states = (TrialState.COMPLETE, TrialState.FAIL)
-    return tuple(_trial(t) for t in study.get_trials(deepcopy=False, states=states))
 
 
 def _storage(path: Path) -> optuna.storages.RDBStorage:

@@ -24,13 +24,16 @@ from compressor.errors import (
     MeasurementError,
     SearchError,
 )
+from compressor.graph.costs import layer_costs
 from compressor.latency import onnxruntime as runtime
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, TRIAL, Effort
 from compressor.pipeline import Job, Searched, choose, judge
+from compressor.search import STRATEGIES
 from compressor.search.objective import TIME, Objective, Problem
 from compressor.search.space import make_space
+from compressor.search.study import read_before, read_trials
 from compressor.values import (
     Accuracy,
     Basis,
@@ -160,6 +163,27 @@ def test_callbacks_are_told_of_every_trial_and_phase(make_config: Make) -> None:
     floor = result.search["noise_floor"]
     assert isinstance(floor, dict)
     assert 0.5 < floor["ratio"] < 2
+
+
+def test_the_same_trials_follow_from_what_is_kept(make_config: Make, tmp_path: Path) -> None:
+    """Every proposal again, from the study and the same seed, with no measurement."""
+    config = make_config(trials=12, speedup=1.5)
+    compressor.compress(config)
+    study = tmp_path / "run" / "study.db"
+    job = pipeline.prepare(make_config(trials=12, speedup=1.5, out=tmp_path / "again"))
+    posed = Problem(
+        job.space, Objective(), Accuracy(0.0, 1), 12, config.clusters, config.seed,
+        layer_costs(job.model, job.groups),
+    )  # fmt: skip
+    problem, trials = read_before(study, posed), read_trials(study)
+    assert problem.timed
+    assert problem.damages
+    assert problem.objective.limits == {TIME: pytest.approx(1 / 1.5)}
+    for n, trial in enumerate(trials):
+        proposal = STRATEGIES["bocr"].propose(problem, trials[:n])
+        assert proposal is not None
+        assert problem.space.by_name(proposal.widths) == trial.widths
+        assert proposal.phase == trial.phase
 
 
 def assert_no_model(folder: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import EquivalenceError
+from compressor.errors import EquivalenceError, MeasurementError
 from compressor.evaluate import accuracy, check_agree
 from compressor.values import Accuracy, Split
 
@@ -58,3 +58,10 @@ def test_what_cannot_be_compared_does_not_agree(other: nn.Module, message: str) 
     net, images = nn.Linear(3, 2).eval(), torch.rand(4, 3)
     with pytest.raises(EquivalenceError, match=message):
         check_agree("it", net, other, images)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_answers_that_are_not_finite_are_no_accuracy(bad: float) -> None:
+    split = Split(torch.zeros(6, 1, 2, 2), torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(MeasurementError, match="not finite"):
+        accuracy(lambda x: torch.full((len(x), 3), bad), split, batch_size=4)
