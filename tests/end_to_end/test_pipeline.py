@@ -165,6 +165,39 @@ def test_callbacks_are_told_of_every_trial_and_phase(make_config: Make) -> None:
     assert 0.5 < floor["ratio"] < 2
 
 
+@pytest.mark.parametrize(
+    "goal",
+    [{"max_drop": 100.0}, {"constraint": {"macs": 0.8}}, {"weight": {"accuracy": 1, "time": 0.5}}],
+)
+def test_other_goals_than_time(make_config: Make, goal: dict[str, object]) -> None:
+    result = compressor.compress(make_config(speedup=None, **goal))
+    assert result.verdict is Verdict.MET
+    assert result.compressed is not None
+    if "constraint" in goal:
+        assert result.compressed.macs <= 0.8 * result.original.macs
+        assert [str(c) for c in result.constraints] == ["80% of the MACs"]
+    if "weight" in goal:
+        assert result.constraint is None
+
+
+def test_branches_that_were_left_out_are_told(make_config: Make, tmp_path: Path) -> None:
+    """Only without its branch does this network reach the limit; the model.pt rebuilds it."""
+    result = compressor.compress(make_config(speedup=3.0, trials=6))
+    (branch,) = result.branches
+    assert not branch["kept"]
+    kept = {g["name"]: g["kept"] for g in result.groups}
+    assert kept["inner"] == 0
+    assert "left out    " in compressor.text_report(result)
+    assert f"{branch['name']}" in compressor.text_report(result)
+    arch = "tests.conftest:make_conv_net"
+    net = compressor.load_compressed(tmp_path / "run" / "model.pt", arch=arch)
+    assert not any(name.startswith("inner") for name in net.state_dict())
+    answers = runtime.predictor(tmp_path / "run" / "model.onnx", n_threads=1)
+    image = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(net(image), answers(image), rtol=1e-3, atol=1e-3)
+
+
 def test_the_same_trials_follow_from_what_is_kept(make_config: Make, tmp_path: Path) -> None:
     """Every proposal again, from the study and the same seed, with no measurement."""
     config = make_config(trials=12, speedup=1.5)
