@@ -6,7 +6,7 @@ beyond a limit is worth less than any within it, the less the further. None of t
 than the trials so far, so every search can be repeated from its log.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cmaes
@@ -118,18 +118,20 @@ def untried(
     tried = {space.from_names(trial.widths) for trial in trials} | {space.original}
     floors = np.array([choice[0] for choice in space.choices]) / space.sizes
     on_paper = {m: x for m, x in problem.objective.limits.items() if m != TIME}
-    fit: Callable[[Ratios], Widths] = lambda ratios: space.snap(ratios)[0]  # noqa: E731
-    if on_paper:
-        table = problem.table([])
-        fit = lambda ratios: scaled_to(problem, table, on_paper, ratios)[0]  # noqa: E731
-    widths = fit((floors + points * (1 - floors))[None])
-    walk = widths
+    table = problem.table([])
+
+    def fit(ratios: Ratios) -> Widths:
+        if on_paper:
+            return scaled_to(problem, table, on_paper, ratios)[0]
+        return space.snap(ratios)[0]
+
+    widths = walk = fit((floors + points * (1 - floors))[None])
     for _ in range(N_WALKS):
         if widths not in tried:
             return Proposal(widths, phase)
         near = space.neighbours(walk)
         walk = near[int(generator.integers(len(near)))]
-        widths = fit(space.ratios([walk])) if on_paper else walk
+        widths = fit(space.ratios([walk]))
     return None
 
 
