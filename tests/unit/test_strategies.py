@@ -250,6 +250,7 @@ def test_the_fastest_network_within_a_drop() -> None:
     assert truth(problem, problem.space.from_names(best.widths))[1] > 0.95 * fastest
 
 
+@pytest.mark.slow
 def test_the_largest_weighted_sum() -> None:
     weights = {ACCURACY: 1.0, TIME: 0.4, MACS: 0.1}
     problem = replace(make_problem(n_branches=2), objective=Objective(weights=weights))
@@ -288,6 +289,7 @@ def test_bocr_starts_by_hand_then_clusters_then_rolls_back() -> None:
         assert all(len(set(widths[labels == k])) == 1 for k in set(labels))
 
 
+@pytest.mark.slow
 def test_a_gradual_rollback_goes_by_way_of_more_clusters() -> None:
     groups = make_problem().space
     problem = replace(make_problem(n_trials=30), n_clusters=1)
@@ -348,3 +350,12 @@ def test_options_reach_bocr_alone() -> None:
     assert make_strategy("bocr", rollback=GRADUAL) == Bocr(rollback=GRADUAL)
     assert make_strategy("random", rollback=GRADUAL) == STRATEGIES["random"]
     assert issubclass(SearchError, Exception)
+
+
+def test_what_one_search_remembers_changes_no_other() -> None:
+    """Two strategies ask for the same data in turn: each gets the processes of its own kind."""
+    problem = make_problem(n_trials=20)
+    trials = run(STRATEGIES["random"], problem, fail_every=1)[:6]  # all that is known is alike
+    alone = {name: STRATEGIES[name].propose(problem, trials) for name in ("bocr", "bo")}
+    for names in (("bo", "bocr"), ("bocr", "bo")):
+        assert {name: STRATEGIES[name].propose(problem, trials) for name in names} == alone
