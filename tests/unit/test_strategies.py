@@ -354,8 +354,8 @@ def test_options_reach_bocr_alone() -> None:
 
 def test_what_one_search_remembers_changes_no_other() -> None:
     """Two strategies ask for the same data in turn: each gets the processes of its own kind."""
-    problem = make_problem(n_trials=20)
-    trials = run(STRATEGIES["random"], problem, fail_every=1)[:6]  # all that is known is alike
+    problem = make_problem(n_trials=12)
+    trials = run(STRATEGIES["random"], problem, fail_every=1)[:8]  # all that is known is alike
     alone = {name: STRATEGIES[name].propose(problem, trials) for name in ("bocr", "bo")}
     for names in (("bo", "bocr"), ("bocr", "bo")):
         assert {name: STRATEGIES[name].propose(problem, trials) for name in names} == alone
