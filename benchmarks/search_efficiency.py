@@ -32,7 +32,6 @@ from compressor.prunable import make_prunable, with_branches
 from compressor.search import ASK_FOR_FEATURES, STRATEGIES
 from compressor.search.bocr import Bocr
 from compressor.search.objective import (
-    MACS,
     TIME,
     Objective,
     Problem,
@@ -40,7 +39,7 @@ from compressor.search.objective import (
     feasible_first,
 )
 from compressor.search.space import make_space
-from compressor.values import Trial
+from compressor.values import MACS, Trial
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"macs": {MACS: 0.5}, "time": {TIME: 0.6}}

@@ -39,9 +39,10 @@ from compressor.prunable import (
 from compressor.report import text_report, trials_json, trials_report
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
-from compressor.surgery import check_dropped, check_plan, remove_branches, remove_channels
+from compressor.surgery import check_plan, cut, remove_channels
 from compressor.values import (
     Basis,
+    Branch,
     Example,
     LoadedModel,
     Plan,
@@ -145,11 +146,11 @@ def load_compressed(
         tuple(saved.get("dropped", ())),
     )
     groups = channel_groups(original, example)
-    compact = remove_channels(original, groups, plan)
+    branches: tuple[Branch, ...] = ()
     if plan.dropped:
         assert isinstance(original, fx.GraphModule)
         branches = residual_branches(original, example, groups)
-        compact = remove_branches(compact, check_dropped(branches, plan))
+    compact = cut(original, groups, plan, branches)
     load_weights(path, compact, saved["state_dict"], arch or type(original).__name__)
     return compact.eval()
 

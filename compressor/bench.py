@@ -153,8 +153,7 @@ class Bench:
             return recalibrate_batch_norm(pruned, self.data.fit, n_images=n_images)
 
     def _repair_batches(self) -> Iterator[Tensor]:
-        drawn = torch.randperm(len(self.data.fit), generator=torch.Generator().manual_seed(0))
-        for rows in drawn[:N_REPAIR_IMAGES].split(BATCH_SIZE):
+        for rows in self.data.fit.draw(N_REPAIR_IMAGES).split(BATCH_SIZE):
             yield self.data.fit.model_input(rows)
 
     def measure(
@@ -216,23 +215,19 @@ class Bench:
         """
         whole = self._log_probabilities(self.prunable.without(Plan({})))
         found = {}
-        for i, (name, choice) in enumerate(zip(self.space.names, self.space.choices, strict=True)):
-            self._on_progress(Progress("Trying every group and branch", i, len(self.space.names)))
-            original = self.space.original
-            widths = (*original[:i], choice[0], *original[i + 1 :])
-            (widths,) = self.space.written_once([widths])
+        n = len(self.space.names)
+        for i, widths in enumerate(self.space.each_alone()):
+            self._on_progress(Progress("Trying every group and branch", i, n))
             pruned = self.refitted(self.space.plan(widths), {})
             gone = whole - self._log_probabilities(pruned)
-            found[name] = float((whole.exp() * gone).sum(dim=1).mean())
-        n = len(self.space.names)
+            found[self.space.names[i]] = float((whole.exp() * gone).sum(dim=1).mean())
         self._on_progress(Progress("Trying every group and branch", n, n))
         return found
 
     def features(self) -> dict[str, GroupFeatures]:
         """What the channels of every free group answer; see `features.channel_maps`."""
         split = self.data.fit
-        drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-        rows = drawn[:N_FEATURE_IMAGES].split(BATCH_SIZE)
+        rows = split.draw(N_FEATURE_IMAGES).split(BATCH_SIZE)
         batches = ((split.model_input(each), split.labels[each]) for each in rows)
         maps = channel_maps(self.prunable.module, self.prunable.groups, batches)
         return {
@@ -248,8 +243,7 @@ class Bench:
             if isinstance(module, BATCH_NORMS):
                 module.train()
         split = self.data.search
-        drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-        rows = drawn[:N_DAMAGE_IMAGES]
+        rows = split.draw(N_DAMAGE_IMAGES)
         with torch.inference_mode():
             answers: Tensor = model(split.model_input(rows)).double().log_softmax(dim=1)
         return answers
@@ -258,10 +252,6 @@ class Bench:
         """On the search split, by ONNX Runtime."""
         predict = predictor(self._batched(model), n_threads=n_cores())
         return accuracy(predict, self.data.search, batch_size=BATCH_SIZE)
-
-    def check_surgery(self, plan: Plan) -> tuple[nn.Module, float]:
-        """See `check_surgery`."""
-        return check_surgery(self.prunable, plan, self.data)
 
 
 def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:
@@ -284,11 +274,11 @@ def design(space: SearchSpace, seed: int) -> list[Widths]:
     n = len(space.choices)
     n_plans = int(np.clip(round(3 * np.sqrt(n)), MIN_DESIGN, MAX_DESIGN))
     generator = np.random.default_rng(seed)
-    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
+    floors = space.floors
     shares = generator.uniform(0.1, 0.9, size=(n_plans, 1))
     ratios = np.where(generator.random((n_plans, n)) < shares, floors, 1.0)
     between = generator.random((n_plans, n)) < 0.3
-    ratios = np.where(between, floors + generator.random((n_plans, n)) * (1 - floors), ratios)
+    ratios = np.where(between, space.ratios_at(generator.random((n_plans, n))), ratios)
     plans = [space.narrowest, *space.snap(ratios)]
     return [plan for plan in dict.fromkeys(plans) if plan != space.original]
 

@@ -111,7 +111,7 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
-    return LeastSquares({name: gram.clone() for name, gram in grams.items()})
+    return LeastSquares(grams)
 
 
 def sampled_rows(layer: nn.Module, read: Tensor, generator: torch.Generator) -> Tensor:

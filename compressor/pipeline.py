@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compressor import run_folder
@@ -55,8 +54,6 @@ from compressor.recovery import FineTuneRecipe, fine_tune
 from compressor.run_folder import RunFolder
 from compressor.search import ASK_FOR_FEATURES, make_strategy
 from compressor.search.objective import (
-    MACS,
-    PARAMS,
     START,
     TIME,
     Objective,
@@ -70,7 +67,9 @@ from compressor.search.space import SearchSpace, make_space
 from compressor.search.study import Study
 from compressor.surgery import check_dropped, groups_left, prune_with_nni, remove_branches
 from compressor.values import (
+    MACS,
     MAX_DROP,
+    PARAMS,
     Basis,
     Branch,
     ChannelGroup,
@@ -217,8 +216,7 @@ def prepare(config: Config) -> Job:
 
 def _ranking_batches(fit: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """What importance may look at: some images of every kind, always the same ones."""
-    drawn = torch.randperm(len(fit), generator=torch.Generator().manual_seed(0))
-    for rows in drawn[:N_RANKING_IMAGES].split(BATCH_SIZE):
+    for rows in fit.draw(N_RANKING_IMAGES).split(BATCH_SIZE):
         yield fit.model_input(rows), fit.labels[rows]
 
 

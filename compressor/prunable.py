@@ -25,13 +25,7 @@ from compressor.graph.branches import residual_branches, traced
 from compressor.model_io import load_model as read_file
 from compressor.model_io.programs import PROGRAM_SUFFIX
 from compressor.program import export_program, free_batch, with_layers
-from compressor.surgery import (
-    check_dropped,
-    kept_positions,
-    masked,
-    remove_branches,
-    remove_channels,
-)
+from compressor.surgery import cut, kept_positions, masked
 from compressor.values import (
     FORWARD_FAILURES,
     Branch,
@@ -73,8 +67,7 @@ class Prunable:
         Raises:
             PlanError: The plan does not fit.
         """
-        compact = remove_channels(self.module, self.groups, plan)
-        return remove_branches(compact, check_dropped(self.branches, plan))
+        return cut(self.module, self.groups, plan, self.branches)
 
     def kept_positions(self, plan: Plan) -> Mapping[tuple[str, int], NDArray[np.bool_]]:
         """(tensor, dimension) -> which positions stay, of all that loses some."""
@@ -136,7 +129,8 @@ def with_branches(prunable: Prunable, example: Example) -> Prunable:
     """The same network in a form in which residual branches can be left out, where it has any.
 
     Its own code is traced by torch.fx, or, where that fails, exported by torch.export. Then it is
-    proven again, with branches left out: alone, by halves, and all of them.
+    proven again, with all branches left out and with every second one; those are told apart that
+    alone make it answer wrongly.
     """
     if prunable.form == MODULE:
         for make, form in ((traced, TRACED), (partial(export_program, example=example), PROGRAM)):
@@ -165,11 +159,11 @@ def _proven_branches(
     if {g.name: g.n_channels for g in groups} != {g.name: g.n_channels for g in known}:
         return None
     branches = residual_branches(network, example, groups)
-    probe = _probe(network, example)
-    if not branches or _fault(probe, groups, *_proof_plans(groups)) is not None:
+    probe, plans = _probe(network, example), _proof_plans(groups)
+    if not branches or _fault(probe, groups, *plans) is not None:
         return None
     names = [branch.name for branch in branches]
-    some = next(iter(_proof_plans(groups)), Plan({})).kept
+    some = next(iter(plans), Plan({})).kept
     sets = [names, names[::2], names[1::2]]
     if _fault(probe, groups, *(Plan(some, tuple(s)) for s in sets), branches=branches) is not None:
         branches = tuple(
@@ -316,14 +310,13 @@ def _fault(
     branches: tuple[Branch, ...] = (),
 ) -> str | None:
     """What is wrong with the pruned network, beside the masked one; None where nothing is."""
-    prunable = Prunable(probe.model, tuple(groups), "", branches)
     for plan in plans:
         if not plan.kept and not plan.dropped:
             continue
         try:
-            expected = _outputs(call(prunable.masked(plan), probe.example))
+            expected = _outputs(call(masked(probe.model, groups, plan, branches), probe.example))
             with torch.no_grad():
-                got = _outputs(call(prunable.without(plan), probe.example))
+                got = _outputs(call(cut(probe.model, groups, plan, branches), probe.example))
         except FORWARD_FAILURES as err:
             lines = str(err).strip().splitlines()
             return f"{type(err).__name__}: {lines[0] if lines else 'no message'}"

@@ -41,9 +41,8 @@ def recalibrate_batch_norm(
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over all batches
         norm.train()
-    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:n_images]
     with torch.inference_mode():
-        for rows in drawn.split(batch_size):
+        for rows in split.draw(n_images).split(batch_size):
             if len(rows) > 1:
                 recalibrated(split.model_input(rows))
     for norm, momentum in zip(norms, momenta, strict=True):

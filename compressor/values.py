@@ -603,6 +603,11 @@ class Split:
             )
         return images
 
+    def draw(self, n: int) -> Tensor:
+        """At most `n` rows at random, always the same: splits are often sorted by class."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        return order[:n]
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as the model takes them and their labels, in stored order."""
         for start in range(0, len(self), batch_size):

@@ -35,7 +35,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from compressor.search import warm_start
-from compressor.search.clustering import EU, ST, IntArray, cut, importance_tree, structure_tree
+from compressor.search.clustering import EU, ST, IntArray, cluster_labels
 from compressor.search.costs import LatencyTable
 from compressor.search.objective import (
     CLUSTERS,
@@ -164,9 +164,8 @@ class Bocr:
         return self._at_limit(problem, problem.table([]), expand(problem, labels, points))
 
     def _at_limit(self, problem: Problem, table: LatencyTable, ratios: Ratios) -> list[Widths]:
-        limits = limits_of(problem)[0]
-        if not self.is_informed:  # what is on paper is on paper for everybody
-            limits = {m: limit for m, limit in limits.items() if m != TIME}
+        # What is on paper is on paper for everybody.
+        limits = limits_of(problem)[0] if self.is_informed else problem.objective.limits_on_paper
         if not limits:
             return problem.space.snap(ratios)
         if self.fit_to_limit == WALL:
@@ -174,28 +173,10 @@ class Bocr:
         return scaled_to(problem, table, limits, ratios)
 
     def labels(self, problem: Problem, n_clusters: int) -> IntArray:
-        """`(n_variables,)`: the cluster of every group, then that of every branch.
-
-        A branch goes with the first of its groups, in a cluster of its own kind.
-        """
-        space = problem.space
-        n_groups = len(space.groups)
-        groups = np.arange(n_groups)
-        if self.clusters and n_groups > max(n_clusters, 2):
-            tree = (
-                structure_tree(space, problem.layers)
-                if self.distance == ST
-                else importance_tree(space.scores, distance=self.distance)
-            )
-            groups = cut(tree, n_clusters)
-        elif not self.clusters:
-            return np.arange(len(space.choices))
-        of_branches = []
-        for b in range(len(space.branches)):
-            members = np.flatnonzero(space.inside[:, b])
-            of_branches.append(int(groups[members[0]]) if len(members) else -1)
-        labels = np.concatenate([groups, n_groups + 1 + np.array(of_branches, dtype=np.int64)])
-        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+        """`(n_variables,)` clusters, or every variable by itself."""
+        if not self.clusters:
+            return np.arange(len(problem.space.choices))
+        return cluster_labels(problem.space, problem.layers, n_clusters, self.distance)
 
     def _stage(self, problem: Problem, trials: Sequence[Trial]) -> int:
         """0 in clusters, 1 in the finer cut of a gradual rollback, 2 with every variable free."""
@@ -271,8 +252,7 @@ def expand(problem: Problem, labels: IntArray, points: Ratios) -> Ratios:
     """
     space = problem.space
     n_groups = len(space.groups)
-    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
-    ratios = floors + points[:, labels] * (1 - floors)
+    ratios = space.ratios_at(points[:, labels])
     harm = damages(problem)
     branches = np.arange(n_groups, len(labels))
     for k in np.unique(labels[n_groups:]):
@@ -316,13 +296,10 @@ class _Maximiser:
         pool = self._allowed(self._pool(np.random.default_rng(self.seed)))
         if not pool:
             return None
-        informed = self.strategy.is_informed
-        alike = replace(self.strategy, distance=ST, clusters=True)
-        stages = alike.labels(self.problem, self.problem.n_clusters)
-        features = Features(self.problem, self.table, self.labels, stages)
-        promise = Promise(
-            self.problem, self.trials, features, informed=informed, seed=self.seed
-        )  # fmt: skip
+        problem, informed = self.problem, self.strategy.is_informed
+        stages = cluster_labels(problem.space, problem.layers, problem.n_clusters, ST)
+        features = Features(problem, self.table, self.labels, stages)
+        promise = Promise(problem, self.trials, features, informed=informed, seed=self.seed)
         ranked = sorted(zip(promise(pool), pool, strict=True), reverse=True)
         if not self.is_free:
             return ranked[0][1]  # few dimensions: the pool is dense
@@ -338,17 +315,16 @@ class _Maximiser:
 
     def _neighbours(self, plan: Widths) -> list[Widths]:
         """Inside the bounded space, also from plans that lie outside it."""
-        inside = [
+        return [
             p for p in self.problem.space.neighbours(plan)
             if all(w in c or w == old
                    for w, old, c in zip(p, plan, self.space.choices, strict=True))
         ]  # fmt: skip
-        return inside
 
     def _allowed(self, plans: Sequence[Widths]) -> list[Widths]:
         """New ones, each once, that keep the limits on paper."""
         new = [plan for plan in dict.fromkeys(plans) if plan not in self.tried]
-        on_paper = {m: x for m, x in self.problem.objective.limits.items() if m != TIME}
+        on_paper = self.problem.objective.limits_on_paper
         if not new or not on_paper:
             return new
         fits = meets(self.problem, self.table, on_paper, new)
@@ -395,6 +371,6 @@ class _Maximiser:
 
     def _uniform(self, points: Ratios) -> Ratios:
         """`points` in [0, 1] as ratios of the bounded space."""
-        floors = np.array([choice[0] for choice in self.space.choices]) / self.space.sizes
-        tops = np.array([choice[-1] for choice in self.space.choices]) / self.space.sizes
+        floors = self.space.floors
+        tops = np.array(self.space.original) / self.space.sizes
         return np.asarray(floors + points * (tops - floors))

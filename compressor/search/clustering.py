@@ -97,6 +97,30 @@ def cut(tree: FloatArray, n_clusters: int) -> IntArray:
     return labels
 
 
+def cluster_labels(
+    space: SearchSpace, layers: Sequence[LayerCost], n_clusters: int, distance: str
+) -> IntArray:
+    """`(n_variables,)`: the cluster of every group, then that of every branch.
+
+    A branch goes with the first of its groups, in a cluster of its own kind.
+    """
+    n_groups = len(space.groups)
+    groups = np.arange(n_groups)
+    if n_groups > max(n_clusters, 2):
+        tree = (
+            structure_tree(space, layers)
+            if distance == ST
+            else importance_tree(space.scores, distance=distance)
+        )
+        groups = cut(tree, n_clusters)
+    of_branches = []
+    for b in range(len(space.branches)):
+        members = np.flatnonzero(space.inside[:, b])
+        of_branches.append(int(groups[members[0]]) if len(members) else -1)
+    labels = np.concatenate([groups, n_groups + 1 + np.array(of_branches, dtype=np.int64)])
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+
 def n_distinct(maps: FloatArray, eps: float) -> int:
     """How many channels are left where those with alike feature maps count once [chang2022].
 

@@ -87,8 +87,7 @@ class Genetic:
         rate = max(1.5 / len(widths), MIN_MUTATION)
         for i in np.flatnonzero(generator.random(len(widths)) < rate):
             widths[i] = generator.choice(space.choices[i])
-        floors = np.array([choice[0] for choice in space.choices]) / space.sizes
-        return np.asarray((widths / space.sizes - floors) / (1 - floors))
+        return space.points_of(widths / space.sizes)
 
 
 def evolve(

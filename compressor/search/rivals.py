@@ -13,7 +13,7 @@ import cmaes
 import numpy as np
 import optuna
 
-from compressor.search.objective import TIME, Problem, Proposal, penalised
+from compressor.search.objective import Problem, Proposal, penalised
 from compressor.search.space import Ratios, Widths
 from compressor.search.warm_start import scaled_to
 from compressor.values import Trial
@@ -61,9 +61,8 @@ class Tpe:
             ))  # fmt: skip
         asked = study.ask(ranges).params
         widths = tuple(c[asked[n]] for n, c in zip(space.names, space.choices, strict=True))
-        return untried(
-            problem, trials, _points(problem, widths), "tpe", np.random.default_rng(seed)
-        )
+        points = space.points_of(np.array(widths) / space.sizes)
+        return untried(problem, trials, points, "tpe", np.random.default_rng(seed))
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,7 @@ def untried(
     """
     space = problem.space
     tried = {space.from_names(trial.widths) for trial in trials} | {space.original}
-    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
-    on_paper = {m: x for m, x in problem.objective.limits.items() if m != TIME}
+    on_paper = problem.objective.limits_on_paper
     table = problem.table([])
 
     def fit(ratios: Ratios) -> Widths:
@@ -125,7 +123,7 @@ def untried(
             return scaled_to(problem, table, on_paper, ratios)[0]
         return space.snap(ratios)[0]
 
-    widths = walk = fit((floors + points * (1 - floors))[None])
+    widths = walk = fit(space.ratios_at(points)[None])
     for _ in range(N_WALKS):
         if widths not in tried:
             return Proposal(widths, phase)
@@ -133,9 +131,3 @@ def untried(
         walk = near[int(generator.integers(len(near)))]
         widths = fit(space.ratios([walk]))
     return None
-
-
-def _points(problem: Problem, widths: Widths) -> Ratios:
-    space = problem.space
-    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
-    return np.asarray((np.array(widths) / space.sizes - floors) / (1 - floors))

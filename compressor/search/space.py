@@ -50,6 +50,26 @@ class SearchSpace:
         return np.array([*(g.n_channels for g in self.groups), *(1 for _ in self.branches)])
 
     @cached_property
+    def floors(self) -> Ratios:
+        """`(n_variables,)` smallest shares."""
+        return np.array([choice[0] for choice in self.choices]) / self.sizes
+
+    def ratios_at(self, points: Ratios) -> Ratios:
+        """Ratios of `points` in [0, 1], from each variable's floor to whole."""
+        return np.asarray(self.floors + points * (1 - self.floors))
+
+    def points_of(self, ratios: Ratios) -> Ratios:
+        """The inverse of `ratios_at`."""
+        return np.asarray((ratios - self.floors) / (1 - self.floors))
+
+    def each_alone(self) -> list[Widths]:
+        """For every variable, the plan in which it alone is at its least."""
+        whole = self.original
+        return self.written_once(
+            [(*whole[:i], choice[0], *whole[i + 1 :]) for i, choice in enumerate(self.choices)]
+        )
+
+    @cached_property
     def inside(self) -> npt.NDArray[np.bool_]:
         """`(n_groups, n_branches)`: whether the group goes with the branch."""
         names = [set(branch.groups) for branch in self.branches]

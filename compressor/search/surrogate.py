@@ -74,8 +74,7 @@ class Features:
     ) -> None:
         self._space, self._table = problem.space, table
         self.clusters, self.stages = clusters, stages
-        floors = np.array([c[0] for c in problem.space.choices]) / problem.space.sizes
-        self._harm = damages(problem) / (1 - floors)
+        self._harm = damages(problem) / (1 - problem.space.floors)
 
     @property
     def n_stages(self) -> int:

@@ -83,7 +83,6 @@ class Swarm:
 def first_particle(problem: Problem) -> Ratios:
     """`(n_variables,)` in [0, 1], from each variable's floor to whole: clusters of alike maps."""
     space = problem.space
-    n_groups = len(space.groups)
     limits = problem.objective.limits
     wanted = min(limits.values(), default=0.5)
     found: list[tuple[float, Ratios]] = []
@@ -98,7 +97,4 @@ def first_particle(problem: Problem) -> Ratios:
     if not found:
         return np.full(len(space.choices), 0.7)
     ratios = min(found, key=lambda pair: pair[0])[1]
-    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
-    points = np.ones(len(space.choices))
-    points[:n_groups] = ((ratios - floors) / (1 - floors))[:n_groups]
-    return np.clip(points, 0, 1)
+    return np.clip(space.points_of(ratios), 0, 1)

@@ -63,11 +63,7 @@ def damages(problem: Problem) -> FloatArray:
     """
     space = problem.space
     if not problem.damages:
-        alone = space.written_once([
-            (*space.original[:i], choice[0], *space.original[i + 1 :])
-            for i, choice in enumerate(space.choices)
-        ])  # fmt: skip
-        return np.maximum(1 - problem.costs.macs(alone), 1e-3)
+        return np.maximum(1 - problem.costs.macs(space.each_alone()), 1e-3)
     measured = np.array([problem.damages.get(name, 0.0) for name in space.names])
     harm: FloatArray = np.maximum(measured, max(LEAST_HARM * float(np.median(measured)), 1e-6))
     return harm
@@ -122,7 +118,7 @@ def scaled_to(
     Proportional scaling: one factor for all variables of a plan, found by bisection.
     """
     space = problem.space
-    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
+    floors = space.floors
     weakest, strongest = np.zeros(len(ratios)), np.ones(len(ratios))
 
     def plans_at(strength: FloatArray) -> list[Widths]:
@@ -206,8 +202,7 @@ def knapsack(
     if not len(fits):
         return space.narrowest
     plan = path[int(fits[0])]
-    floors = np.array([choice[0] for choice in space.choices]) / space.sizes
-    per_share = harm / (1 - floors)
+    per_share = harm / (1 - space.floors)
     while True:
         wider = [p for p in space.neighbours(plan) if sum(p) > sum(plan)]
         wider = [p for p in wider if np.all(np.array(p) >= np.array(plan))]

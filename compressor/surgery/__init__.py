@@ -25,11 +25,12 @@ from compressor.surgery.nni_engine import prune_with_nni
 from compressor.surgery.oracle import masked
 from compressor.surgery.positions import Mask, kept_positions, tensor_of
 from compressor.surgery.sizes import kept_in_nodes, rewrite_sizes
-from compressor.values import ChannelGroup, Plan, Role
+from compressor.values import Branch, ChannelGroup, Plan, Role
 
 __all__ = [
     "check_dropped",
     "check_plan",
+    "cut",
     "groups_left",
     "kept_positions",
     "masked",
@@ -37,6 +38,23 @@ __all__ = [
     "remove_branches",
     "remove_channels",
 ]
+
+
+def cut(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    plan: Plan,
+    branches: Sequence[Branch] = (),
+) -> nn.Module:
+    """A copy of `model` without the channels and branches that `plan` leaves out.
+
+    It must answer like `masked` of the same arguments. See `remove_channels` and
+    `remove_branches` for them.
+
+    Raises:
+        PlanError: The plan does not fit `groups` or `branches`.
+    """
+    return remove_branches(remove_channels(model, groups, plan), check_dropped(branches, plan))
 
 
 def remove_channels(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from compressor.features import channel_maps, fisher_ratios
 from compressor.graph import channel_groups
 from compressor.search.genetic import evolve, haar
-from compressor.search.objective import MACS, TIME, Objective, Problem, TimedPlan
+from compressor.search.objective import TIME, Objective, Problem, TimedPlan
 from compressor.search.rivals import CmaEs
 from compressor.search.space import SearchSpace
 from compressor.search.surrogate import log_expected_improvement
@@ -29,6 +29,7 @@ from compressor.search.warm_start import (
     warm_starts,
 )
 from compressor.values import (
+    MACS,
     Accuracy,
     Branch,
     ChannelGroup,

@@ -16,7 +16,6 @@ from compressor.search.objective import (
     ACCURACY,
     CLUSTERS,
     LAYERS,
-    MACS,
     START,
     TIME,
     Objective,
@@ -29,7 +28,7 @@ from compressor.search.objective import (
     penalised,
 )
 from compressor.search.space import Widths, make_space
-from compressor.values import Accuracy, Branch, ChannelGroup, GroupFeatures, LayerCost, Trial
+from compressor.values import MACS, Accuracy, Branch, ChannelGroup, GroupFeatures, LayerCost, Trial
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
 VARIANTS: Mapping[str, Strategy] = {
