@@ -16,19 +16,25 @@ Rows already in the CSV file are not measured again.
 import argparse
 import csv
 import math
+import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+
+import matplotlib.pyplot as plt
 
 import compressor
 from benchmarks.cifar import load_cifar, load_resnet56
-from compressor.bench import ACCURACY, LATENCY, RECALIBRATION, Bench, Recovery, timed
+from compressor.bench import ACCURACY, LATENCY, RECALIBRATION, Bench, Recovery, n_cores, timed
 from compressor.graph.costs import layer_costs
 from compressor.importance import IMPORTANCES
+from compressor.pipeline import with_harm
 from compressor.prunable import make_prunable, with_branches
+from compressor.run_folder import cpu_name
 from compressor.search import ASK_FOR_FEATURES, STRATEGIES
 from compressor.search.bocr import Bocr
 from compressor.search.objective import (
@@ -46,8 +52,8 @@ LIMITS = {"macs": {MACS: 0.5}, "time": {TIME: 0.6}}
 ORDER = ("bocr", "random", "bo", "tpe", "genetic", "swarm", "cma-es")
 N_FIT, N_SEARCH = 5000, 2000
 FIELDS = (
-    "task", "trials", "strategy", "seed", "trial", "phase", "accuracy", "time", "macs", "best",
-    "dropped", "seconds", "inherent_seconds", "proposal_seconds", "plan",
+    "task", "trials", "strategy", "seed", "trial", "phase", "accuracy", "loss", "time", "macs",
+    "best", "dropped", "seconds", "inherent_seconds", "proposal_seconds", "plan",
 )  # fmt: skip
 
 
@@ -111,7 +117,7 @@ def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, 
         if task == "time":
             problem = replace(problem, timed=bench.timed_plans(problem.seed, at_most=24))
         if not name.endswith("-no-damages"):
-            problem = replace(problem, damages=bench.damages())
+            problem = with_harm(problem, bench, lambda _progress: None)
     if name in ASK_FOR_FEATURES:
         problem = replace(problem, features=bench.features())
     before = time.perf_counter() - began
@@ -139,6 +145,7 @@ def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, 
         rows.append({
             "task": task, "strategy": name, "trial": len(trials),
             "phase": trial.phase, "accuracy": trial.accuracy.value,
+            "loss": round(trial.accuracy.loss or 0, 5),
             "time": round(problem.share(TIME, trial), 4),
             "macs": round(problem.share(MACS, trial), 4), "best": found,
             "dropped": list(trial.widths.values())[n_groups:].count(0),
@@ -211,29 +218,80 @@ def write(path: Path, rows: Sequence[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
+Curve = list[tuple[int, float]]  # trial, best so far
+Key = tuple[str, int]  # task, budget
+
+
 def report(path: Path) -> None:
-    """Median and range over seeds of the best accuracy after 20, 40, ... trials."""
-    curves: dict[tuple[str, int, str], dict[str, list[tuple[int, float]]]] = defaultdict(dict)
+    """Writes a table and a picture beside the CSV file."""
+    curves: dict[Key, dict[str, dict[str, Curve]]] = defaultdict(lambda: defaultdict(dict))
+    seconds: dict[Key, dict[str, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
     for row in read(path):
-        key = row["task"], int(row["trials"]), row["strategy"]
-        curve = curves[key].setdefault(row["seed"], [])
-        curve.append((int(row["trial"]), float(row["best"])))
-    for task, budget in sorted({(task, budget) for task, budget, _ in curves}):
+        key, name = (row["task"], int(row["trials"])), row["strategy"]
+        curves[key][name].setdefault(row["seed"], []).append(
+            (int(row["trial"]), float(row["best"]))
+        )
+        parts = (float(row[f]) for f in ("seconds", "inherent_seconds", "proposal_seconds"))
+        seconds[key][name].append(tuple(parts))
+    lines = [
+        "# Best accuracy before fine-tuning, after so many trials", "",
+        "ResNet-56, CIFAR-10 (2,000 search images, of which the original has 97.5 % right). "
+        "Median [range] over seeds.", "", versions(), "",
+        "    python -m benchmarks.search_efficiency run --data ZIP --model PT --task macs",
+        "    python -m benchmarks.search_efficiency run --data ZIP --model PT --task time",
+        "    python -m benchmarks.search_efficiency report", "",
+    ]  # fmt: skip
+    for (task, budget), names in sorted(curves.items()):
         marks = [n for n in (15, 30, 45, 60, 100, 150, 200) if n <= budget]
-        print(f"\n{task}, {budget} trials: median [range] over seeds of the best accuracy after")
-        print("| strategy | seeds | " + " | ".join(map(str, marks)) + " |")
-        print("|---|--:|" + "--:|" * len(marks))
-        for (own_task, own_budget, name), seeds in curves.items():
-            if (own_task, own_budget) == (task, budget):
-                cells = []
-                for mark in marks:
-                    bests = [
-                        max((b for n, b in c if n <= mark), default=0.0) for c in seeds.values()
-                    ]
-                    cells.append(
-                        f"{statistics.median(bests):.2%} [{min(bests):.2%}, {max(bests):.2%}]"
-                    )
-                print(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+        limit = next(iter(LIMITS[task].values()))
+        what = {"macs": "of the MACs", "time": "of the measured time"}[task]
+        lines += [f"## At most {limit:.0%} {what}, {budget} trials", "",
+                  "| strategy | seeds | " + " | ".join(map(str, marks))
+                  + " | s a trial | in proposals | x forward passes and timing |",
+                  "|---|--:|" + "--:|" * (len(marks) + 3)]  # fmt: skip
+        for name in sorted(names, key=lambda n: -at(names[n], budget)[0]):
+            cells = ["{:.2%} [{:.2%}, {:.2%}]".format(*at(names[name], mark)) for mark in marks]
+            whole, inherent, proposal = map(
+                statistics.fmean, zip(*seconds[task, budget][name], strict=True)
+            )
+            cells += [f"{whole:.2f}", f"{proposal:.2f}", f"{whole / inherent:.2f}"]
+            lines.append(f"| {name} | {len(names[name])} | " + " | ".join(cells) + " |")
+        lines.append("")
+    text = "\n".join(lines)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    draw(curves, path.with_suffix(".png"))
+
+
+def at(seeds: dict[str, Curve], mark: int) -> tuple[float, float, float]:
+    """Median, least and largest best accuracy of all seeds after `mark` trials."""
+    bests = [max((b for n, b in curve if n <= mark), default=0.0) for curve in seeds.values()]
+    return statistics.median(bests), min(bests), max(bests)
+
+
+def draw(curves: dict[Key, dict[str, dict[str, Curve]]], path: Path) -> None:
+    """A panel for every task and budget: medians, and the ranges of bocr, bo and random."""
+    figure, panels = plt.subplots(1, len(curves), figsize=(6 * len(curves), 4.5), squeeze=False)
+    for panel, ((task, budget), names) in zip(panels[0], sorted(curves.items()), strict=True):
+        for name in [n for n in ORDER if n in names] + sorted(set(names) - set(ORDER)):
+            marks = range(1, budget + 1)
+            medians, lows, highs = zip(*(at(names[name], mark) for mark in marks), strict=True)
+            (line,) = panel.plot(marks, medians, label=name)
+            if name in ("bocr", "bo", "random"):
+                panel.fill_between(marks, lows, highs, color=line.get_color(), alpha=0.15)
+        panel.set(title=f"{task}, {budget} trials", xlabel="trials", ylim=(0.3, 0.95))
+        panel.set_ylabel("best search accuracy, before fine-tuning")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def versions() -> str:
+    """Machine and packages."""
+    packages = ("torch", "onnxruntime", "botorch", "optuna", "cmaes")
+    known = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"{cpu_name()}, {n_cores()} cores; Python {platform.python_version()}, {known}."
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import MeasurementError
-from compressor.evaluate import accuracy, check_agree
+from compressor.evaluate import accuracy, check_agree, memory_format
 from compressor.export import candidate_writer
 from compressor.features import channel_maps
 from compressor.latency.device import Device, patiently
@@ -44,7 +44,7 @@ from compressor.values import (
 BATCH_SIZE = 50  # of accuracy; larger batches leave the cache and gain nothing
 N_PROOF_IMAGES = 32  # real images that engines must agree on
 N_REPAIR_IMAGES = 1000  # whose patches least squares looks at
-N_DAMAGE_IMAGES = 128  # of the search split, for what each variable costs alone
+N_HARM_IMAGES = 128  # of the search split
 N_FEATURE_IMAGES = 200  # as in the code of [chang2022]
 EPS = tuple(np.geomspace(0.001, 0.5, 12).tolist())  # strengths of merging alike maps
 DESIGN = Effort(min_pairs=3, max_pairs=4, budget_s=0.5, half_width=0.01, pair_s=0.1)
@@ -104,7 +104,9 @@ class Bench:
         self._batched = write(batch, pruned)
         self._check_template(space.plan(space.narrowest), batch)
         self._original_onnx = self._single(prunable.module)
+        self._format = memory_format(prunable.module, batch)
         self._fitted: LeastSquares | None = None
+        self._whole: Tensor | None = None  # the original's answers
         self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
 
     def _check_template(self, plan: Plan, batch: Tensor) -> None:
@@ -150,7 +152,9 @@ class Bench:
         if not n_images:
             return pruned
         with timed(seconds, RECALIBRATION):
-            return recalibrate_batch_norm(pruned, self.data.fit, n_images=n_images)
+            return recalibrate_batch_norm(
+                pruned, self.data.fit, n_images=n_images, memory_format=self._format
+            )
 
     def _repair_batches(self) -> Iterator[Tensor]:
         for rows in self.data.fit.draw(N_REPAIR_IMAGES).split(BATCH_SIZE):
@@ -207,22 +211,25 @@ class Bench:
         return found
 
     def damages(self) -> dict[str, float]:
-        """Variable -> how far the answers go from the original's where it alone is at its least.
-
-        The Kullback-Leibler divergence in nats, mean over images, one pass each: batch-norm takes
-        the statistics of the batch. Of 85 plans of ResNet-56, their sum ranks accuracy with
-        -0.69; sums of lost accuracy, or of lost probability of the right class, with -0.4.
-        """
-        whole = self._log_probabilities(self.prunable.without(Plan({})))
+        """Variable -> harm of the plan in which it alone is at its least."""
         found = {}
         n = len(self.space.names)
         for i, widths in enumerate(self.space.each_alone()):
             self._on_progress(Progress("Trying every group and branch", i, n))
-            pruned = self.refitted(self.space.plan(widths), {})
-            gone = whole - self._log_probabilities(pruned)
-            found[self.space.names[i]] = float((whole.exp() * gone).sum(dim=1).mean())
+            found[self.space.names[i]] = self.harm(widths)
         self._on_progress(Progress("Trying every group and branch", n, n))
         return found
+
+    def harm(self, widths: Widths) -> float:
+        """How far the answers of a plan go from the original's, on few images.
+
+        The Kullback-Leibler divergence in nats, mean over images, one pass: batch-norm takes the
+        statistics of the batch.
+        """
+        if self._whole is None:
+            self._whole = self._log_probabilities(self.prunable.without(Plan({})))
+        gone = self._whole - self._log_probabilities(self.refitted(self.space.plan(widths), {}))
+        return float((self._whole.exp() * gone).sum(dim=1).mean())
 
     def features(self) -> dict[str, GroupFeatures]:
         """What the channels of every free group answer; see `features.channel_maps`."""
@@ -243,10 +250,11 @@ class Bench:
             if isinstance(module, BATCH_NORMS):
                 module.train()
         split = self.data.search
-        rows = split.draw(N_DAMAGE_IMAGES)
+        rows = split.draw(N_HARM_IMAGES)
         with torch.inference_mode():
-            answers: Tensor = model(split.model_input(rows)).double().log_softmax(dim=1)
-        return answers
+            images = split.model_input(rows).to(memory_format=self._format)
+            answers: Tensor = model.to(memory_format=self._format)(images)
+        return answers.double().log_softmax(dim=1)
 
     def accuracy(self, model: nn.Module) -> Accuracy:
         """On the search split, by ONNX Runtime."""

@@ -4,11 +4,13 @@ Whatever answers is a function from images `(batch, c, h, w)` to logits `(batch,
 torch module in eval mode, or a session of any runtime.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from compressor.errors import EquivalenceError, MeasurementError
 from compressor.values import Accuracy, Split
@@ -21,7 +23,7 @@ TOLERANCE = 1e-3
 
 
 def accuracy(predict: Predict, split: Split, *, batch_size: int) -> Accuracy:
-    """Top-1 accuracy on all of `split`.
+    """Top-1 accuracy on all of `split`, and the loss.
 
     Args:
         predict: Images to logits.
@@ -31,9 +33,11 @@ def accuracy(predict: Predict, split: Split, *, batch_size: int) -> Accuracy:
     Raises:
         MeasurementError: An answer is NaN or infinite.
     """
-    pairs = _answers(predict, split, batch_size)
-    n_right = sum(int((logits.argmax(dim=1) == labels).sum()) for logits, labels in pairs)
-    return Accuracy(n_right / len(split), len(split))
+    n_right, loss = 0, 0.0
+    for logits, labels in _answers(predict, split, batch_size):
+        n_right += int((logits.argmax(dim=1) == labels).sum())
+        loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+    return Accuracy(n_right / len(split), len(split), loss / len(split))
 
 
 def _answers(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -47,6 +51,24 @@ def _answers(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[
             if not torch.isfinite(logits).all():
                 raise MeasurementError("The network's answers to real images are not finite.")
             yield logits, labels
+
+
+def memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """Channels-last, in which torch is up to 1.6 times faster here, where `model` can run in it.
+
+    Networks that call `view` on feature maps cannot.
+
+    Args:
+        model: Not changed.
+        images: `(batch, c, h, w)`, as the model takes them.
+    """
+    arranged = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    try:
+        with torch.inference_mode():
+            arranged(images.to(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def check_agree(what: str, expected: Predict, got: Predict, images: Tensor) -> float:

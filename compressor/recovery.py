@@ -18,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def recalibrate_batch_norm(
-    model: nn.Module, split: Split, *, n_images: int = 256, batch_size: int = 64
+    model: nn.Module,
+    split: Split,
+    *,
+    n_images: int = 256,
+    batch_size: int = 64,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> nn.Module:
     """A copy whose batch-norm statistics are those of the pruned network.
 
@@ -30,8 +35,9 @@ def recalibrate_batch_norm(
         split: The fit split.
         n_images: Drawn at random, always the same ones: splits are often sorted by class.
         batch_size: At least 2; batch-norm of one image has no variance.
+        memory_format: In which images go through; what comes back is contiguous.
     """
-    recalibrated = copy.deepcopy(model)
+    recalibrated = copy.deepcopy(model).to(memory_format=memory_format)
     norms = [m for m in recalibrated.modules() if isinstance(m, BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     if not norms or len(split) < 2:
@@ -44,10 +50,10 @@ def recalibrate_batch_norm(
     with torch.inference_mode():
         for rows in split.draw(n_images).split(batch_size):
             if len(rows) > 1:
-                recalibrated(split.model_input(rows))
+                recalibrated(split.model_input(rows).to(memory_format=memory_format))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return recalibrated.eval()
+    return recalibrated.to(memory_format=torch.contiguous_format).eval()
 
 
 @dataclass(frozen=True)

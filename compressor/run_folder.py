@@ -150,7 +150,7 @@ def describe_environment(target: Target, loaded: LoadedModel, data: Data) -> dic
     versions = {name: metadata.version(name) for name in packages}
     return {
         "versions": {"compressor": VERSION, "python": platform.python_version(), **versions},
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": target.n_threads,
         "channel_step": f"{target.step} ({target.step_source})",
         "git": _git_commit(),
@@ -159,7 +159,8 @@ def describe_environment(target: Target, loaded: LoadedModel, data: Data) -> dic
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

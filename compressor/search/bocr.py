@@ -35,7 +35,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from compressor.search import warm_start
-from compressor.search.clustering import EU, ST, IntArray, cluster_labels
+from compressor.search.clustering import EU, IntArray, cluster_labels
 from compressor.search.costs import LatencyTable
 from compressor.search.objective import (
     CLUSTERS,
@@ -131,7 +131,7 @@ class Bocr:
 
     def _propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
         if not self.is_informed:
-            problem = replace(problem, timed=(), damages={})
+            problem = replace(problem, timed=(), damages={}, harmed=(), path=())
         space = problem.space
         tried = {space.from_names(trial.widths) for trial in trials}
         tried.add(space.original)
@@ -192,6 +192,8 @@ class Bocr:
         for number in range(len(trials) + 1):
             if stage < len(windows):
                 earliest, latest = windows[stage]
+                if problem.path:  # the first plan is good already
+                    earliest = 0
                 tired = number >= earliest and number - 1 - last >= schedule.patience
                 if number >= latest or tired:
                     stage, last = stage + 1, number
@@ -297,8 +299,7 @@ class _Maximiser:
         if not pool:
             return None
         problem, informed = self.problem, self.strategy.is_informed
-        stages = cluster_labels(problem.space, problem.layers, problem.n_clusters, ST)
-        features = Features(problem, self.table, self.labels, stages)
+        features = Features(problem.space, self.table, self.labels, problem.harm_model)
         promise = Promise(problem, self.trials, features, informed=informed, seed=self.seed)
         ranked = sorted(zip(promise(pool), pool, strict=True), reverse=True)
         if not self.is_free:

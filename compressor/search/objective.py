@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from compressor.search.costs import Costs, FloatArray, LatencyTable
+from compressor.search.harm import HarmModel
 from compressor.search.space import SearchSpace, Widths
 from compressor.values import MACS, Accuracy, GroupFeatures, LayerCost, Trial
 
@@ -73,6 +74,19 @@ class TimedPlan:
     speedup_ci95: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Harmed:
+    """A plan whose answers were looked at before the search.
+
+    Attributes:
+        widths: Variable's name -> its number.
+        harm: How far its answers go from the original's, in nats.
+    """
+
+    widths: Mapping[str, int]
+    harm: float
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Everything a strategy may know beside the trials.
@@ -87,6 +101,8 @@ class Problem:
         seed: Decides every random draw; the same trials give the same proposal.
         damages: Variable's name -> how far the answers go from the original's (in nats) where
             it alone is at its least; empty where it was not measured.
+        harmed: Plans whose answers were looked at before the search.
+        path: Those of them that lead from the original to the limit (`greedy.lazy_greedy`).
         timed: Plans that were timed before the search.
         features: Group's name -> what its channels answer; empty where no strategy asks for it.
     """
@@ -99,6 +115,8 @@ class Problem:
     seed: int
     layers: tuple[LayerCost, ...] = ()
     damages: Mapping[str, float] = field(default_factory=dict)
+    harmed: Sequence[Harmed] = ()
+    path: Sequence[Harmed] = ()
     timed: Sequence[TimedPlan] = ()
     features: Mapping[str, GroupFeatures] = field(default_factory=dict)
 
@@ -106,6 +124,12 @@ class Problem:
     def costs(self) -> Costs:
         """On paper."""
         return Costs(self.space, self.layers)
+
+    @cached_property
+    def harm_model(self) -> HarmModel | None:
+        """Of plans that were not looked at; None where none was."""
+        plans = [self.space.from_names(each.widths) for each in self.harmed]
+        return HarmModel(self.space, plans, [h.harm for h in self.harmed]) if plans else None
 
     def table(self, trials: Sequence[Trial]) -> LatencyTable:
         """The latency table, from all that was timed so far."""

@@ -118,6 +118,12 @@ def untried(
     on_paper = problem.objective.limits_on_paper
     table = problem.table([])
 
+    # Branches that surely stay would go all at once where a limit asks for more.
+    branches = slice(len(space.groups), None)
+    is_sure = points[branches] == 1
+    points = points.copy()
+    points[branches] -= np.where(is_sure, 0.5 * generator.random(len(is_sure)), 0)
+
     def fit(ratios: Ratios) -> Widths:
         if on_paper:
             return scaled_to(problem, table, on_paper, ratios)[0]

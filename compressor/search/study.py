@@ -18,7 +18,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
 from compressor.errors import RunFolderError
-from compressor.search.objective import Problem, Proposal, TimedPlan
+from compressor.search.objective import Harmed, Problem, Proposal, TimedPlan
 from compressor.search.space import SearchSpace
 from compressor.values import Accuracy, PairedLatency, Trial
 
@@ -61,9 +61,12 @@ class Study:
                 "original_accuracy": [
                     problem.original_accuracy.value,
                     problem.original_accuracy.n,
+                    problem.original_accuracy.loss,
                 ],
                 "limits": dict(problem.objective.limits),
                 "damages": dict(problem.damages),
+                "harmed": [_harm_on_disk(each) for each in problem.harmed],
+                "path": [_harm_on_disk(each) for each in problem.path],
                 "timed": [
                     {"widths": dict(t.widths), "speedup": t.speedup, "ci95": list(t.speedup_ci95)}
                     for t in problem.timed
@@ -94,6 +97,7 @@ class Study:
         else:
             measured |= {
                 "n_images": trial.accuracy.n,
+                "loss": trial.accuracy.loss,
                 "speedup_ci95": trial.speedup_ci95,
                 "latency_ms": trial.latency_ms,
                 "basis": latency.basis,
@@ -127,17 +131,23 @@ def read_before(path: Path, problem: Problem) -> Problem:
     before = _load(path).user_attrs.get(BEFORE)
     if before is None:
         raise RunFolderError(f"{path} was written by an older version; it cannot be repeated.")
-    value, n = before["original_accuracy"]
+    value, n, loss = before["original_accuracy"]
     return replace(
         problem,
-        original_accuracy=Accuracy(value, n),
+        original_accuracy=Accuracy(value, n, loss),
         objective=replace(problem.objective, limits=before["limits"]),
         damages=before["damages"],
+        harmed=tuple(Harmed(each["widths"], each["harm"]) for each in before["harmed"]),
+        path=tuple(Harmed(each["widths"], each["harm"]) for each in before["path"]),
         timed=tuple(
             TimedPlan(t["widths"], t["speedup"], (t["ci95"][0], t["ci95"][1]))
             for t in before["timed"]
         ),
     )
+
+
+def _harm_on_disk(each: Harmed) -> dict[str, object]:
+    return {"widths": dict(each.widths), "harm": each.harm}
 
 
 def _load(path: Path) -> optuna.Study:
@@ -175,7 +185,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
     low, high = measured["speedup_ci95"]
     return Trial(
         **common,
-        accuracy=Accuracy(frozen.values[0], measured["n_images"]),
+        accuracy=Accuracy(frozen.values[0], measured["n_images"], measured.get("loss")),
         speedup=frozen.values[1],
         speedup_ci95=(low, high),
         latency_ms=measured["latency_ms"],

@@ -33,19 +33,33 @@ def meets(
     problem: Problem, table: LatencyTable, limits: dict[str, float], plans: Sequence[Widths]
 ) -> FloatArray:
     """`(n_plans,)`: 1 where a plan is expected to meet all limits, else 0."""
-    fits = np.ones(len(plans))
+    return np.asarray((beyond(problem, table, limits, plans) == 0).astype(np.float64))
+
+
+def beyond(
+    problem: Problem, table: LatencyTable, limits: dict[str, float], plans: Sequence[Widths]
+) -> FloatArray:
+    """`(n_plans,)`: sum of the logarithms by which a plan is expected to exceed its limits."""
+    excess = np.zeros(len(plans))
     for metric, limit in limits.items():
-        fits *= problem.expected(metric, plans, table) <= limit
-    return fits
+        excess += np.log(np.maximum(problem.expected(metric, plans, table) / limit, 1))
+    return excess
 
 
 def warm_starts(problem: Problem, table: LatencyTable) -> list[Widths]:
     """Hand-made plans and knapsacks at the limit, each once, most promising first."""
     space = problem.space
     plans: list[Widths] = []
+    path = [space.from_names(each.widths) for each in problem.path]
+    factors = BRANCH_FACTORS if space.branches else (1.0,)
+    if path:
+        factors = factors[:1]
     for limits in limits_of(problem):
+        at_limit = next((p for p in path if meets(problem, table, limits, [p])[0]), None)
+        if at_limit is not None:
+            plans.append(widened(problem, table, limits, at_limit, damages(problem)))
         n_groups = len(space.groups)
-        for factor in BRANCH_FACTORS if space.branches else (1.0,):
+        for factor in factors:
             harm = damages(problem)
             harm[n_groups:] *= factor
             plans.append(knapsack(problem, table, limits, harm))
@@ -201,7 +215,18 @@ def knapsack(
     fits = np.flatnonzero(meets(problem, table, limits, path))
     if not len(fits):
         return space.narrowest
-    plan = path[int(fits[0])]
+    return widened(problem, table, limits, path[int(fits[0])], harm)
+
+
+def widened(
+    problem: Problem,
+    table: LatencyTable,
+    limits: dict[str, float],
+    plan: Widths,
+    harm: FloatArray,
+) -> Widths:
+    """`plan` with all taken back that the limits leave room for, most harmful first."""
+    space = problem.space
     per_share = harm / (1 - space.floors)
     while True:
         wider = [p for p in space.neighbours(plan) if sum(p) > sum(plan)]

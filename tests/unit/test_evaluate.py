@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import EquivalenceError, MeasurementError
-from compressor.evaluate import accuracy, check_agree
+from compressor.evaluate import accuracy, check_agree, memory_format
 from compressor.values import Accuracy, Split
 
 
@@ -35,6 +35,33 @@ def test_accuracy_is_the_share_of_right_answers(batch_size: int) -> None:
 def test_standard_error_is_binomial_and_never_zero() -> None:
     assert Accuracy(0.9, 10_000).standard_error == pytest.approx(0.003, rel=0.01)
     assert Accuracy(1.0, 100).standard_error > 0.005
+
+
+def test_the_loss_is_torchs() -> None:
+    split = one_hot_split()
+    torch.manual_seed(0)
+    logits = torch.randn(len(split), 4)
+    measured = accuracy(lambda x: logits[x[:, 0, 0, 0].long()], split, batch_size=5)
+    expected = nn.functional.cross_entropy(logits, split.labels)
+    assert measured.loss == pytest.approx(float(expected), rel=1e-5)
+
+
+class Viewing(nn.Module):
+    """Calls `view` on a feature map, which needs it contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.conv(x)
+        return answer.view(len(x), -1)
+
+
+def test_channels_last_is_for_networks_that_can_run_in_it() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    assert memory_format(nn.Conv2d(3, 8, 3), images) is torch.channels_last
+    assert memory_format(Viewing(), images) is torch.contiguous_format
 
 
 def test_agreement_is_relative_to_the_outputs() -> None:

@@ -15,7 +15,7 @@ from compressor.search.genetic import evolve, haar
 from compressor.search.objective import TIME, Objective, Problem, TimedPlan
 from compressor.search.rivals import CmaEs
 from compressor.search.space import SearchSpace
-from compressor.search.surrogate import log_expected_improvement
+from compressor.search.surrogate import log_expected_improvement, steadied
 from compressor.search.swarm import first_particle
 from compressor.search.warm_start import (
     damages,
@@ -74,6 +74,32 @@ def test_log_expected_improvement_is_botorchs() -> None:
             posterior = model.posterior(grid)
             mean, sigma = posterior.mean.squeeze(-1), posterior.variance.squeeze(-1).sqrt()
             torch.testing.assert_close(log_expected_improvement(mean, sigma, best), theirs)
+
+
+def test_losses_steady_accuracies() -> None:
+    """Binomial noise on accuracies that follow the loss: most of it goes."""
+    generator = np.random.default_rng(0)
+    n, losses = 500, np.linspace(0.2, 1.5, 40)
+    truth = 1 - 0.35 * losses
+    seen = generator.binomial(n, truth) / n
+    values, variances = steadied(
+        [Accuracy(v, n, loss) for v, loss in zip(seen, losses, strict=True)]
+    )
+    before, after = np.abs(seen - truth).mean(), np.abs(np.array(values) - truth).mean()
+    assert after < before / 2
+    errors = (np.array(values) - truth) / np.sqrt(variances)
+    assert 0.4 < float(np.sqrt((errors**2).mean())) < 2  # and the variances say so
+
+
+def test_accuracies_that_do_not_follow_the_loss_stay_as_they_are() -> None:
+    generator = np.random.default_rng(1)
+    seen = generator.uniform(0.3, 0.9, 40)
+    losses = generator.permutation(np.linspace(0.2, 1.5, 40))
+    values, _ = steadied([Accuracy(v, 2000, x) for v, x in zip(seen, losses, strict=True)])
+    assert np.abs(np.array(values) - seen).max() < 0.02
+    unknown = [Accuracy(v, 2000) for v in seen]
+    assert steadied(unknown)[0] == seen.tolist()
+    assert steadied(unknown)[1] == [a.standard_error**2 for a in unknown]
 
 
 def test_a_knapsack_is_nearly_the_best_by_its_own_figures() -> None:
