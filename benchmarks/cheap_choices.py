@@ -33,8 +33,9 @@ from compressor.export import candidate_writer
 from compressor.importance import IMPORTANCES
 from compressor.latency.onnxruntime import predictor
 from compressor.prunable import make_prunable, with_branches
-from compressor.recovery import FineTuneRecipe, fine_tune, recalibrate_batch_norm
+from compressor.recovery import recalibrate_batch_norm
 from compressor.search.space import make_space
+from compressor.training import Recipe, fine_tune
 from compressor.values import Accuracy, Plan, Split
 
 PLANS = Path(__file__).parent / "results" / "search_efficiency.csv"
@@ -143,12 +144,12 @@ def chosen(n: int) -> list[tuple[int, ...]]:
 
 def trained(model: nn.Module, fit: Split, test: Split) -> float:
     """Test accuracy after 195 steps of 128 images; the last epoch is kept, the only one."""
-    recipe = FineTuneRecipe(n_epochs=1, learning_rate=0.02, batch_size=128)
+    recipe = Recipe(n_steps=195, learning_rate=0.02, batch_size=128)
     tuned = fine_tune(
         model, fit, recipe, score=lambda _model: time.perf_counter(),
         on_progress=lambda _progress: None,
     )  # fmt: skip
-    return accuracy(tuned, test, batch_size=BATCH_SIZE).value
+    return accuracy(tuned.model, test, batch_size=BATCH_SIZE).value
 
 
 if __name__ == "__main__":

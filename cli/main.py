@@ -174,6 +174,33 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(help="Images per step of fine-tuning. Default 64.")
     ] = None,
+    finalists: Annotated[
+        int | None,
+        typer.Option(help="Plans that are trained a little before one gets the rest. Default 4."),
+    ] = None,
+    distillation: Annotated[
+        float | None,
+        typer.Option(help="Weight of the original's answers beside the labels. Default 0.7."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of both answers in distillation. Default 4.")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Share of each label given to other classes. Default 0.")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of averaged weights, like 0.999. Default 0: none.")
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="flip,crop",
+            help="Of training images: flip, crop, both, none; auto takes what the original bears.",
+        ),
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile", help="Train with torch.compile.")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Resize and crop image files to this side.")
     ] = None,
@@ -391,6 +418,11 @@ def _given(flags: dict[str, Any]) -> dict[str, object]:
             continue
         if name in ("mean", "std", "input_shape"):
             given[name] = [part.strip() for part in value.split(",")]
+        elif name == "augment" and value != "auto":
+            names = [part.strip() for part in value.split(",")]
+            given[name] = [] if names == ["none"] else names
+        elif name == "compile_":
+            given["compile"] = value
         elif name == "arch_arg":
             given["arch_args"] = dict(_key_value(item) for item in value)
         elif name in ("constraint", "weight"):

@@ -75,6 +75,7 @@ class Bench:
     Attributes:
         described: What the device says of itself.
         noise_floor: The original against itself; what differs from 1 in it is noise.
+        memory_format: In which torch answers images soonest.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Bench:
         self._batched = write(batch, pruned)
         self._check_template(space.plan(space.narrowest), batch)
         self._original_onnx = self._single(prunable.module)
-        self._format = memory_format(prunable.module, batch)
+        self.memory_format = memory_format(prunable.module, batch)
         self._fitted: LeastSquares | None = None
         self._whole: Tensor | None = None  # the original's answers
         self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
@@ -153,7 +154,7 @@ class Bench:
             return pruned
         with timed(seconds, RECALIBRATION):
             return recalibrate_batch_norm(
-                pruned, self.data.fit, n_images=n_images, memory_format=self._format
+                pruned, self.data.fit, n_images=n_images, memory_format=self.memory_format
             )
 
     def _repair_batches(self) -> Iterator[Tensor]:
@@ -252,8 +253,8 @@ class Bench:
         split = self.data.search
         rows = split.draw(N_HARM_IMAGES)
         with torch.inference_mode():
-            images = split.model_input(rows).to(memory_format=self._format)
-            answers: Tensor = model.to(memory_format=self._format)(images)
+            images = split.model_input(rows).to(memory_format=self.memory_format)
+            answers: Tensor = model.to(memory_format=self.memory_format)(images)
         return answers.double().log_softmax(dim=1)
 
     def accuracy(self, model: nn.Module) -> Accuracy:

@@ -23,6 +23,7 @@ from pydantic import (
 from compressor.errors import ConfigError, unknown_name
 from compressor.values import MACS, MAX_DROP, MAX_LATENCY, PARAMS, SPEEDUP, Constraint
 
+AUTO: Literal["auto"] = "auto"
 CONFIG_FILE = "compress.toml"
 PATH_KEYS = ("data", "out")
 GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight")
@@ -98,6 +99,14 @@ class Config(BaseModel):
         fine_tune_epochs: Passes over the fit split at the end.
         learning_rate: Peak rate of fine-tuning.
         batch_size: Images per step of fine-tuning.
+        finalists: Plans that are trained a little before one of them gets the rest; 1 trains the
+            best plan of the search alone.
+        distillation: Weight of the original's answers beside the labels, from 0 to 1.
+        temperature: Of both answers in distillation.
+        label_smoothing: Share of every label that goes to the other classes.
+        ema: Decay of the average of weights that is kept in place of the last; 0 for none.
+        augment: What becomes of training images; "auto" takes what the original bears.
+        compile: Whether training uses torch.compile.
         seed: Decides splits, proposals and training order.
         out: Folder that the run leaves its files in; made if missing.
     """
@@ -144,6 +153,13 @@ class Config(BaseModel):
     fine_tune_epochs: int = Field(default=10, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
     batch_size: int = Field(default=64, ge=2)
+    finalists: int = Field(default=4, ge=1, le=16)
+    distillation: float = Field(default=0.7, ge=0, le=1)
+    temperature: float = Field(default=4.0, gt=0, le=100)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    augment: Literal["auto"] | tuple[Literal["flip", "crop"], ...] = AUTO
+    compile: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)
     out: Path | None = None
 

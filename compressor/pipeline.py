@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from compressor.bench import (
     n_cores,
     timed,
 )
-from compressor.config import Config
+from compressor.config import AUTO, Config
 from compressor.datasets import load_data
 from compressor.errors import (
     ConfigError,
@@ -51,7 +51,6 @@ from compressor.latency.ssh import find_device
 from compressor.latency.targets import load_target
 from compressor.latency.timing import is_win
 from compressor.prunable import MODULE, TRACED, Prunable, load_model, make_prunable, with_branches
-from compressor.recovery import FineTuneRecipe, fine_tune
 from compressor.run_folder import RunFolder
 from compressor.search import ASK_FOR_FEATURES, make_strategy
 from compressor.search.greedy import lazy_greedy
@@ -69,6 +68,7 @@ from compressor.search.objective import (
 from compressor.search.space import SearchSpace, make_space
 from compressor.search.study import Study
 from compressor.surgery import check_dropped, groups_left, prune_with_nni, remove_branches
+from compressor.training import Recipe, Tuned, fine_tune, halving, suitable
 from compressor.values import (
     MACS,
     MAX_DROP,
@@ -136,10 +136,16 @@ def compress(
         folder = run_folder.create(config.out, default_name, config.as_toml())
         with run_folder.logged(folder), _what_is_kept(folder):
             searched = search(job, problem, bench, folder, on_trial, on_progress)
-            plan = choose(job, searched, bench, on_progress)
-            compact, engines = cut_out(job, plan, on_progress)
-            tuned = recover(job, bench.recover(compact, plan), on_progress)
-            return finish(job, searched, plan, tuned, engines, bench, folder, on_progress)
+            finalists = choose(job, searched, bench, on_progress)
+            winner = contest(job, finalists, bench, on_progress)
+            compact, engines = cut_out(job, winner.plan, on_progress)
+            recipe = job.recipe(winner.n_steps_left, config.seed)
+            tuned = train(job, winner.network, bench, recipe, on_progress, folder.training)
+            compact.load_state_dict(tuned.model.state_dict())
+            training = training_report(job, winner, tuned)
+            return finish(
+                job, searched, winner.plan, compact, engines, training, bench, folder, on_progress
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +169,35 @@ class Job:
         """What is done to pruned networks before their accuracy is taken."""
         config = self.config
         return Recovery(config.least_squares, config.recalibration_images)
+
+    @property
+    def n_steps(self) -> int:
+        """Of all training together."""
+        n_batches = max(1, len(self.data.fit) // self.config.batch_size)
+        return self.config.fine_tune_epochs * n_batches
+
+    def recipe(self, n_steps: int, seed: int) -> Recipe:
+        """How it is trained on."""
+        config = self.config
+        return Recipe(
+            n_steps=n_steps,
+            learning_rate=config.learning_rate,
+            batch_size=config.batch_size,
+            distillation=config.distillation,
+            temperature=config.temperature,
+            label_smoothing=config.label_smoothing,
+            ema_decay=config.ema,
+            augmentations=self.augmentations,
+            is_compiled=config.compile,
+            seed=seed,
+        )
+
+    @cached_property
+    def augmentations(self) -> tuple[str, ...]:
+        """What becomes of images while the network is trained."""
+        if self.config.augment == AUTO:
+            return suitable(self.model, self.data.search)
+        return tuple(self.config.augment)
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -416,18 +451,20 @@ def _run_trial(
     return trial
 
 
-def choose(job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback) -> Plan:
-    """The best plan that meets the limits when it is measured again, with more effort.
+def choose(
+    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
+) -> list[Plan]:
+    """The best plans that meet the limits when they are measured again, with more effort.
 
-    Plans just within a limit owe it partly to luck, so one whose whole interval meets it is
-    preferred to one whose figure does; the surest plan of the search is always among them. Where
+    Plans just within a limit owe it partly to luck, so those whose whole interval meets it are
+    preferred to those whose figure does; the surest plan of the search is always looked at. Where
     no trial met the limits: the one that came nearest.
     """
     problem = searched.problem
     feasible = feasible_first(searched.trials, problem)
     if not feasible:
         nearest = best_first(searched.trials, problem)[0]
-        return job.space.plan(job.space.from_names(nearest.widths))
+        return [job.space.plan(job.space.from_names(nearest.widths))]
     surest = max(feasible, key=lambda t: t.speedup_ci95[0] if t.speedup_ci95 else 0.0)
     finalists = feasible[:N_FINALISTS]
     if surest not in finalists:
@@ -439,14 +476,90 @@ def choose(job: Job, searched: Searched, bench: Bench, on_progress: ProgressCall
         plan = job.space.plan(job.space.from_names(trial.widths))
         latency = bench.remeasure(plan)
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
-        is_met = all(c.is_met_in_time(latency) for c in job.config.constraints)
-        if is_met and latency.ci95[0] >= min_speedup:
-            return plan
         again.append((plan, latency))
-    for plan, latency in again:
-        if all(c.is_met_in_time(latency) for c in job.config.constraints):
-            return plan
-    return max(again, key=lambda pair: pair[1].ratio)[0]
+    on_progress(Progress("Measuring finalists", len(again), len(finalists)))
+    met = [
+        (plan, latency)
+        for plan, latency in again
+        if all(c.is_met_in_time(latency) for c in job.config.constraints)
+    ]
+    surely = [plan for plan, latency in met if latency.ci95[0] >= min_speedup]
+    if surely or met:
+        return surely or [plan for plan, _ in met]
+    return [max(again, key=lambda pair: pair[1].ratio)[0]]
+
+
+@dataclass(frozen=True, eq=False)
+class Winner:
+    """The plan that is shipped.
+
+    Attributes:
+        plan: What is left out.
+        network: Repaired, and trained a little where there were rivals.
+        n_steps_left: Of the budget of steps.
+        scores: Of every finalist, after each of its short trainings.
+    """
+
+    plan: Plan
+    network: nn.Module
+    n_steps_left: int
+    scores: tuple[tuple[float, ...], ...]
+
+
+def contest(
+    job: Job, finalists: Sequence[Plan], bench: Bench, on_progress: ProgressCallback
+) -> Winner:
+    """The finalist that learns best, and its network as far as it was trained.
+
+    The search ranks plans before training. Here each gets a short one, the better half another
+    one, and so on, all out of one budget of steps.
+
+    Returns:
+        Plan, network, and the steps that are left.
+    """
+    n_left = job.n_steps
+    finalists = finalists[: job.config.finalists if n_left else 1]
+    networks = [(plan, bench.repaired(plan, {})) for plan in finalists]
+    scores: dict[int, list[float]] = {id(plan): [] for plan in finalists}
+    for n_plans, n_steps in halving(len(finalists), n_left):
+        rivals: list[tuple[Plan, Tuned]] = []
+        for plan, network in networks:
+            on_progress(Progress("Training finalists", len(rivals), n_plans))
+            recipe = job.recipe(n_steps, job.config.seed + 1 + n_plans)  # other images each round
+            rivals.append((plan, train(job, network, bench, recipe, _in_silence)))
+            n_left -= n_steps
+        on_progress(Progress("Training finalists", n_plans, n_plans))
+        rivals.sort(key=lambda pair: pair[1].score, reverse=True)
+        for plan, tuned in rivals:
+            scores[id(plan)].append(tuned.score)
+        networks = [(plan, tuned.model) for plan, tuned in rivals[: (n_plans + 1) // 2]]
+    plan, network = networks[0]
+    return Winner(plan, network, n_left, tuple(tuple(s) for s in scores.values()))
+
+
+def _in_silence(_progress: Progress) -> None:
+    """Short trainings are told of by the number of them."""
+
+
+def train(
+    job: Job,
+    network: nn.Module,
+    bench: Bench,
+    recipe: Recipe,
+    on_progress: ProgressCallback,
+    checkpoint: Path | None = None,
+) -> Tuned:
+    """Fine-tuning; never worse on the search split than before."""
+    return fine_tune(
+        network,
+        job.data.fit,
+        recipe,
+        teacher=job.model,
+        score=lambda model: bench.accuracy(model).value,
+        on_progress=on_progress,
+        checkpoint=checkpoint,
+        memory_format=bench.memory_format,
+    )
 
 
 def cut_out(
@@ -477,29 +590,13 @@ def cut_out(
     return by_nni, engines
 
 
-def recover(job: Job, repaired: nn.Module, on_progress: ProgressCallback) -> nn.Module:
-    """Fine-tuning; never worse on the search split than before."""
-    recipe = FineTuneRecipe(
-        n_epochs=job.config.fine_tune_epochs,
-        learning_rate=job.config.learning_rate,
-        batch_size=job.config.batch_size,
-        seed=job.config.seed,
-    )
-    return fine_tune(
-        repaired,
-        job.data.fit,
-        recipe,
-        score=lambda model: accuracy(model, job.data.search, batch_size=BATCH_SIZE).value,
-        on_progress=on_progress,
-    )
-
-
 def finish(
     job: Job,
     searched: Searched,
     plan: Plan,
     tuned: nn.Module,
     engines: Mapping[str, object],
+    training: Mapping[str, object],
     bench: Bench,
     folder: RunFolder,
     on_progress: ProgressCallback,
@@ -532,6 +629,7 @@ def finish(
         constraint=next(iter(job.config.constraints), None),
         constraints=job.config.constraints,
         branches=branches_table(job.prunable.branches, plan),
+        training=training,
         original=before,
         compressed=after if handed_back else None,
         speedup=speedup,
@@ -550,7 +648,24 @@ def finish(
         out=folder.path,
     )
     folder.write_result(result)
+    folder.training.unlink(missing_ok=True)
     return result
+
+
+def training_report(job: Job, winner: Winner, tuned: Tuned) -> dict[str, object]:
+    """How the shipped network was trained."""
+    config = job.config
+    if not job.n_steps:
+        return {}
+    return {
+        "steps": job.n_steps,
+        "batch_size": config.batch_size,
+        "finalists": [list(scores) for scores in winner.scores],
+        "distillation": config.distillation,
+        "augmentations": list(job.augmentations),
+        "search_accuracy": tuned.score,
+        "stopped_because": tuned.stopped_because,
+    }
 
 
 def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:

@@ -65,6 +65,7 @@ def text_report(result: Result) -> str:
         f"search      {result.search['strategy']}, {result.search['n_trials']} trials "
         f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s; "
         f"{overhead:.2f} s a trial outside forward passes and measuring",
+        *_training(result),
         f"proof       largest output difference {result.equivalence['max_abs_error']:.1e} on "
         f"{result.equivalence['n_inputs']} real images: {_engines(result)}",
         f"left out    {', '.join(dropped) or 'no residual branch'}",
@@ -72,6 +73,21 @@ def text_report(result: Result) -> str:
         f"locked      {', '.join(str(g['name']) for g in locked) or 'none'}",
         f"files       {result.out}",
     ])  # fmt: skip
+
+
+def _training(result: Result) -> list[str]:
+    if not result.training:
+        return []
+    how = result.training
+    parts = [f"{how['steps']} steps of {how['batch_size']} images"]
+    if isinstance(how["finalists"], list) and len(how["finalists"]) > 1:
+        parts.append(f"{len(how['finalists'])} finalists")
+    if how["distillation"]:
+        parts.append(f"the original's answers weigh {how['distillation']}")
+    parts += [str(name) for name in (how["augmentations"] or [])]  # type: ignore[attr-defined]
+    if how["stopped_because"]:
+        parts.append(f"STOPPED: {how['stopped_because']}")
+    return [f"training    {', '.join(parts)}"]
 
 
 def _asked_for(result: Result) -> str:

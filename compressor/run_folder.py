@@ -48,6 +48,11 @@ class RunFolder:
         """The compressed model; there only when it was proven and measured to be faster."""
         return self.path / MODEL_ONNX
 
+    @property
+    def training(self) -> Path:
+        """Where the last fine-tuning stands; gone when the run is finished."""
+        return self.path / ".training.pt"
+
     @contextlib.contextmanager
     def unproven_onnx(self) -> Iterator[Path]:
         """Where the compressed model lies until it is proven; gone at the end of the context."""

@@ -673,6 +673,7 @@ class Result:
         out: The run folder.
         constraints: All that was asked for.
         branches: name, kept, macs of every residual branch that could be left out.
+        training: Steps, what was learned from, and how the finalists did.
     """
 
     verdict: Verdict
@@ -691,3 +692,4 @@ class Result:
     out: Path
     constraints: Sequence[Constraint] = ()
     branches: Sequence[Mapping[str, object]] = ()
+    training: Mapping[str, object] = field(default_factory=dict)

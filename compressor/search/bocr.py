@@ -17,8 +17,11 @@ Where we deviate, and why:
   measured latency, which no formula gives, so a second Gaussian process learns its logarithm,
   around a latency table (`costs.LatencyTable`), and the acquisition is log constrained expected
   improvement. Limits on paper are kept exactly, by proportional scaling or by the paper's wall.
-* The first trials are plans made by hand and by the table (`warm_start`).
-* What each variable costs alone was measured before, and the accuracy's process has the sum.
+* The first trial is a plan that was made step by step, each step's harm measured on few images
+  (`greedy`), the next ones are made by hand and by the table (`warm_start`). After so good a start
+  the rollback may come at once, where `patience` trials have brought nothing.
+* The accuracy's process lies around a line in the harm that those first measurements let expect
+  (`harm`), and accuracies are steadied by losses (`surrogate`).
 * Widths are discrete (the target's step), so the acquisition is maximised over plans that can
   be built, by random plans and then step-wise ascent, not by L-BFGS over the box.
 * Length scales are one a dimension with BoTorch's dimension-scaled prior; the paper shares one.

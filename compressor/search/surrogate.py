@@ -35,6 +35,7 @@ from compressor.search.clustering import IntArray
 from compressor.search.costs import FloatArray, LatencyTable
 from compressor.search.harm import HarmModel, quietly
 from compressor.search.objective import (
+    ACCURACY,
     MIN_ERROR,
     TIME,
     TIME_MARGIN,
@@ -84,9 +85,9 @@ class Features:
         self.clusters, self.harm_model = clusters, harm_model
 
     @property
-    def n_shares(self) -> int:
+    def shares(self) -> tuple[int, ...]:
         """Columns of shares."""
-        return int(self.clusters.max()) + 1
+        return tuple(range(2, 3 + int(self.clusters.max())))
 
     def __call__(self, plans: Sequence[Widths]) -> Tensor:
         """`(n_plans, 2 + n_shares)` float64.
@@ -96,7 +97,7 @@ class Features:
         ratios = self._space.ratios(plans)
         columns = [-np.log(self._table.times(plans))]
         columns += [self.harm_model(plans) if self.harm_model else np.zeros(len(ratios))]
-        columns += [ratios[:, self.clusters == k].mean(axis=1) for k in range(self.n_shares)]
+        columns += [ratios[:, self.clusters == k].mean(axis=1) for k in range(len(self.shares))]
         return torch.from_numpy(np.stack(columns, axis=1))
 
 
@@ -134,60 +135,22 @@ class Promise:
         seed: int,
     ) -> None:
         known = finished(trials)
-        self._features = features
-        space = problem.space
-        plans = [space.original, *(space.from_names(t.widths) for t in known)]
-        timed = problem.all_timed(trials)
-        timed_plans = [space.original, *(space.from_names(t.widths) for t in timed)]
-        speedups = [1.0, *(t.speedup for t in timed)]
-        errors = [MIN_ERROR, *(log_error(t.speedup_ci95) for t in timed)]
-        accuracies = [problem.original_accuracy, *(t.accuracy for t in known if t.accuracy)]
-        columns = tuple(range(2, 2 + features.n_shares))
-        objective = problem.objective
+        self._features, self._objective = features, problem.objective
+        x = features(
+            [problem.space.original, *(problem.space.from_names(t.widths) for t in known)]
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            x = features(plans)
-            if objective.weights is not None:
-                worth = [1.0 * objective.weights.get("accuracy", 0.0)]
-                worth += [problem.value(trial) for trial in known]
-                scale = objective.weights.get("accuracy", 0.0) / problem.original_accuracy.value
-            else:
-                worth = [a.value for a in accuracies]
-                scale = 1.0
-            noise = [(scale * a.standard_error) ** 2 for a in accuracies]
-            if informed and objective.weights is None:
-                worth, noise = steadied(accuracies)
-                best = max(worth[1:], default=worth[0])
-                worth = np.clip(worth, best - WORTH_TELLING, best + WORTH_TELLING).tolist()
-
-            def falling() -> Kernel:
-                kernel = _matern(columns, has_ard=features.harm_model is None)
-                if features.harm_model:
-                    kernel.register_prior(
-                        "small", LogNormalPrior(math.log(0.1), 0.7), "outputscale"
-                    )
-                    kernel.outputscale = 0.1
-                return kernel
-
-            def around_table() -> Kernel:
-                kernel = _matern(columns, has_ard=not informed)
-                kernel.outputscale = SPREAD_OF_TIMES**2 if informed else 0.1
-                return kernel
-
-            x[:, 0] = 0  # not looked at here, and another one after every trial
-            by_harm = _ByHarm() if features.harm_model else None
-            self._worth = _fit(x, _column(worth), _column(noise), falling, mean=by_harm)
-            self._speed = _fit(
-                features(timed_plans), _column(np.log(speedups)), _column(np.square(errors)),
-                around_table, mean=_ByTable() if informed else None, standardised=False,
-            )  # fmt: skip
-        within = [True, *(problem.excess(trial) == 0 for trial in known)]
-        within[0] = all(limit >= 1 for limit in objective.limits.values())
-        self._objective = objective
+            self._worth = _worth_process(problem, known, features, x, informed=informed)
+            self._speed = _speed_process(problem, trials, features, informed=informed)
+        limits, min_accuracy = problem.objective.limits, problem.objective.min_accuracy
+        within = [all(limit >= 1 for limit in limits.values())]
+        within += [problem.excess(trial) == 0 for trial in known]
         self._has_feasible = any(within)
-        if objective.min_accuracy is not None:
+        if min_accuracy is not None:
+            within[0] = True
             self._best = _best(self._speed, x[torch.tensor(within)])
-        elif self._has_feasible and objective.weights is None:
+        elif self._has_feasible and problem.objective.weights is None:
             self._best = _best(self._worth, x[torch.tensor(within)])
         else:
             self._best = _best(self._worth, x)
@@ -218,6 +181,59 @@ class Promise:
                 return _listed(log_feasible)
         improvement = log_expected_improvement(*_posterior(self._worth, x), self._best)
         return _listed(improvement + log_feasible)
+
+
+def _worth_process(
+    problem: Problem, known: Sequence[Trial], features: Features, x: Tensor, *, informed: bool
+) -> SingleTaskGP:
+    """Of accuracy, or of the weighted sum."""
+    accuracies = [problem.original_accuracy, *(t.accuracy for t in known if t.accuracy)]
+    weights = problem.objective.weights
+    if weights is not None:
+        whole = weights.get(ACCURACY, 0.0)
+        worth = [whole, *(problem.value(trial) for trial in known)]
+        scale = whole / problem.original_accuracy.value
+        noise = [(scale * a.standard_error) ** 2 for a in accuracies]
+    elif informed:
+        worth, noise = steadied(accuracies)
+        best = max(worth[1:], default=worth[0])
+        worth = np.clip(worth, best - WORTH_TELLING, best + WORTH_TELLING).tolist()
+    else:
+        worth = [a.value for a in accuracies]
+        noise = [a.standard_error**2 for a in accuracies]
+
+    def kernel() -> Kernel:
+        if not features.harm_model:
+            return _matern(features.shares, has_ard=True)
+        around_line = _matern(features.shares, has_ard=False)
+        around_line.register_prior("small", LogNormalPrior(math.log(0.1), 0.7), "outputscale")
+        around_line.outputscale = 0.1
+        return around_line
+
+    mean = _ByHarm() if features.harm_model else None
+    x = x.clone()
+    x[:, 0] = 0  # not looked at, and another one after every trial
+    return _fit(x, _column(worth), _column(noise), kernel, mean=mean)
+
+
+def _speed_process(
+    problem: Problem, trials: Sequence[Trial], features: Features, *, informed: bool
+) -> SingleTaskGP:
+    """Of the logarithm of the speed-up."""
+    timed = problem.all_timed(trials)
+    x = features([problem.space.original, *(problem.space.from_names(t.widths) for t in timed)])
+    speedups = [1.0, *(t.speedup for t in timed)]
+    errors = [MIN_ERROR, *(log_error(t.speedup_ci95) for t in timed)]
+
+    def kernel() -> Kernel:
+        around_table = _matern(features.shares, has_ard=not informed)
+        around_table.outputscale = SPREAD_OF_TIMES**2 if informed else 0.1
+        return around_table
+
+    return _fit(
+        x, _column(np.log(speedups)), _column(np.square(errors)), kernel,
+        mean=_ByTable() if informed else None, standardised=False,
+    )  # fmt: skip
 
 
 def steadied(accuracies: Sequence[Accuracy]) -> tuple[list[float], list[float]]:

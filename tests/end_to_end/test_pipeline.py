@@ -121,8 +121,10 @@ class FakeBench:
         return self.again.pop(0)
 
 
-def chosen_width(make_config: Make, speedups: list[float], again: list[PairedLatency]) -> int:
-    """Width of the plan chosen; trial `i` keeps 1 + i channels and is the i-th most accurate."""
+def chosen_widths(
+    make_config: Make, speedups: list[float], again: list[PairedLatency]
+) -> list[int]:
+    """Widths of the plans chosen; trial `i` keeps 1 + i channels and is the i-th most accurate."""
     groups = (ChannelGroup("g", 64, ()),)
     space = make_space(groups, {"g": np.arange(64.0)}, step=1, min_keep_ratio=0.0)
     trials = [
@@ -134,18 +136,19 @@ def chosen_width(make_config: Make, speedups: list[float], again: list[PairedLat
     problem = Problem(space, wanted, Accuracy(0.95, 1000), 10, 3, seed=0)
     searched = Searched(problem, trials, 1.0, paired(1, 1, 1))
     bench = cast(Bench, FakeBench(*again))
-    return len(choose(job, searched, bench, lambda _p: None).kept["g"])
+    plans = choose(job, searched, bench, lambda _p: None)
+    return [len(plan.kept["g"]) for plan in plans]
 
 
-def test_the_surest_of_the_most_accurate_plans_is_chosen(make_config: Make) -> None:
+def test_the_surest_of_the_most_accurate_plans_are_finalists(make_config: Make) -> None:
     sure, likely, short = paired(2.2, 2.1, 2.3), paired(2.01, 1.9, 2.1), paired(1.98, 1.9, 2.1)
-    assert chosen_width(make_config, [2.1, 2.2], [sure]) == 1
-    assert chosen_width(make_config, [2.1, 2.2], [likely, sure]) == 2
-    assert chosen_width(make_config, [2.1, 2.2], [short, likely]) == 2
-    assert chosen_width(make_config, [2.1, 2.2], [likely, likely]) == 1
+    assert chosen_widths(make_config, [2.1, 2.2], [sure, sure]) == [1, 2]
+    assert chosen_widths(make_config, [2.1, 2.2], [likely, sure]) == [2]
+    assert chosen_widths(make_config, [2.1, 2.2], [short, likely]) == [2]
+    assert chosen_widths(make_config, [2.1, 2.2], [likely, likely]) == [1, 2]
     # Five lucky ones, and a sixth that is far from the limit: it is not forgotten.
-    assert chosen_width(make_config, [2.01] * 5 + [2.05, 3.0], [short] * 5 + [sure]) == 7
-    assert chosen_width(make_config, [1.5, 1.9, 1.7], []) == 2  # none met it: the fastest
+    assert chosen_widths(make_config, [2.01] * 5 + [2.05, 3.0], [short] * 5 + [sure]) == [7]
+    assert chosen_widths(make_config, [1.5, 1.9, 1.7], []) == [2]  # none met it: the fastest
 
 
 def test_callbacks_are_told_of_every_trial_and_phase(make_config: Make) -> None:
@@ -355,6 +358,27 @@ def three_logits() -> nn.Module:
                          nn.Linear(32, 3))  # fmt: skip
 
 
+def test_finalists_are_trained_before_one_is_chosen(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(trials=6, fine_tune_epochs=4, finalists=3, augment=["crop"], ema=0.5)
+    result = compressor.compress(config)
+    assert result.verdict is Verdict.MET
+    scores = result.training["finalists"]
+    assert isinstance(scores, list)
+    assert 1 <= len(scores) <= 3
+    if len(scores) > 1:
+        assert max(map(len, scores)) > min(map(len, scores))  # the worst did not go on
+    assert result.training["augmentations"] == ["crop"]
+    assert result.training["stopped_because"] is None
+    assert "of 64 images" in compressor.text_report(result)
+    assert not (tmp_path / "run" / ".training.pt").exists()
+    # What was trained is what was shipped, whichever engine pruned it.
+    compact = compressor.load_compressed(tmp_path / "run" / "model.pt", arch=config.arch)
+    answers = runtime.predictor(tmp_path / "run" / "model.onnx", n_threads=1)
+    image = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(image), answers(image), rtol=1e-3, atol=1e-3)
+
+
 def test_a_program_goes_all_the_way(make_config: Make, tmp_path: Path) -> None:
     """A .pt2 file in, a measured ONNX file and a loadable model.pt out; NNI says why it cannot."""
     net = make_conv_net()
@@ -451,14 +475,15 @@ def test_prune_never_returns_a_wrong_network(monkeypatch: pytest.MonkeyPatch) ->
     """If surgery ever cut a wrong channel, the caller would get an error and no model."""
 
     def wrong(model: nn.Module, *args: object) -> nn.Module:
-        pruned = surgery.remove_channels(model, *args)  # type: ignore[arg-type]
+        pruned = rightly(model, *args)  # type: ignore[arg-type]
         last = pruned.get_parameter("last.weight")
         last.data.copy_(last.data.flip(0))
         return pruned
 
     net, example = randomised(ConvNet()), torch.randn(1, 1, 8, 8)
     plan = compressor.Plan({"last": tuple(range(20))})
-    monkeypatch.setattr(prunable, "remove_channels", wrong)
+    rightly = surgery.remove_channels
+    monkeypatch.setattr(surgery, "remove_channels", wrong)
     monkeypatch.setattr(prunable, "export_program", no_program)
     with pytest.raises(compressor.CompressorError, match=r"does not follow|not the masked"):
         compressor.prune(net, example, plan)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "compressor"
 BASE = {"errors", "values"}
 STEPS = {
     "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
-    "recovery", "least_squares",
+    "recovery", "least_squares", "training",
     "export", "evaluate", "latency", "search", "run_folder", "report",
 }  # fmt: skip
 MAY_IMPORT = {

@@ -1,13 +1,12 @@
-"""Recalibration against its closed form; fine-tuning that learns and never makes worse."""
+"""Recalibration of batch-norm against its closed form."""
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 
-from compressor.recovery import FineTuneRecipe, _rate_at, fine_tune, recalibrate_batch_norm
-from compressor.values import Progress, Split
+from compressor.recovery import recalibrate_batch_norm
+from compressor.values import Split
 from tests.conftest import INPUT_SHAPE, ConvNet
 
 
@@ -75,55 +74,3 @@ def test_dropout_stays_off_while_recalibrating() -> None:
         rtol=1e-4,
         atol=1e-4,
     )
-
-
-def loss(model: nn.Module, data: Split) -> float:
-    with torch.no_grad():
-        return -nn.functional.cross_entropy(model(data.images), data.labels).item()
-
-
-def test_fine_tuning_learns_and_reports(conv_net: ConvNet) -> None:
-    data, seen = split(64), list[Progress]()
-    recipe = FineTuneRecipe(n_epochs=8, learning_rate=0.02, batch_size=16)
-    tuned = fine_tune(
-        conv_net, data, recipe, score=lambda m: loss(m, data), on_progress=seen.append
-    )
-    assert loss(tuned, data) > loss(conv_net, data) + 0.1
-    assert (seen[-1].n_done, seen[-1].n_total) == (32, 32)
-    assert not tuned.training
-
-
-def test_fine_tuning_that_only_hurts_gives_back_what_came(conv_net: ConvNet) -> None:
-    data = split(64)
-    before = copy.deepcopy(conv_net.state_dict())
-    recipe = FineTuneRecipe(n_epochs=2, learning_rate=0.1, batch_size=16)
-    scores = iter([1.0, 0.5, 0.4])
-    tuned = fine_tune(
-        conv_net, data, recipe, score=lambda _m: next(scores), on_progress=lambda _p: None
-    )
-    assert all(torch.equal(before[k], v) for k, v in tuned.state_dict().items())
-    assert all(torch.equal(before[k], v) for k, v in conv_net.state_dict().items())
-
-
-@pytest.mark.parametrize("n_steps", [1, 2, 9, 10, 11, 500])
-def test_the_rate_rises_for_a_tenth_and_falls_to_nothing(n_steps: int) -> None:
-    rates = [_rate_at(step, n_steps=n_steps) for step in range(n_steps + 1)]
-    top = max(1, n_steps // 10)
-    assert max(rates) == rates[top] == 1
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert all(rate > 0 for rate in rates[:n_steps])
-    assert rates[n_steps] == pytest.approx(0) or n_steps == 1
-
-
-def test_same_seed_same_weights(conv_net: ConvNet) -> None:
-    data = split(64)
-    recipe = FineTuneRecipe(n_epochs=1, learning_rate=0.02, batch_size=16, seed=7)
-
-    def once() -> dict[str, torch.Tensor]:
-        return fine_tune(
-            conv_net, data, recipe, score=lambda m: loss(m, data), on_progress=lambda _p: None
-        ).state_dict()
-
-    one, other = once(), once()
-    assert all(torch.equal(one[k], other[k]) for k in one)

@@ -1,0 +1,337 @@
+"""Fine-tuning: the pruned network learns the images again, and what the original says of them.
+
+Distillation [hinton2015]: beside the labels, the student learns the original's softened answers,
+which cost nothing but its forward pass and say more of an image than its label does.
+
+[hinton2015] Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.
+"""
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from compressor.errors import MeasurementError
+from compressor.values import Progress, ProgressCallback, Split
+
+FLIP, CROP = "flip", "crop"
+AUGMENTATIONS = (FLIP, CROP)
+CROP_SHARE = 8  # images are shifted by at most an eighth of their side
+N_TRIED_IMAGES = 500  # that the original must know when they are augmented
+LOST_AT_MOST = 0.01  # of accuracy, by an augmentation that suits the data
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained on.
+
+    Attributes:
+        n_steps: Batches; 0 leaves the weights as they are.
+        learning_rate: Peak, reached after the first tenth of the steps, then cosine to 0.
+        batch_size: Images per step.
+        weight_decay: On weights; not on norms and biases.
+        distillation: Weight of the original's answers in the loss, in [0, 1]; the labels have the
+            rest.
+        temperature: That both answers are divided by before they are compared.
+        label_smoothing: Share of every label that goes to the other classes.
+        ema_decay: Of the average of weights over steps that is kept in place of the last; 0 for
+            none.
+        augmentations: Of `AUGMENTATIONS`.
+        is_compiled: Whether torch.compile is used.
+        seed: Decides the order of the images and what becomes of them.
+    """
+
+    n_steps: int
+    learning_rate: float
+    batch_size: int = 64
+    weight_decay: float = 5e-4
+    distillation: float = 0.0
+    temperature: float = 4.0
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    augmentations: tuple[str, ...] = ()
+    is_compiled: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What training has come to.
+
+    Attributes:
+        model: The best of all that were looked at, the one before training included.
+        score: Its score.
+        stopped_because: Why training ended early; None where it did not.
+    """
+
+    model: nn.Module
+    score: float
+    stopped_because: str | None = None
+
+
+def fine_tune(
+    model: nn.Module,
+    fit: Split,
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    score: Callable[[nn.Module], float],
+    on_progress: ProgressCallback,
+    checkpoint: Path | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tuned:
+    """A trained copy: SGD with Nesterov momentum; the best by `score` is kept.
+
+    Training uses CUDA where it is there, in bfloat16 where the GPU can.
+
+    Args:
+        model: Not changed.
+        fit: What may be learned from.
+        recipe: Steps, learning rate, and so on.
+        teacher: The original; needed for distillation.
+        score: Larger is better; called after every pass over `fit` and at the end, on images
+            that are not in it.
+        on_progress: Told of every tenth step.
+        checkpoint: Written after every pass. Where it is there already, and of this recipe,
+            training goes on from it, and comes out as if it had never stopped.
+        memory_format: In which images go through the network.
+    """
+    training = _Training(model, fit, recipe, teacher, score, memory_format)
+    if checkpoint is not None and checkpoint.is_file():
+        training.load(checkpoint)
+    per_pass = training.n_batches
+    while training.step < recipe.n_steps and training.stopped_because is None:
+        end = min((training.step // per_pass + 1) * per_pass, recipe.n_steps)
+        training.go_on(end, on_progress)
+        if checkpoint is not None:
+            training.save(checkpoint)
+    return Tuned(training.best.eval(), training.best_score, training.stopped_because)
+
+
+class _Training:
+    """A student, its optimizer, and the best that it has been."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fit: Split,
+        recipe: Recipe,
+        teacher: nn.Module | None,
+        score: Callable[[nn.Module], float],
+        memory_format: torch.memory_format,
+    ) -> None:
+        self.fit, self.recipe, self.score = fit, recipe, score
+        self._format = memory_format
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        student = copy.deepcopy(model).requires_grad_(True)
+        self.student = student.to(self._device).to(memory_format=memory_format)
+        self._forward = torch.compile(self.student) if recipe.is_compiled else self.student
+        self.teacher = None
+        if teacher is not None and recipe.distillation:
+            self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+            self.teacher.to(self._device).to(memory_format=memory_format)
+        self.average = None
+        if recipe.ema_decay:
+            averaged = get_ema_multi_avg_fn(recipe.ema_decay)
+            self.average = AveragedModel(self.student, multi_avg_fn=averaged, use_buffers=True)
+        self.best = copy.deepcopy(model).eval()
+        self.best_score = score(self.best)
+        self.step = 0
+        self.stopped_because: str | None = None
+        self.n_batches = max(1, len(fit) // recipe.batch_size)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.student.parameters() if p.ndim > 1],
+             "weight_decay": recipe.weight_decay},
+            {"params": [p for p in self.student.parameters() if p.ndim <= 1]},
+        ]  # fmt: skip
+        self.optimizer = torch.optim.SGD(
+            groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, partial(_rate_at, n_steps=recipe.n_steps)
+        )
+
+    def go_on(self, end: int, on_progress: ProgressCallback) -> None:
+        """Trains until step `end`, then looks at what has come of it."""
+        epoch = self.step // self.n_batches
+        generator = torch.Generator().manual_seed(self.recipe.seed + 7919 * epoch)
+        order = torch.randperm(len(self.fit), generator=generator)
+        self.student.train()
+        for batch in range(self.step % self.n_batches, end - epoch * self.n_batches):
+            rows = order[batch * self.recipe.batch_size : (batch + 1) * self.recipe.batch_size]
+            images = augmented(self.fit.model_input(rows), self.recipe.augmentations, generator)
+            loss = self._loss(images, self.fit.labels[rows])
+            if not torch.isfinite(loss):
+                self.stopped_because = f"the loss was {loss.item()} in epoch {epoch + 1}"
+                logger.warning("fine-tuning stopped: %s", self.stopped_because)
+                return
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            if self.average is not None:
+                self.average.update_parameters(self.student)
+            self.step += 1
+            if self.step % 10 == 0:
+                note = f"loss {loss.item():.3f}"
+                on_progress(Progress("Fine-tuning", self.step, self.recipe.n_steps, note))
+        candidate = self._as_it_came()
+        try:
+            score = self.score(candidate)
+        except MeasurementError as err:
+            self.stopped_because = f"{err} (after epoch {epoch + 1})"
+            logger.warning("fine-tuning stopped: %s", self.stopped_because)
+            return
+        logger.info("epoch %d: score %.4f", epoch + 1, score)
+        if score > self.best_score:
+            self.best, self.best_score = candidate, score
+        on_progress(Progress("Fine-tuning", self.step, self.recipe.n_steps, f"score {score:.4f}"))
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        images = images.to(self._device, memory_format=self._format)
+        labels = labels.to(self._device)
+        in_half = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=in_half):
+            logits = self._forward(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+            if self.teacher is None:
+                return loss
+            with torch.no_grad():
+                wanted = self.teacher(images)
+        share = self.recipe.distillation
+        return (1 - share) * loss + share * distance(logits, wanted, self.recipe.temperature)
+
+    def _as_it_came(self) -> nn.Module:
+        """The network to look at: a copy, on the CPU and contiguous."""
+        network = self.student if self.average is None else self.average.module
+        copied = copy.deepcopy(network).to("cpu")
+        return copied.to(memory_format=torch.contiguous_format).eval()
+
+    def save(self, path: Path) -> None:
+        """Writes all that training needs to go on."""
+        content = {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "best": self.best.state_dict(),
+            "best_score": self.best_score,
+            "stopped_because": self.stopped_because,
+        }
+        partial_file = path.with_name(f".{path.name}.partial")
+        with partial_file.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial_file.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Goes back to where `save` was called, if it was with the same recipe."""
+        content = torch.load(path, weights_only=True, map_location=self._device)
+        if content["recipe"] != asdict(self.recipe):
+            logger.warning("%s is of another recipe; training begins anew", path)
+            return
+        self.step, self.best_score = content["step"], content["best_score"]
+        self.stopped_because = content["stopped_because"]
+        self.student.load_state_dict(content["student"])
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.best.load_state_dict(content["best"])
+
+
+def distance(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened answers, times the squared temperature.
+
+    The square keeps gradients of the same size whatever the temperature [hinton2015].
+
+    Args:
+        logits: `(batch, n_classes)` of the student.
+        wanted: The same of the teacher.
+        temperature: Above 0.
+    """
+    student = (logits / temperature).log_softmax(dim=1)
+    teacher = (wanted / temperature).log_softmax(dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def augmented(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+    """A copy in which every image is flipped or not, and shifted, at random.
+
+    Args:
+        images: `(batch, c, h, w)`, as the model takes them: the border that comes in is 0, the
+            mean.
+        names: Of `AUGMENTATIONS`.
+        generator: Of every draw.
+    """
+    n, c, h, w = images.shape
+    if FLIP in names:
+        flips = torch.rand(n, generator=generator) < 0.5
+        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
+    if CROP in names:
+        most = max(1, max(h, w) // CROP_SHARE)
+        padded = F.pad(images, [most] * 4)
+        top, left = torch.randint(0, 2 * most + 1, (2, n), generator=generator)
+        rows = (top[:, None] + torch.arange(h)).view(n, 1, h, 1)
+        columns = (left[:, None] + torch.arange(w)).view(n, 1, 1, w)
+        each = torch.arange(n).view(n, 1, 1, 1)
+        images = padded[each, torch.arange(c).view(1, c, 1, 1), rows, columns]
+    return images
+
+
+def suitable(model: nn.Module, split: Split) -> tuple[str, ...]:
+    """The augmentations that the network was trained to bear: it answers as well under them.
+
+    Digits must not be flipped, photographs may be; nobody has to say which these are.
+
+    Args:
+        model: The original.
+        split: Labelled images; a few are looked at.
+    """
+    rows = split.draw(N_TRIED_IMAGES)
+    images, labels = split.model_input(rows), split.labels[rows]
+
+    def share_right(names: Sequence[str]) -> float:
+        seen = augmented(images, names, torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            answers = torch.cat([model(batch) for batch in seen.split(50)])
+        return float((answers.argmax(dim=1) == labels).float().mean())
+
+    whole = share_right(())
+    return tuple(n for n in AUGMENTATIONS if share_right((n,)) >= whole - LOST_AT_MOST)
+
+
+def halving(n_plans: int, n_steps: int) -> Iterator[tuple[int, int]]:
+    """Successive halving [jamieson2016]: (plans, steps each) of every round but the last.
+
+    Half of the steps are spent on the rounds, each round the same; the winner has the rest.
+
+    [jamieson2016] Jamieson, Talwalkar, Non-stochastic Best Arm Identification, AISTATS 2016.
+    """
+    n_rounds = math.ceil(math.log2(n_plans)) if n_plans > 1 else 0
+    for _ in range(n_rounds):
+        yield n_plans, n_steps // (2 * n_rounds * n_plans)
+        n_plans = math.ceil(n_plans / 2)
+
+
+def _rate_at(step: int, *, n_steps: int) -> float:
+    """Share of the peak rate at `step`: up over the first tenth of the steps, then cosine to 0."""
+    n_warm_up = max(1, n_steps // 10)
+    if step < n_warm_up:
+        return (step + 1) / n_warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - n_warm_up) / max(1, n_steps - n_warm_up)))

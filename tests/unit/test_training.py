@@ -1,0 +1,280 @@
+"""Fine-tuning learns, from labels or a teacher, never makes worse, and can be taken up again."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import MeasurementError
+from compressor.training import (
+    CROP,
+    FLIP,
+    Recipe,
+    Tuned,
+    _rate_at,
+    augmented,
+    distance,
+    fine_tune,
+    halving,
+    suitable,
+)
+from compressor.values import Progress, Split
+from tests.conftest import INPUT_SHAPE, ConvNet
+
+Score = Callable[[nn.Module], float]
+
+
+def split(n: int = 64) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(n, *INPUT_SHAPE, generator=generator) + 2.0
+    return Split(images, torch.randint(0, 5, (n,), generator=generator))
+
+
+def loss(model: nn.Module, data: Split) -> float:
+    with torch.no_grad():
+        return -F.cross_entropy(model(data.images), data.labels).item()
+
+
+def tune(
+    model: nn.Module,
+    data: Split,
+    *,
+    score: Score | None = None,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    seen: list[Progress] | None = None,
+    n_steps: int = 32,
+    learning_rate: float = 0.02,
+    **more: object,
+) -> Tuned:
+    recipe = Recipe(n_steps, learning_rate, batch_size=16, **more)  # type: ignore[arg-type]
+    return fine_tune(
+        model, data, recipe,
+        score=score or (lambda m: loss(m, data)),
+        teacher=teacher,
+        checkpoint=checkpoint,
+        on_progress=(seen if seen is not None else []).append,
+    )  # fmt: skip
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_it_learns_and_reports(
+    conv_net: ConvNet, ema: float, memory_format: torch.memory_format
+) -> None:
+    data, seen = split(), list[Progress]()
+    recipe = Recipe(32, 0.02, batch_size=16, ema_decay=ema)
+    tuned = fine_tune(
+        conv_net, data, recipe, score=lambda m: loss(m, data), on_progress=seen.append,
+        memory_format=memory_format,
+    )  # fmt: skip
+    assert loss(tuned.model, data) > loss(conv_net, data) + 0.1
+    assert tuned.score == loss(tuned.model, data)
+    assert (seen[-1].n_done, seen[-1].n_total) == (32, 32)
+    assert not tuned.model.training
+    assert tuned.stopped_because is None
+    assert set(tuned.model.state_dict()) == set(conv_net.state_dict())
+
+
+def test_training_that_only_hurts_gives_back_what_came(conv_net: ConvNet) -> None:
+    before = copy.deepcopy(conv_net)
+    scores = iter([1.0, 0.5, 0.4])
+    tuned = tune(conv_net, split(), score=lambda _m: next(scores), n_steps=8, learning_rate=0.1)
+    assert same(tuned.model, before)
+    assert same(conv_net, before)
+    assert tuned.score == 1.0
+
+
+def test_no_steps_no_training(conv_net: ConvNet) -> None:
+    assert same(tune(conv_net, split(), n_steps=0).model, conv_net)
+
+
+def test_a_teacher_alone_is_enough(conv_net: ConvNet) -> None:
+    """Labels are wrong on purpose; with all weight on the teacher, its answers are learned."""
+    torch.manual_seed(1)
+    data, teacher = split(128), ConvNet().eval()
+
+    def likeness(model: nn.Module) -> float:
+        with torch.no_grad():
+            return -float(distance(model(data.images), teacher(data.images), 4.0))
+
+    tuned = tune(
+        conv_net, data, score=likeness, teacher=teacher, distillation=1.0, n_steps=120,
+        learning_rate=0.005,
+    )  # fmt: skip
+    assert likeness(tuned.model) > likeness(conv_net) / 4
+    ignored = tune(conv_net, data, teacher=teacher, distillation=0.0, n_steps=8)
+    assert same(ignored.model, tune(conv_net, data, n_steps=8).model)
+
+
+def test_the_distance_is_the_divergence_times_the_squared_temperature() -> None:
+    torch.manual_seed(0)
+    logits, wanted = torch.randn(6, 4), torch.randn(6, 4)
+    for temperature in (1.0, 4.0):
+        p, q = (wanted / temperature).softmax(1), (logits / temperature).softmax(1)
+        by_hand = (p * (p / q).log()).sum(dim=1).mean() * temperature**2
+        torch.testing.assert_close(distance(logits, wanted, temperature), by_hand)
+    assert float(distance(wanted, wanted, 4.0)) == pytest.approx(0, abs=1e-6)
+    # At high temperatures the gradient is that of matching logits, whatever the temperature.
+    logits.requires_grad_(True)
+    (hot,) = torch.autograd.grad(distance(logits, wanted, 50.0), logits)
+    (hotter,) = torch.autograd.grad(distance(logits, wanted, 100.0), logits)
+    torch.testing.assert_close(hot, hotter, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("bad_step", [1, 5, 9])
+def test_a_loss_that_is_no_number_ends_training_and_keeps_the_best(
+    conv_net: ConvNet, bad_step: int
+) -> None:
+    class Failing(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            answer: Tensor = self.net(x)
+            is_bad = self.training and self.calls == bad_step
+            return answer * (float("nan") if is_bad else 1.0)
+
+    data = split()
+    tuned = tune(Failing(conv_net), data, n_steps=12)
+    epoch = (bad_step - 1) // 4 + 1
+    assert tuned.stopped_because == f"the loss was nan in epoch {epoch}"
+    assert all(torch.isfinite(v).all() for v in tuned.model.state_dict().values())
+    assert tuned.score >= loss(conv_net, data)
+
+
+def test_answers_that_are_no_numbers_end_training_too(conv_net: ConvNet) -> None:
+    data, calls = split(), list[int]()
+
+    def score(model: nn.Module) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MeasurementError("The network's answers to real images are not finite.")
+        return loss(model, data)
+
+    tuned = tune(conv_net, data, score=score, n_steps=12)
+    assert tuned.stopped_because is not None
+    assert "are not finite. (after epoch 2)" in tuned.stopped_because
+    assert tuned.score >= loss(conv_net, data)
+
+
+class Killed(Exception):
+    """In place of the end of the process."""
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+@pytest.mark.parametrize("killed_in", [1, 2, 3])
+def test_training_that_was_killed_goes_on_as_if_it_had_not_been(
+    conv_net: ConvNet, tmp_path: Path, ema: float, killed_in: int
+) -> None:
+    data, checkpoint = split(), tmp_path / "training.pt"
+    options = {"ema_decay": ema, "augmentations": (FLIP, CROP), "n_steps": 14}
+    whole = tune(conv_net, data, **options)  # type: ignore[arg-type]
+    calls = 0
+
+    def score(model: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == killed_in + 1:
+            raise Killed
+        return loss(model, data)
+
+    with pytest.raises(Killed):
+        tune(conv_net, data, score=score, checkpoint=checkpoint, **options)  # type: ignore[arg-type]
+    resumed = tune(conv_net, data, checkpoint=checkpoint, **options)  # type: ignore[arg-type]
+    assert same(resumed.model, whole.model)
+    assert resumed.score == whole.score
+    # A finished one is not trained again.
+    seen = list[Progress]()
+    again = tune(conv_net, data, checkpoint=checkpoint, seen=seen, **options)  # type: ignore[arg-type]
+    assert not seen
+    assert same(again.model, whole.model)
+
+
+def test_a_checkpoint_of_another_recipe_is_not_used(conv_net: ConvNet, tmp_path: Path) -> None:
+    data, checkpoint = split(), tmp_path / "training.pt"
+    tune(conv_net, data, n_steps=8, checkpoint=checkpoint)
+    fresh = tune(conv_net, data, n_steps=12)
+    assert same(tune(conv_net, data, n_steps=12, checkpoint=checkpoint).model, fresh.model)
+
+
+def test_same_seed_same_weights_other_seed_others(conv_net: ConvNet) -> None:
+    one, other = tune(conv_net, split(), seed=7), tune(conv_net, split(), seed=7)
+    assert same(one.model, other.model)
+    assert not same(one.model, tune(conv_net, split(), seed=8).model)
+
+
+def test_flips_and_shifts_move_pixels_and_change_none() -> None:
+    images = torch.arange(1.0, 1 + 40 * 2 * 16 * 16).view(40, 2, 16, 16)
+    generator = torch.Generator().manual_seed(0)
+    flipped = augmented(images, (FLIP,), generator)
+    kept = [torch.equal(a, b) for a, b in zip(images, flipped, strict=True)]
+    turned = [torch.equal(a.flip(2), b) for a, b in zip(images, flipped, strict=True)]
+    assert all(a != b for a, b in zip(kept, turned, strict=True))
+    assert 8 < sum(kept) < 32
+    shifted = augmented(images, (CROP,), generator)
+    places = set()
+    for image, moved in zip(images, shifted, strict=True):
+        found = [
+            (dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)
+            if torch.equal(F.pad(image, [2] * 4)[:, 2 + dy : 18 + dy, 2 + dx : 18 + dx], moved)
+        ]  # fmt: skip
+        assert len(found) == 1
+        places.update(found)
+    assert len(places) > 12
+    assert augmented(images, (), generator) is images
+
+
+def test_an_augmentation_suits_what_the_network_bears() -> None:
+    """Classes are which half of the picture is bright: left or right, or top or bottom."""
+    images = torch.zeros(200, 1, 16, 16)
+    images[:100, :, :, :8] = 1  # left
+    images[100:, :, :, 8:] = 1  # right
+    sides = Split(images, torch.arange(200) // 100)
+
+    class Sides(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x[..., :4].sum((1, 2, 3)), x[..., -4:].sum((1, 2, 3))], dim=1)
+
+    class Top(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x[..., :4, :].sum((1, 2, 3)), x[..., -4:, :].sum((1, 2, 3))], 1)
+
+    assert suitable(Sides(), sides) == (CROP,)
+    assert suitable(Top(), Split(images.mT.contiguous(), sides.labels)) == (FLIP, CROP)
+
+
+@pytest.mark.parametrize("n_plans", [1, 2, 3, 4, 5, 8])
+def test_halving_spends_half_and_ends_with_two(n_plans: int) -> None:
+    rounds = list(halving(n_plans, 1000))
+    spent = sum(n * steps for n, steps in rounds)
+    assert spent <= 500
+    if n_plans == 1:
+        assert not rounds
+    else:
+        assert spent > 450
+        assert rounds[0][0] == n_plans
+        assert rounds[-1][0] == 2
+    assert list(halving(4, 0)) == [(4, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 9, 10, 11, 500])
+def test_the_rate_rises_for_a_tenth_and_falls_to_nothing(n_steps: int) -> None:
+    rates = [_rate_at(step, n_steps=n_steps) for step in range(n_steps + 1)]
+    top = max(1, n_steps // 10)
+    assert max(rates) == rates[top] == 1
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert all(rate > 0 for rate in rates[:n_steps])
+    assert rates[n_steps] == pytest.approx(0) or n_steps == 1
