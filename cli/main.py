@@ -108,6 +108,10 @@ def run(
             help="Or: the largest weighted sum of accuracy and savings in time, macs, params.",
         ),
     ] = None,
+    pareto: Annotated[
+        bool | None,
+        typer.Option("--pareto", help="Or: a model for every speed, each in its own folder."),
+    ] = None,
     device: Device = None,
     estimate: Estimate = None,
     precision: Precision = None,
@@ -229,16 +233,26 @@ def run(
     def work() -> int:
         config = compressor.load_config(model, flags)
         with ProgressDisplay(config.trials) as display:
-            result = compressor.compress(
-                config, on_trial=display.on_trial, on_progress=display.on_progress
-            )
+            work_on = compressor.compress_front if config.pareto else compressor.compress
+            found = work_on(config, on_trial=display.on_trial, on_progress=display.on_progress)
+        if isinstance(found, tuple):
+            return _print_front(found, as_json)
         if as_json:
-            _print(json.dumps(compressor.to_json(result), indent=2))
+            _print(json.dumps(compressor.to_json(found), indent=2))
         else:
-            _print(compressor.text_report(result))
-        return 0 if result.verdict is compressor.Verdict.MET else EXIT_NOT_MET
+            _print(compressor.text_report(found))
+        return 0 if found.verdict is compressor.Verdict.MET else EXIT_NOT_MET
 
     _exit(work)
+
+
+def _print_front(results: Sequence[compressor.Result], as_json: bool) -> int:
+    if as_json:
+        _print(json.dumps([compressor.to_json(result) for result in results], indent=2))
+    else:
+        _print(compressor.front_report(results))
+    is_met = any(result.verdict is compressor.Verdict.MET for result in results)
+    return 0 if is_met else EXIT_NOT_MET
 
 
 @commands.command()

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from compressor.graph import channel_groups, cost
     from compressor.latency.device import compare_latency, open_device
     from compressor.latency.targets import load_target, target_names
-    from compressor.pipeline import compress
+    from compressor.pipeline import compress, compress_front
     from compressor.prunable import load_model
     from compressor.report import (
+        front_report,
         groups_json,
         groups_report,
         latency_json,
@@ -52,9 +53,11 @@ __all__ = [
     "channel_groups",
     "compare_latency",
     "compress",
+    "compress_front",
     "cost",
     "export_onnx",
     "folder_report",
+    "front_report",
     "groups_json",
     "groups_report",
     "inspect_model",
@@ -94,9 +97,10 @@ _HOMES = {
     "compressor.graph": ("channel_groups", "cost"),
     "compressor.latency.device": ("compare_latency", "open_device"),
     "compressor.latency.targets": ("load_target", "target_names"),
-    "compressor.pipeline": ("compress",),
+    "compressor.pipeline": ("compress", "compress_front"),
     "compressor.prunable": ("load_model",),
     "compressor.report": (
+        "front_report",
         "groups_json",
         "groups_report",
         "latency_json",

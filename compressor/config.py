@@ -26,7 +26,7 @@ from compressor.values import MACS, MAX_DROP, MAX_LATENCY, PARAMS, SPEEDUP, Cons
 AUTO: Literal["auto"] = "auto"
 CONFIG_FILE = "compress.toml"
 PATH_KEYS = ("data", "out")
-GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight")
+GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight", "pareto")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -82,6 +82,7 @@ class Config(BaseModel):
         constraint: "macs" or "params" -> largest share of the original's.
         weight: "accuracy", "time", "macs" or "params" -> weight; then the largest weighted sum of
             accuracy (as a share of the original's) and savings is looked for.
+        pareto: Several models are wanted, the most accurate one for every band of speed.
         trials: Plans to measure.
         time_budget: Seconds after which no new trial is begun.
         search: Strategy.
@@ -135,6 +136,7 @@ class Config(BaseModel):
     weight: dict[
         Literal["accuracy", "time", "macs", "params"], Annotated[float, Field(ge=0, le=1e6)]
     ] = Field(default_factory=dict)
+    pareto: bool = False
     trials: int = Field(default=60, ge=1, le=100_000)
     time_budget: Seconds | None = None
     search: Literal["bocr", "bo", "random", "tpe", "cma-es", "genetic", "swarm"] = "bocr"
@@ -169,6 +171,8 @@ class Config(BaseModel):
             raise ValueError("give either speedup or max-latency, not both")
         if self.weight and (self.constraints or not any(self.weight.values())):
             raise ValueError("give weights, not all 0, or limits, not both")
+        if self.pareto and (self.constraints or self.weight):
+            raise ValueError("give either pareto (models of every speed) or a limit, not both")
         if self.estimate and self.device is not None:
             raise ValueError("give either device (to measure) or estimate, not both")
         if len(self.mean) != len(self.std):
@@ -186,10 +190,10 @@ class Config(BaseModel):
 
     def check_goal(self) -> None:
         """Raises `ConfigError` where nothing says what is wanted."""
-        if not self.constraints and not self.weight:
+        if not self.constraints and not self.weight and not self.pareto:
             raise ConfigError(
                 "How fast must it be? Give --speedup 2 or --max-latency 12ms; or --max-drop 1.0 "
-                "for the fastest network that loses no more, or --constraint macs=0.5."
+                "for the fastest network that loses no more, --constraint macs=0.5, or --pareto."
             )
 
     def as_toml(self) -> dict[str, object]:

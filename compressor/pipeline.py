@@ -1,5 +1,6 @@
 """The whole method: trained model in, measured-faster ONNX out."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,6 +94,7 @@ from compressor.values import (
 
 N_RANKING_IMAGES = 500  # that gradients are averaged over, where importance looks at them
 MIN_INFORMED = 10  # trials; below that, trying every variable first would cost more than they do
+FRONT_TIMES = (0.9, 0.75, 0.6, 0.45, 0.3)  # shares of the original's, between which bands lie
 N_FINALISTS = 5  # plans measured again, at most, before one is chosen
 
 PROPOSAL = "proposal"
@@ -123,6 +125,44 @@ def compress(
     Raises:
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
+    with _search_of(config, on_trial, on_progress) as (job, bench, folder, searched):
+        finalists = choose(job, searched, bench, on_progress)
+        return build(job, searched, finalists, bench, folder, on_progress)
+
+
+def compress_front(
+    config: Config,
+    *,
+    on_trial: TrialCallback = lambda _trial: None,
+    on_progress: ProgressCallback = lambda _progress: None,
+) -> tuple[Result, ...]:
+    """One search, and a finished model for every band of speed, slowest first.
+
+    Args:
+        config: With `pareto`, or any other goal.
+        on_trial: Told of every trial as it ends.
+        on_progress: Told how far long work has come.
+
+    Returns:
+        The results, each with a folder of its own in the run folder.
+
+    Raises:
+        CompressorError: See `compressor.errors`; bad input is found before anything is written.
+    """
+    with _search_of(config, on_trial, on_progress) as (job, bench, folder, searched):
+        results: list[Result] = []
+        for band in bands(searched):
+            finalists = choose(job, band, bench, on_progress)
+            point = folder.within(f"point-{len(results) + 1}", config.as_toml())
+            results.append(build(job, searched, finalists, bench, point, on_progress))
+        return tuple(results)
+
+
+@contextmanager
+def _search_of(
+    config: Config, on_trial: TrialCallback, on_progress: ProgressCallback
+) -> Iterator[tuple["Job", Bench, RunFolder, "Searched"]]:
+    """What both ways to end a run begin with; the device stays open meanwhile."""
     on_progress(Progress("Reading model and data", 0, 1))
     job = prepare(config)
     with open_device(job.target) as device:
@@ -135,17 +175,27 @@ def compress(
         default_name = f"{config.model.stem}-{job.target.name}"
         folder = run_folder.create(config.out, default_name, config.as_toml())
         with run_folder.logged(folder), _what_is_kept(folder):
-            searched = search(job, problem, bench, folder, on_trial, on_progress)
-            finalists = choose(job, searched, bench, on_progress)
-            winner = contest(job, finalists, bench, on_progress)
-            compact, engines = cut_out(job, winner.plan, on_progress)
-            recipe = job.recipe(winner.n_steps_left, config.seed)
-            tuned = train(job, winner.network, bench, recipe, on_progress, folder.training)
-            compact.load_state_dict(tuned.model.state_dict())
-            training = training_report(job, winner, tuned)
-            return finish(
-                job, searched, winner.plan, compact, engines, training, bench, folder, on_progress
-            )
+            yield job, bench, folder, search(job, problem, bench, folder, on_trial, on_progress)
+
+
+def build(
+    job: "Job",
+    searched: "Searched",
+    finalists: Sequence[Plan],
+    bench: Bench,
+    folder: RunFolder,
+    on_progress: ProgressCallback,
+) -> Result:
+    """Trains, prunes for real, exports and proves one of the finalists."""
+    winner = contest(job, finalists, bench, on_progress)
+    compact, engines = cut_out(job, winner.plan, on_progress)
+    recipe = job.recipe(winner.n_steps_left, job.config.seed)
+    tuned = train(job, winner.network, bench, recipe, on_progress, folder.training)
+    compact.load_state_dict(tuned.model.state_dict())
+    training = training_report(job, winner, tuned)
+    return finish(
+        job, searched, winner.plan, compact, engines, training, bench, folder, on_progress
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,7 +375,10 @@ def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
     problem = Problem(
         space=job.space,
         objective=Objective(
-            limits, min_accuracy, {str(k): w for k, w in job.config.weight.items()} or None
+            limits,
+            min_accuracy,
+            {str(k): w for k, w in job.config.weight.items()} or None,
+            job.config.pareto,
         ),
         original_accuracy=original_accuracy,
         n_trials=job.config.trials,
@@ -449,6 +502,30 @@ def _run_trial(
     study.finish(running, trial, latency)
     logger.info("%s", trial)
     return trial
+
+
+def bands(searched: Searched) -> list[Searched]:
+    """The search once for every band of time that has a trial; slowest first.
+
+    A band whose best trial is less accurate than that of a faster band is left out.
+    """
+    problem = searched.problem
+    found: list[tuple[float, Searched]] = []
+    edges = (*FRONT_TIMES, 0.0)
+    for limit, floor in itertools.pairwise(edges):
+        within = replace(problem, objective=Objective(limits={TIME: limit}))
+        ranked = [
+            t for t in feasible_first(searched.trials, within) if within.share(TIME, t) > floor
+        ]
+        if ranked:
+            accuracy = ranked[0].accuracy
+            assert accuracy is not None
+            found.append((accuracy.value, replace(searched, problem=within, trials=ranked)))
+    return [
+        band
+        for i, (best, band) in enumerate(found)
+        if all(best >= faster for faster, _ in found[i + 1 :])
+    ]
 
 
 def choose(
@@ -741,6 +818,7 @@ def search_report(job: Job, searched: Searched) -> dict[str, object]:
         "seconds": searched.seconds,
         "seed": job.config.seed,
         "limits": dict(searched.problem.objective.limits),
+        "front": job.config.pareto,
         "n_timed_before": len(searched.problem.timed),
         "noise_floor": {"ratio": floor.ratio, "ci95": list(floor.ci95)},
         "seconds_per_trial": {**parts, "all": wall},

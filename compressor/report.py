@@ -90,7 +90,32 @@ def _training(result: Result) -> list[str]:
     return [f"training    {', '.join(parts)}"]
 
 
+def front_report(results: Sequence[Result]) -> str:
+    """A row for every model of a front, slowest first."""
+    rows: list[tuple[str, ...]] = [
+        ("model", "speed-up", "95 % interval", "latency", "accuracy", "change", "MACs", "params")
+    ]
+    for result in results:
+        before, after, (low, high) = result.original, result.compressed, result.speedup.ci95
+        row = [str(result.out), f"{result.speedup.ratio:.2f}x"]
+        if after is None:
+            row += ["not faster", *["-"] * 5]
+        else:
+            row += [
+                f"[{low:.2f}, {high:.2f}]",
+                f"{after.latency_ms.median_ms:.3f} ms",
+                f"{after.accuracy:.2%}",
+                f"{100 * (after.accuracy - before.accuracy):+.2f} points",
+                _times(before.macs, after.macs),
+                _times(before.params, after.params),
+            ]
+        rows.append(tuple(row))
+    return "\n".join(_aligned(rows))
+
+
 def _asked_for(result: Result) -> str:
+    if result.search.get("front"):
+        return "a model for every speed"
     given = result.constraints or ([result.constraint] if result.constraint else [])
     return " and ".join(map(str, given)) or "the largest weighted sum"
 

@@ -48,6 +48,10 @@ class RunFolder:
         """The compressed model; there only when it was proven and measured to be faster."""
         return self.path / MODEL_ONNX
 
+    def within(self, name: str, settings: Mapping[str, object]) -> "RunFolder":
+        """A new run folder in this one."""
+        return create(self.path / name, name, settings)
+
     @property
     def training(self) -> Path:
         """Where the last fine-tuning stands; gone when the run is finished."""

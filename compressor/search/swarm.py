@@ -16,6 +16,8 @@ Where we deviate, and why:
   searches are compared at the same cost.
 * The code updates the velocities of the first eight layers and moves eight random ones; here
   those are the same. Both draws are independent, as in other swarms.
+* Where time is limited, nobody knows which plan meets the limit: later particles lie nearer to the
+  narrowest plan.
 * A residual branch is a variable from 0 to 1 that is there from 0.5 on; particle 0 has them all.
 """
 
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compressor.search.objective import Problem, Proposal
+from compressor.search.objective import TIME, Problem, Proposal
 from compressor.search.rivals import untried, worth
 from compressor.search.space import Ratios
 from compressor.values import Trial
@@ -56,6 +58,8 @@ class Swarm:
         signs = generator.integers(-1, 2, size=(self.n_particles, n))
         spread = SPREAD * np.arange(self.n_particles)[:, None]
         places = np.clip(centre + spread * signs, 0, 1)
+        if TIME in problem.objective.limits:
+            places *= np.linspace(1, problem.objective.limits[TIME], self.n_particles)[:, None]
         velocities = generator.uniform(-MAX_VELOCITY, MAX_VELOCITY, size=(self.n_particles, n))
         own_best, own_worth = places.copy(), np.full(self.n_particles, -np.inf)
         for cycle in range(len(trials) // self.n_particles + 1):

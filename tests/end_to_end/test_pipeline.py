@@ -379,6 +379,27 @@ def test_finalists_are_trained_before_one_is_chosen(make_config: Make, tmp_path:
         torch.testing.assert_close(compact(image), answers(image), rtol=1e-3, atol=1e-3)
 
 
+def test_a_front_is_several_complete_folders(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(speedup=None, pareto=True, trials=12, fine_tune_epochs=1)
+    results = compressor.compress_front(config)
+    assert len(results) >= 2
+    speedups = [result.speedup.ratio for result in results]
+    assert speedups == sorted(speedups)
+    for i, result in enumerate(results, 1):
+        folder = tmp_path / "run" / f"point-{i}"
+        assert result.out == folder
+        assert compressor.read_result(folder).speedup.ratio == result.speedup.ratio
+        names = {"config.toml", "original.onnx", "result.json"}
+        if result.compressed:
+            names |= {"model.onnx", "model.pt"}
+        assert {path.name for path in folder.iterdir()} == names
+        assert "a model for every speed" in compressor.text_report(result)
+    table = compressor.front_report(results)
+    assert all(f"point-{i}" in table for i in range(1, len(results) + 1))
+    with pytest.raises(compressor.CompressorError, match="not both"):
+        make_config(pareto=True)
+
+
 def test_a_program_goes_all_the_way(make_config: Make, tmp_path: Path) -> None:
     """A .pt2 file in, a measured ONNX file and a loadable model.pt out; NNI says why it cannot."""
     net = make_conv_net()
