@@ -8,6 +8,8 @@ Two kinds of source:
 * a folder of class folders, or a folder holding `train` or `fit`, `search` or `val`, and `test`
   folders of class folders. Files are what Pillow reads.
 
+What needs more memory than `MAX_BYTES` stays on disk: files are read when they are asked for.
+
 Up to 1 % of a split may be in another one too, as duplicates are usual in real data; more is an
 error. A search or test split that is not given is cut from fit, by `seed` and by class.
 """
@@ -15,6 +17,7 @@ error. A search or test split that is not given is cut from fit, by `seed` and b
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
@@ -25,19 +28,52 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from compressor.errors import DataError
-from compressor.values import Data, Split
+from compressor.values import Data, Images, Split
 
 SPLITS = ("fit", "search", "test")
 ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
 HELD_OUT_SHARE = 0.2  # of every class, for a split that is not given
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 MAX_LABEL = 999_999
-MAX_BYTES = 8 * 2**30  # images are held in memory as uint8
+MAX_BYTES = 2 * 2**30  # of a split in memory, as uint8
+DIGEST_BYTES = 16 * 1024  # of a file on disk, which tell whether it is in two splits
 
 logger = logging.getLogger(__name__)
 
-_Arrays = dict[str, tuple[Tensor, Tensor]]
+Read = Callable[[Path], np.ndarray]
+_Arrays = dict[str, tuple[Images, Tensor]]
 _T = TypeVar("_T")
+
+
+class ImageFiles:
+    """Images that stay on disk.
+
+    Attributes:
+        paths: A file an image.
+        read: File to `(c, h, w)` uint8.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, paths: Sequence[Path], read: Read, shape: tuple[int, ...]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            paths: A file an image.
+            read: File to pixels.
+            shape: `(c, h, w)` of every image.
+        """
+        self.paths, self.read = tuple(paths), read
+        self.shape = torch.Size((len(self.paths), *shape))
+        self._readers = ThreadPoolExecutor(thread_name_prefix="images")
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        """`(n_rows, c, h, w)`, several files at once: Pillow decodes outside Python's lock."""
+        numbers = range(len(self.paths))[rows] if isinstance(rows, slice) else rows.tolist()
+        images = list(self._readers.map(self.read, [self.paths[i] for i in numbers]))
+        if not images:
+            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        return torch.from_numpy(np.stack(images))
 
 
 def load_data(
@@ -151,7 +187,11 @@ def _read_folder(
             f"Expected {source}/<class>/*.png or {source}/train/<class>/*.png."
         )
     convert = _reader(image_size, n_channels)
-    return {name: _read_classes(p, class_names, convert) for name, p in named.items()}, class_names
+    arrays = {
+        name: _read_classes(path, class_names, convert, is_resized=image_size is not None)
+        for name, path in named.items()
+    }
+    return arrays, class_names
 
 
 def _add(splits: dict[str, _T], name: str, content: _T, source: Path) -> None:
@@ -167,7 +207,7 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _reader(image_size: int | None, n_channels: int) -> Callable[[Path], np.ndarray]:
+def _reader(image_size: int | None, n_channels: int) -> Read:
     def read(path: Path) -> np.ndarray:
         try:
             with Image.open(path) as file:
@@ -192,8 +232,8 @@ def _reader(image_size: int | None, n_channels: int) -> Callable[[Path], np.ndar
 
 
 def _read_classes(
-    folder: Path, class_names: Sequence[str], read: Callable[[Path], np.ndarray]
-) -> tuple[Tensor, Tensor]:
+    folder: Path, class_names: Sequence[str], read: Read, *, is_resized: bool
+) -> tuple[Images, Tensor]:
     files: Mapping[str, list[Path]] = {
         name: sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
         for name in class_names
@@ -209,11 +249,14 @@ def _read_classes(
     labels = [label for label, name in enumerate(class_names) for _ in files[name]]
     first = read(paths[0])
     if first.nbytes * len(paths) > MAX_BYTES:
-        raise DataError(
-            f"{folder}: {len(paths)} images of {first.shape} need "
-            f"{first.nbytes * len(paths) / 2**30:.1f} GiB in memory; the limit is "
-            f"{MAX_BYTES / 2**30:.0f} GiB. Use fewer images or a smaller --image-size."
-        )
+        if not is_resized:
+            raise DataError(
+                f"{folder}: {len(paths)} images of {first.shape} need "
+                f"{first.nbytes * len(paths) / 2**30:.1f} GiB. More than "
+                f"{MAX_BYTES / 2**30:.0f} GiB are read from disk as they are needed, for which "
+                f"all must come out alike: give --image-size."
+            )
+        return ImageFiles(paths, read, first.shape), torch.tensor(labels)
     images = np.empty((len(paths), *first.shape), dtype=np.uint8)
     for row, path in enumerate(paths):
         image = read(path)
@@ -227,8 +270,8 @@ def _read_classes(
 
 
 def _hold_out(
-    images: Tensor, labels: Tensor, generator: np.random.Generator, source: Path
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    images: Images, labels: Tensor, generator: np.random.Generator, source: Path
+) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
     """(rest, held out); `HELD_OUT_SHARE` of every class, at least one image of each."""
     taken = []
     for label in labels.unique():
@@ -243,16 +286,26 @@ def _hold_out(
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     if taken:
         held_out[torch.from_numpy(np.concatenate(taken))] = True
-    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+    return (
+        (_only(images, ~held_out), labels[~held_out]),
+        (_only(images, held_out), labels[held_out]),
+    )
+
+
+def _only(images: Images, mask: Tensor) -> Images:
+    if isinstance(images, ImageFiles):
+        paths = [path for path, is_kept in zip(images.paths, mask, strict=True) if is_kept]
+        return ImageFiles(paths, images.read, tuple(images.shape[1:]))
+    return images[mask]
 
 
 def _check(
     source: Path,
     name: str,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     n_classes: int,
-    fit_images: Tensor,
+    fit_images: Images,
     mean: Sequence[float],
 ) -> None:
     where = f"{source}, {name} split"
@@ -269,7 +322,7 @@ def _check(
             f"{where}: labels must lie in 0..{n_classes - 1} (the classes of the fit split); "
             f"they run from {lowest} to {highest}."
         )
-    if images.is_floating_point() and not images.isfinite().all():
+    if images.dtype.is_floating_point and not images[:].isfinite().all():
         raise DataError(f"{where}: images hold NaN or infinity.")
     if mean and len(mean) not in (1, images.shape[1]):
         raise DataError(
@@ -292,14 +345,29 @@ def _check_disjoint(source: Path, splits: Mapping[str, Split]) -> None:
             logger.warning("%s: %d images of %s are in %s too", source, n_shared, other, one)
 
 
-def _digests(images: Tensor) -> set[bytes]:
-    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.numpy()}
+def _digests(images: Images) -> set[bytes]:
+    """Of every image; of a file on disk, its size and its beginning."""
+    if isinstance(images, ImageFiles):
+        return {_file_digest(path) for path in images.paths}
+    pixels = images[:].numpy()
+    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels}
+
+
+def _file_digest(path: Path) -> bytes:
+    digest = hashlib.blake2b(str(path.stat().st_size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        digest.update(file.read(DIGEST_BYTES))
+    return digest.digest()
 
 
 def _fingerprint(splits: Mapping[str, Split]) -> str:
     digest = hashlib.sha256()
     for name in SPLITS:
         digest.update(f"{name} {tuple(splits[name].images.shape)}".encode())
-        digest.update(np.ascontiguousarray(splits[name].images.numpy()).data)
+        images = splits[name].images
+        if isinstance(images, ImageFiles):
+            digest.update(b"".join(map(_file_digest, images.paths)))
+        else:
+            digest.update(np.ascontiguousarray(images[:].numpy()).data)
         digest.update(splits[name].labels.numpy().data)
     return digest.hexdigest()

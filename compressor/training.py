@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -166,13 +167,9 @@ class _Training:
     def go_on(self, end: int, on_progress: ProgressCallback) -> None:
         """Trains until step `end`, then looks at what has come of it."""
         epoch = self.step // self.n_batches
-        generator = torch.Generator().manual_seed(self.recipe.seed + 7919 * epoch)
-        order = torch.randperm(len(self.fit), generator=generator)
         self.student.train()
-        for batch in range(self.step % self.n_batches, end - epoch * self.n_batches):
-            rows = order[batch * self.recipe.batch_size : (batch + 1) * self.recipe.batch_size]
-            images = augmented(self.fit.model_input(rows), self.recipe.augmentations, generator)
-            loss = self._loss(images, self.fit.labels[rows])
+        for images, labels in _ahead(self._batches(epoch, end - self.step)):
+            loss = self._loss(images, labels)
             if not torch.isfinite(loss):
                 self.stopped_because = f"the loss was {loss.item()} in epoch {epoch + 1}"
                 logger.warning("fine-tuning stopped: %s", self.stopped_because)
@@ -198,6 +195,14 @@ class _Training:
         if score > self.best_score:
             self.best, self.best_score = candidate, score
         on_progress(Progress("Fine-tuning", self.step, self.recipe.n_steps, f"score {score:.4f}"))
+
+    def _batches(self, epoch: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `n` of a pass; the same ones whenever they are asked for."""
+        generator = torch.Generator().manual_seed(self.recipe.seed + 7919 * epoch)
+        order = torch.randperm(len(self.fit), generator=generator)
+        for rows in order.split(self.recipe.batch_size)[:n]:
+            images = self.fit.model_input(rows)
+            yield augmented(images, self.recipe.augmentations, generator), self.fit.labels[rows]
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         images = images.to(self._device, memory_format=self._format)
@@ -253,6 +258,15 @@ class _Training:
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         self.best.load_state_dict(content["best"])
+
+
+def _ahead(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same; each is made while the one before is learned from."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
 
 
 def distance(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -580,6 +580,21 @@ class LoadedModel:
     provenance: Mapping[str, object]
 
 
+class Images(Protocol):
+    """Images in memory (a tensor is this), or on disk."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(n, c, h, w)`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8 as stored, or float32 as the model takes them."""
+
+    def __getitem__(self, rows: Tensor | slice, /) -> Tensor:
+        """`(n_rows, c, h, w)`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Labelled images of one purpose.
@@ -591,7 +606,7 @@ class Split:
         std: Per channel, divided by after that.
     """
 
-    images: Tensor
+    images: Images
     labels: Tensor
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()

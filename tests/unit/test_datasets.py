@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from compressor.datasets import load_data
+from compressor.datasets import ImageFiles, load_data
 from compressor.errors import DataError
 from compressor.values import Data
 from tests.conftest import blob_images
@@ -228,3 +228,53 @@ def test_foreign_byte_order_is_read_and_huge_labels_are_named(tmp_path: Path) ->
     np.savez(tmp_path / "huge.npz", images=images, labels=labels.astype(np.uint64) + 2**63)
     with pytest.raises(DataError, match=r"must lie in 0\.\.999999"):
         load_data(tmp_path / "huge.npz")
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+def test_images_on_disk_are_those_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_split: bool
+) -> None:
+    """The same splits, pixels and labels, whether a folder fits into memory or not."""
+    splits = ("train", "val", "test") if is_split else ("",)
+    for n, split in enumerate(splits):
+        write_images(tmp_path / "images" / split, {"cat": 11 + n, "dog": 9 + n})
+    in_memory = load_data(tmp_path / "images", image_size=6, mean=(0.5,), std=(0.2,))
+    monkeypatch.setattr("compressor.datasets.MAX_BYTES", 500)
+    on_disk = load_data(tmp_path / "images", image_size=6, mean=(0.5,), std=(0.2,))
+    assert isinstance(on_disk.fit.images, ImageFiles)
+    for name in ("fit", "search", "test"):
+        one, other = getattr(in_memory, name), getattr(on_disk, name)
+        assert torch.equal(one.labels, other.labels)
+        assert one.images.shape == other.images.shape
+        rows = one.draw(5)
+        assert torch.equal(one.model_input(rows), other.model_input(rows))
+        assert torch.equal(one.model_input(slice(None)), other.model_input(slice(None)))
+        assert len(other.model_input(slice(0, 0))) == 0
+    assert on_disk.input_shape == (3, 6, 6)
+    with pytest.raises(DataError, match="give --image-size"):
+        load_data(tmp_path / "images")
+
+
+def test_files_in_two_splits_are_found_on_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.datasets.MAX_BYTES", 500)
+    write_images(tmp_path / "train", {"cat": 11, "dog": 9})
+    write_images(tmp_path / "val", {"cat": 11, "dog": 9})
+    for name in ("cat", "dog"):
+        for file in (tmp_path / "train" / name).iterdir():
+            (tmp_path / "val" / name / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match="must not overlap"):
+        load_data(tmp_path, image_size=6)
+
+
+def test_a_broken_file_on_disk_is_named_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.datasets.MAX_BYTES", 500)
+    write_images(tmp_path, {"cat": 15, "dog": 15})
+    files = sorted((tmp_path / "dog").iterdir())
+    files[7].write_bytes(b"no image")
+    data = load_data(tmp_path, image_size=6)
+    with pytest.raises(DataError, match=f"{files[7].name} cannot be read as an image"):
+        _ = [split.model_input(slice(None)) for split in (data.fit, data.search, data.test)]

@@ -70,7 +70,7 @@ def test_dropout_stays_off_while_recalibrating() -> None:
     recalibrated = recalibrate_batch_norm(net, data, n_images=128, batch_size=64)
     torch.testing.assert_close(
         recalibrated.get_buffer("1.running_mean"),
-        data.images.mean((0, 2, 3)),
+        data.model_input(slice(None)).mean((0, 2, 3)),
         rtol=1e-4,
         atol=1e-4,
     )
