@@ -22,6 +22,9 @@ Where we deviate, and why:
   the rollback may come at once, where `patience` trials have brought nothing.
 * The accuracy's process lies around a line in the harm that those first measurements let expect
   (`harm`), and accuracies are steadied by losses (`surrogate`).
+* What was tried and did not help at equal cost: looking at the harm of several candidates before
+  one gets a trial; exchanges of one variable for another as neighbours; damages summed over alike
+  layers as columns of the process.
 * Widths are discrete (the target's step), so the acquisition is maximised over plans that can
   be built, by random plans and then step-wise ascent, not by L-BFGS over the box.
 * Length scales are one a dimension with BoTorch's dimension-scaled prior; the paper shares one.
@@ -140,7 +143,7 @@ class Bocr:
         tried.add(space.original)
         schedule = Schedule.scaled(problem.n_trials)
         if len(trials) < max(schedule.n_start, problem.n_trials // 4):
-            by_hand = self._warm_starts(problem)
+            by_hand = self._warm_starts(problem, trials)
             n_start = min(max(schedule.n_start, len(by_hand)), problem.n_trials)
             if len(trials) < n_start:
                 for start in [*by_hand, *self._sobol(problem)]:
@@ -157,8 +160,9 @@ class Bocr:
                 return Proposal(widths, phase)
         return None
 
-    def _warm_starts(self, problem: Problem) -> list[Widths]:
-        return warm_starts(problem, problem.table([])) if self.is_informed else []
+    def _warm_starts(self, problem: Problem, trials: Sequence[Trial]) -> list[Widths]:
+        # By all that was timed so far: where the first plan missed the limit, a second one.
+        return warm_starts(problem, problem.table(trials)) if self.is_informed else []
 
     def _sobol(self, problem: Problem) -> list[Widths]:
         """Points over the clusters."""
