@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import MeasurementError
-from compressor.evaluate import accuracy, check_agree, memory_format
+from compressor.evaluate import accuracy, check_agree, memory_format, right_answers
 from compressor.export import candidate_writer
 from compressor.features import channel_maps
 from compressor.latency.device import Device, patiently
@@ -261,6 +261,11 @@ class Bench:
         """On the search split, by ONNX Runtime."""
         predict = predictor(self._batched(model), n_threads=n_cores())
         return accuracy(predict, self.data.search, batch_size=BATCH_SIZE)
+
+    def right(self, model: nn.Module) -> Tensor:
+        """`(n,)` bool: which images of the search split it answers rightly."""
+        predict = predictor(self._batched(model), n_threads=n_cores())
+        return right_answers(predict, self.data.search, batch_size=BATCH_SIZE)
 
 
 def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:

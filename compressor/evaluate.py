@@ -40,6 +40,26 @@ def accuracy(predict: Predict, split: Split, *, batch_size: int) -> Accuracy:
     return Accuracy(n_right / len(split), len(split), loss / len(split))
 
 
+def right_answers(predict: Predict, split: Split, *, batch_size: int) -> Tensor:
+    """`(n,)` bool: which images of `split` are answered rightly; see `accuracy`."""
+    pairs = _answers(predict, split, batch_size)
+    return torch.cat([logits.argmax(dim=1) == labels for logits, labels in pairs])
+
+
+def drop_of(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """How much accuracy is lost between two networks on the same images, and its standard error.
+
+    Both answer most images alike, so the error of the difference is far below that of either
+    accuracy.
+
+    Args:
+        before: `(n,)` bool, which images the one answers rightly.
+        after: The same of the other.
+    """
+    change = before.double() - after.double()
+    return float(change.mean()), float(change.std(correction=1) / len(change) ** 0.5)
+
+
 def _answers(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels of every batch."""
     with torch.inference_mode():

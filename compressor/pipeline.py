@@ -41,7 +41,7 @@ from compressor.errors import (
     MeasurementError,
     SearchError,
 )
-from compressor.evaluate import accuracy, check_agree
+from compressor.evaluate import accuracy, check_agree, drop_of
 from compressor.export import export_onnx
 from compressor.graph import cost, outputs
 from compressor.graph.costs import layer_costs
@@ -126,8 +126,12 @@ def compress(
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
     with _search_of(config, on_trial, on_progress) as (job, bench, folder, searched):
-        finalists = choose(job, searched, bench, on_progress)
-        return build(job, searched, finalists, bench, folder, on_progress)
+        if searched.problem.objective.front and config.max_drop is not None:
+            winner = fastest_within_drop(job, searched, bench, on_progress)
+        else:
+            finalists = choose(job, searched, bench, on_progress)
+            winner = contest(job, finalists, bench, on_progress)
+        return build(job, searched, winner, bench, folder, on_progress)
 
 
 def compress_front(
@@ -152,9 +156,9 @@ def compress_front(
     with _search_of(config, on_trial, on_progress) as (job, bench, folder, searched):
         results: list[Result] = []
         for band in bands(searched):
-            finalists = choose(job, band, bench, on_progress)
+            winner = contest(job, choose(job, band, bench, on_progress), bench, on_progress)
             point = folder.within(f"point-{len(results) + 1}", config.as_toml())
-            results.append(build(job, searched, finalists, bench, point, on_progress))
+            results.append(build(job, searched, winner, bench, point, on_progress))
         return tuple(results)
 
 
@@ -181,13 +185,12 @@ def _search_of(
 def build(
     job: "Job",
     searched: "Searched",
-    finalists: Sequence[Plan],
+    winner: "Winner",
     bench: Bench,
     folder: RunFolder,
     on_progress: ProgressCallback,
 ) -> Result:
-    """Trains, prunes for real, exports and proves one of the finalists."""
-    winner = contest(job, finalists, bench, on_progress)
+    """Prunes for real, trains on, exports and proves."""
     compact, engines = cut_out(job, winner.plan, on_progress)
     recipe = job.recipe(winner.n_steps_left, job.config.seed)
     tuned = train(job, winner.network, bench, recipe, on_progress, folder.training)
@@ -371,6 +374,10 @@ def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
                     f"The original already meets {constraint} on {job.target.name}: it takes "
                     f"{original_ms:.3g} ms. Lower --max-latency, or ship the original."
                 )
+    # How much is lost before training does not say how much is lost after it.
+    is_drop_after_training = bool(min_accuracy is not None and not limits and job.n_steps)
+    if is_drop_after_training:
+        min_accuracy = None
     seed = job.config.seed
     problem = Problem(
         space=job.space,
@@ -378,7 +385,7 @@ def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
             limits,
             min_accuracy,
             {str(k): w for k, w in job.config.weight.items()} or None,
-            job.config.pareto,
+            front=job.config.pareto or is_drop_after_training,
         ),
         original_accuracy=original_accuracy,
         n_trials=job.config.trials,
@@ -612,6 +619,53 @@ def contest(
         networks = [(plan, tuned.model) for plan, tuned in rivals[: (n_plans + 1) // 2]]
     plan, network = networks[0]
     return Winner(plan, network, n_left, tuple(tuple(s) for s in scores.values()))
+
+
+def fastest_within_drop(
+    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
+) -> Winner:
+    """The fastest plan that loses no more than it may once it is trained, by bisection.
+
+    Of the search's plans those are looked at than which none is both faster and more accurate.
+    The loss is that on the search split, plus its standard error. Where no plan stays within it,
+    the most accurate one is taken, and the verdict will say so.
+    """
+    assert job.config.max_drop is not None
+    plans = front(searched)
+    original = bench.right(job.model)
+    within, trained = None, None
+    low, high, n_trained = 0, len(plans) - 1, 0
+    while low <= high:
+        middle = (low + high) // 2
+        on_progress(Progress("Training along the front", n_trained, len(plans).bit_length()))
+        network = bench.repaired(plans[middle], {})
+        recipe = job.recipe(job.n_steps, job.config.seed)
+        tuned = train(job, network, bench, recipe, _in_silence)
+        n_trained += 1
+        drop, error = drop_of(original, bench.right(tuned.model))
+        logger.info("plan %d of %d: drop %.4f +- %.4f", middle, len(plans), drop, error)
+        trained = Winner(plans[middle], tuned.model, 0, ((tuned.score,),))
+        if drop + error <= job.config.max_drop / 100:
+            within, low = trained, middle + 1
+        else:
+            high = middle - 1
+    on_progress(Progress("Training along the front", n_trained, n_trained))
+    winner = within or trained  # without one within it, the slowest was trained last
+    assert winner is not None
+    return winner
+
+
+def front(searched: Searched) -> list[Plan]:
+    """Plans than which none of the search is both faster and more accurate; slowest first."""
+    space = searched.problem.space
+    best, plans = -1.0, []
+    measured = [t for t in searched.trials if t.accuracy is not None]
+    for trial in sorted(measured, key=lambda t: t.speedup or 0.0, reverse=True):
+        assert trial.accuracy is not None
+        if trial.accuracy.value > best:
+            best = trial.accuracy.value
+            plans.append(space.plan(space.from_names(trial.widths)))
+    return plans[::-1]
 
 
 def _in_silence(_progress: Progress) -> None:

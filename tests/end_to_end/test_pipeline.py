@@ -24,6 +24,7 @@ from compressor.errors import (
     MeasurementError,
     SearchError,
 )
+from compressor.evaluate import drop_of
 from compressor.graph.costs import layer_costs
 from compressor.latency import onnxruntime as runtime
 from compressor.latency.by_runner import RunnerDevice
@@ -377,6 +378,39 @@ def test_finalists_are_trained_before_one_is_chosen(make_config: Make, tmp_path:
     image = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(compact(image), answers(image), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("max_drop", [0.0, 30.0])
+def test_the_fastest_within_a_drop_is_found_after_training(
+    make_config: Make, tmp_path: Path, max_drop: float
+) -> None:
+    """What is lost before training does not count; what is lost after it does."""
+    config = make_config(speedup=None, max_drop=max_drop, trials=12, fine_tune_epochs=3)
+    result = compressor.compress(config)
+    trials = read_trials(tmp_path / "run" / "study.db")
+    fastest = max(trial.speedup or 0.0 for trial in trials)
+    shipped = result.training["search_accuracy"]
+    assert isinstance(shipped, float)
+    if max_drop:
+        assert result.verdict is Verdict.MET
+        assert result.speedup.ratio > 0.75 * fastest
+        before = {t.speedup: t.accuracy.value for t in trials if t.accuracy}[fastest]
+        assert shipped > before  # trained before it was judged
+    elif shipped < 1.0:  # as accurate as the original
+        assert result.verdict is not Verdict.MET
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_error_of_a_drop_is_that_of_the_difference() -> None:
+    """Two networks that are wrong on the same images differ in nothing."""
+    generator = torch.Generator().manual_seed(0)
+    before = torch.rand(1000, generator=generator) < 0.9
+    assert drop_of(before, before) == (0.0, 0.0)
+    after = before.clone()
+    after[before.nonzero().flatten()[:20]] = False
+    drop, error = drop_of(before, after)
+    assert drop == pytest.approx(0.02)
+    assert error == pytest.approx((0.02 * 0.98 / 1000) ** 0.5, rel=0.01)
 
 
 def test_a_front_is_several_complete_folders(make_config: Make, tmp_path: Path) -> None:
