@@ -76,7 +76,7 @@ def test_result_json_has_the_stable_keys(tmp_path: Path) -> None:
     assert set(content) == {
         "schema", "verdict", "target", "runtime", "basis", "constraint", "original",
         "compressed", "speedup", "accuracy_drop_points", "equivalence", "search", "groups",
-        "environment", "constraints", "branches",
+        "environment", "constraints", "branches", "training",
     }  # fmt: skip
     text = json.loads(json.dumps(content))
     assert text["verdict"] == "met"
