@@ -246,7 +246,7 @@ def run(
     _exit(work)
 
 
-def _print_front(results: Sequence[compressor.Result], as_json: bool) -> int:
+def _print_front(results: "Sequence[compressor.Result]", as_json: bool) -> int:
     if as_json:
         _print(json.dumps([compressor.to_json(result) for result in results], indent=2))
     else:
