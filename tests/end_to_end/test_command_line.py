@@ -49,7 +49,10 @@ def compress(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def finished(project: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One run that meets a limit within easy reach."""
-    done = compress("model.pt", "--speedup", "1.1", "--out", "run", "--json", cwd=project)
+    done = compress(
+        "model.pt", "--speedup", "1.1", "--out", "run", "--json", "--finalists", "2",
+        "--distillation", "0.5", "--augment", "crop", "--ema", "0.5", cwd=project,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return project / "run", done
 
@@ -61,6 +64,8 @@ def test_stdout_is_the_result_and_stderr_the_progress(
     printed = json.loads(done.stdout)
     assert printed == json.loads((folder / "result.json").read_text())
     assert printed["verdict"] == "met"
+    assert printed["training"]["distillation"] == 0.5
+    assert printed["training"]["augmentations"] == ["crop"]
     assert "trial   8/8" in done.stderr
     assert "Fine-tuning" in done.stderr
     assert "Warning" not in done.stderr
@@ -103,6 +108,22 @@ def test_the_figures_are_those_of_the_files(
     step = compressor.load_target("host-cpu").step
     original = {g["name"]: g["channels"] for g in result["groups"]}
     assert all(n % step == 0 or n == original[name] for name, n in kept.items())
+
+
+def test_a_front_is_a_table_of_folders(project: Path) -> None:
+    done = compress(
+        "model.pt", "--pareto", "--trials", "6", "--fine-tune-epochs", "0", "--augment", "none",
+        "--out", "front", cwd=project,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folders = sorted(path.name for path in (project / "front").iterdir() if path.is_dir())
+    assert folders == [f"point-{i + 1}" for i in range(len(folders))]
+    head, _, *rows = done.stdout.strip().splitlines()
+    assert head.split()[:2] == ["model", "speed-up"]
+    assert [row.split()[0] for row in rows] == [f"front/{name}" for name in folders]
+    both = compress("model.pt", "--pareto", "--speedup", "2", cwd=project)
+    assert both.returncode == 2
+    assert "not both" in both.stderr
 
 
 def test_model_pt_rebuilds_the_network_of_the_onnx(
