@@ -555,21 +555,23 @@ def choose(
         finalists.append(surest)
     min_speedup = 1 / problem.objective.limits.get(TIME, 1.0)
     again: list[tuple[Plan, PairedLatency]] = []
+    met: list[Plan] = []
+    surely: list[Plan] = []
     for trial in finalists:
         on_progress(Progress("Measuring finalists", len(again), len(finalists)))
         plan = job.space.plan(job.space.from_names(trial.widths))
         latency = bench.remeasure(plan)
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
         again.append((plan, latency))
-    on_progress(Progress("Measuring finalists", len(again), len(finalists)))
-    met = [
-        (plan, latency)
-        for plan, latency in again
-        if all(c.is_met_in_time(latency) for c in job.config.constraints)
-    ]
-    surely = [plan for plan, latency in met if latency.ci95[0] >= min_speedup]
-    if surely or met:
-        return surely or [plan for plan, _ in met]
+        if all(c.is_met_in_time(latency) for c in job.config.constraints):
+            met.append(plan)
+            if latency.ci95[0] >= min_speedup:
+                surely.append(plan)
+        if len(surely) == job.config.finalists:
+            break
+    on_progress(Progress("Measuring finalists", len(finalists), len(finalists)))
+    if met:
+        return surely or met
     return [max(again, key=lambda pair: pair[1].ratio)[0]]
 
 
