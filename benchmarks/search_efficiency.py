@@ -32,7 +32,6 @@ from benchmarks.cifar import load_cifar, load_resnet56
 from compressor.bench import ACCURACY, LATENCY, RECALIBRATION, Bench, Recovery, n_cores, timed
 from compressor.graph.costs import layer_costs
 from compressor.importance import IMPORTANCES
-from compressor.pipeline import with_harm
 from compressor.prunable import make_prunable, with_branches
 from compressor.run_folder import cpu_name
 from compressor.search import ASK_FOR_FEATURES, STRATEGIES
@@ -45,6 +44,7 @@ from compressor.search.objective import (
     feasible_first,
 )
 from compressor.search.space import make_space
+from compressor.trials import with_harm
 from compressor.values import MACS, Trial
 
 RESULTS = Path(__file__).parent / "results"

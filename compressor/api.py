@@ -22,11 +22,11 @@ from compressor.errors import (
 from compressor.graph import channel_groups
 from compressor.graph.branches import residual_branches, traced
 from compressor.importance import IMPORTANCES, Batches
+from compressor.job import read_data, read_model
 from compressor.latency.device import open_device
 from compressor.latency.probe import probe, save
 from compressor.model_io import load_weights, read_checkpoint
 from compressor.model_io.architectures import build
-from compressor.pipeline import read_data, read_model
 from compressor.program import export_program
 from compressor.prunable import (
     PROGRAM,

@@ -25,16 +25,19 @@ from compressor.errors import (
     SearchError,
 )
 from compressor.evaluate import drop_of
+from compressor.finalists import choose
 from compressor.graph.costs import layer_costs
+from compressor.job import Job, prepare
 from compressor.latency import onnxruntime as runtime
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, TRIAL, Effort
-from compressor.pipeline import Job, Searched, choose, judge
+from compressor.pipeline import judge
 from compressor.search import STRATEGIES
 from compressor.search.objective import TIME, Objective, Problem
 from compressor.search.space import make_space
 from compressor.search.study import read_before, read_trials
+from compressor.trials import TRIAL_PARTS, Searched
 from compressor.values import (
     Accuracy,
     Basis,
@@ -156,7 +159,7 @@ def test_callbacks_are_told_of_every_trial_and_phase(make_config: Make) -> None:
     trials, phases = list[Trial](), list[Progress]()
     result = compressor.compress(make_config(), on_trial=trials.append, on_progress=phases.append)
     assert [t.number for t in trials] == [0, 1, 2]
-    assert set(trials[0].seconds) == set(pipeline.TRIAL_PARTS)
+    assert set(trials[0].seconds) == set(TRIAL_PARTS)
     assert all(t.speedup and t.accuracy for t in trials)
     assert "Searching" in {p.phase for p in phases}
     assert all(0 <= p.n_done <= p.n_total for p in phases)
@@ -207,7 +210,7 @@ def test_the_same_trials_follow_from_what_is_kept(make_config: Make, tmp_path: P
     config = make_config(trials=12, speedup=1.5)
     compressor.compress(config)
     study = tmp_path / "run" / "study.db"
-    job = pipeline.prepare(make_config(trials=12, speedup=1.5, out=tmp_path / "again"))
+    job = prepare(make_config(trials=12, speedup=1.5, out=tmp_path / "again"))
     posed = Problem(
         job.space, Objective(), Accuracy(0.0, 1), 12, config.clusters, config.seed,
         layer_costs(job.model, job.groups),

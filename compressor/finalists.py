@@ -1,0 +1,206 @@
+"""Which plan is shipped: the best are measured again, trained a little, and one is chosen."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from compressor.bench import Bench
+from compressor.evaluate import drop_of
+from compressor.job import Job
+from compressor.search.objective import TIME, Objective, best_first, feasible_first
+from compressor.training import Recipe, Tuned, fine_tune, halving
+from compressor.trials import Searched
+from compressor.values import PairedLatency, Plan, Progress, ProgressCallback
+
+FRONT_TIMES = (0.9, 0.75, 0.6, 0.45, 0.3)  # shares of the original's, between which bands lie
+N_FINALISTS = 5  # plans measured again, at most, before one is chosen
+
+logger = logging.getLogger(__name__)
+
+
+def bands(searched: Searched) -> list[Searched]:
+    """The search once for every band of time that has a trial; slowest first.
+
+    A band whose best trial is less accurate than that of a faster band is left out.
+    """
+    problem = searched.problem
+    found: list[tuple[float, Searched]] = []
+    edges = (*FRONT_TIMES, 0.0)
+    for limit, floor in itertools.pairwise(edges):
+        within = replace(problem, objective=Objective(limits={TIME: limit}))
+        ranked = [
+            t for t in feasible_first(searched.trials, within) if within.share(TIME, t) > floor
+        ]
+        if ranked:
+            accuracy = ranked[0].accuracy
+            assert accuracy is not None
+            found.append((accuracy.value, replace(searched, problem=within, trials=ranked)))
+    return [
+        band
+        for i, (best, band) in enumerate(found)
+        if all(best >= faster for faster, _ in found[i + 1 :])
+    ]
+
+
+def choose(
+    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
+) -> list[Plan]:
+    """The best plans that meet the limits when they are measured again, with more effort.
+
+    Plans just within a limit owe it partly to luck, so those whose whole interval meets it are
+    preferred to those whose figure does; the surest plan of the search is always looked at. Where
+    no trial met the limits: the one that came nearest.
+    """
+    problem = searched.problem
+    feasible = feasible_first(searched.trials, problem)
+    if not feasible:
+        nearest = best_first(searched.trials, problem)[0]
+        return [job.space.plan(job.space.from_names(nearest.widths))]
+    surest = max(feasible, key=lambda t: t.speedup_ci95[0] if t.speedup_ci95 else 0.0)
+    finalists = feasible[:N_FINALISTS]
+    if surest not in finalists:
+        finalists.append(surest)
+    min_speedup = 1 / problem.objective.limits.get(TIME, 1.0)
+    again: list[tuple[Plan, PairedLatency]] = []
+    met: list[Plan] = []
+    surely: list[Plan] = []
+    for trial in finalists:
+        on_progress(Progress("Measuring finalists", len(again), len(finalists)))
+        plan = job.space.plan(job.space.from_names(trial.widths))
+        latency = bench.remeasure(plan)
+        logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
+        again.append((plan, latency))
+        if all(c.is_met_in_time(latency) for c in job.config.constraints):
+            met.append(plan)
+            if latency.ci95[0] >= min_speedup:
+                surely.append(plan)
+        if len(surely) == job.config.finalists:
+            break
+    on_progress(Progress("Measuring finalists", len(finalists), len(finalists)))
+    if met:
+        return surely or met
+    return [max(again, key=lambda pair: pair[1].ratio)[0]]
+
+
+@dataclass(frozen=True, eq=False)
+class Winner:
+    """The plan that is shipped.
+
+    Attributes:
+        plan: What is left out.
+        network: Repaired, and trained a little where there were rivals.
+        n_steps_left: Of the budget of steps.
+        scores: Of every finalist, after each of its short trainings.
+    """
+
+    plan: Plan
+    network: nn.Module
+    n_steps_left: int
+    scores: tuple[tuple[float, ...], ...]
+
+
+def contest(
+    job: Job, finalists: Sequence[Plan], bench: Bench, on_progress: ProgressCallback
+) -> Winner:
+    """The finalist that learns best, and its network as far as it was trained.
+
+    The search ranks plans before training. Here each gets a short one, the better half another
+    one, and so on, all out of one budget of steps.
+
+    Returns:
+        Plan, network, and the steps that are left.
+    """
+    n_left = job.n_steps
+    finalists = finalists[: job.config.finalists if n_left else 1]
+    networks = [(plan, bench.repaired(plan, {})) for plan in finalists]
+    scores: dict[int, list[float]] = {id(plan): [] for plan in finalists}
+    for n_plans, n_steps in halving(len(finalists), n_left):
+        rivals: list[tuple[Plan, Tuned]] = []
+        for plan, network in networks:
+            on_progress(Progress("Training finalists", len(rivals), n_plans))
+            recipe = job.recipe(n_steps, job.config.seed + 1 + n_plans)  # other images each round
+            rivals.append((plan, train(job, network, bench, recipe, _in_silence)))
+            n_left -= n_steps
+        on_progress(Progress("Training finalists", n_plans, n_plans))
+        rivals.sort(key=lambda pair: pair[1].score, reverse=True)
+        for plan, tuned in rivals:
+            scores[id(plan)].append(tuned.score)
+        networks = [(plan, tuned.model) for plan, tuned in rivals[: (n_plans + 1) // 2]]
+    plan, network = networks[0]
+    return Winner(plan, network, n_left, tuple(tuple(s) for s in scores.values()))
+
+
+def fastest_within_drop(
+    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
+) -> Winner:
+    """The fastest plan that loses no more than it may once it is trained, by bisection.
+
+    Of the search's plans those are looked at than which none is both faster and more accurate.
+    The loss is that on the search split, plus its standard error. Where no plan stays within it,
+    the most accurate one is taken, and the verdict will say so.
+    """
+    assert job.config.max_drop is not None
+    plans = front(searched)
+    original = bench.right(job.model)
+    within, trained = None, None
+    low, high, n_trained = 0, len(plans) - 1, 0
+    while low <= high:
+        middle = (low + high) // 2
+        on_progress(Progress("Training along the front", n_trained, len(plans).bit_length()))
+        network = bench.repaired(plans[middle], {})
+        recipe = job.recipe(job.n_steps, job.config.seed)
+        tuned = train(job, network, bench, recipe, _in_silence)
+        n_trained += 1
+        drop, error = drop_of(original, bench.right(tuned.model))
+        logger.info("plan %d of %d: drop %.4f +- %.4f", middle, len(plans), drop, error)
+        trained = Winner(plans[middle], tuned.model, 0, ((tuned.score,),))
+        if drop + error <= job.config.max_drop / 100:
+            within, low = trained, middle + 1
+        else:
+            high = middle - 1
+    on_progress(Progress("Training along the front", n_trained, n_trained))
+    winner = within or trained  # without one within it, the slowest was trained last
+    assert winner is not None
+    return winner
+
+
+def front(searched: Searched) -> list[Plan]:
+    """Plans than which none of the search is both faster and more accurate; slowest first."""
+    space = searched.problem.space
+    best, plans = -1.0, []
+    measured = [t for t in searched.trials if t.accuracy is not None]
+    for trial in sorted(measured, key=lambda t: t.speedup or 0.0, reverse=True):
+        assert trial.accuracy is not None
+        if trial.accuracy.value > best:
+            best = trial.accuracy.value
+            plans.append(space.plan(space.from_names(trial.widths)))
+    return plans[::-1]
+
+
+def _in_silence(_progress: Progress) -> None:
+    """Short trainings are told of by the number of them."""
+
+
+def train(
+    job: Job,
+    network: nn.Module,
+    bench: Bench,
+    recipe: Recipe,
+    on_progress: ProgressCallback,
+    checkpoint: Path | None = None,
+) -> Tuned:
+    """Fine-tuning; never worse on the search split than before."""
+    return fine_tune(
+        network,
+        job.data.fit,
+        recipe,
+        teacher=job.model,
+        score=lambda model: bench.accuracy(model).value,
+        on_progress=on_progress,
+        checkpoint=checkpoint,
+        memory_format=bench.memory_format,
+    )
