@@ -26,15 +26,12 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import compressor
-from benchmarks.cifar import load_cifar, load_resnet56
+from benchmarks.cifar import add_inputs, load_cifar, searched_resnet56
 from compressor.bench import BATCH_SIZE, Bench, Recovery, n_cores
 from compressor.evaluate import accuracy
 from compressor.export import candidate_writer
-from compressor.importance import IMPORTANCES
 from compressor.latency.onnxruntime import predictor
-from compressor.prunable import make_prunable, with_branches
 from compressor.recovery import recalibrate_batch_norm
-from compressor.search.space import make_space
 from compressor.training import Recipe, fine_tune
 from compressor.values import Accuracy, Plan, Split
 
@@ -49,21 +46,14 @@ DEAR_WAY = f"least squares, {DEAR} images, torch, 2,000 images: the dear way"
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
+    add_inputs(parser)
     parser.add_argument("--plans", type=int, default=30)
     parser.add_argument("--tuned", type=int, default=12, help="plans that are fine-tuned too")
     args = parser.parse_args()
     data = load_cifar(args.data, 25_000, 2000, 5000)
-    network = load_resnet56(args.model)
     example = data.fit.model_input(slice(0, 1))
-    prunable = with_branches(make_prunable(network, example), example)
     target = compressor.load_target("host-cpu")
-    scores = IMPORTANCES["l1"].scores(prunable.module, prunable.groups, None)
-    space = make_space(
-        prunable.groups, {n: s.numpy() for n, s in scores.items()},
-        step=target.step, min_keep_ratio=0.1, branches=prunable.branches,
-    )  # fmt: skip
+    prunable, space = searched_resnet56(args.model, example, target.step)
     with compressor.open_device(target) as device:
         bench = Bench(
             prunable, space, data, target, device,

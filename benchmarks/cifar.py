@@ -1,5 +1,6 @@
 """ResNet-56 and CIFAR-10, for benchmarks: the network, and images out of a zip."""
 
+import argparse
 import io
 import zipfile
 from pathlib import Path
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from compressor.importance import IMPORTANCES
+from compressor.prunable import Prunable, make_prunable, with_branches
+from compressor.search.space import SearchSpace, make_space
 from compressor.values import Data, Split
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -58,6 +62,23 @@ class ResNet56(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(x.mean(dim=(2, 3)))
         return logits
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """The two files that every benchmark on ResNet-56 needs."""
+    parser.add_argument("--data", type=Path, required=True, help="zip; see `load_cifar`")
+    parser.add_argument("--model", type=Path, required=True, help="see `load_resnet56`")
+
+
+def searched_resnet56(path: Path, example: Tensor, step: int) -> tuple[Prunable, SearchSpace]:
+    """The network of `load_resnet56` with its branches, and what searches choose from."""
+    prunable = with_branches(make_prunable(load_resnet56(path), example), example)
+    scores = IMPORTANCES["l1"].scores(prunable.module, prunable.groups, None)
+    space = make_space(
+        prunable.groups, {n: s.numpy() for n, s in scores.items()},
+        step=step, min_keep_ratio=0.1, branches=prunable.branches,
+    )  # fmt: skip
+    return prunable, space
 
 
 def load_resnet56(path: Path) -> nn.Module:

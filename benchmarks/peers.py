@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import compressor
-from benchmarks.cifar import Block, load_cifar, load_resnet56
+from benchmarks.cifar import Block, add_inputs, load_cifar, load_resnet56
 from compressor.bench import BATCH_SIZE, n_cores
 from compressor.evaluate import accuracy
 from compressor.export import export_onnx
@@ -90,8 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
-    runs.add_argument("--data", type=Path, required=True)
-    runs.add_argument("--model", type=Path, required=True)
+    add_inputs(runs)
     runs.add_argument("--methods", help="comma-separated; default all")
     runs.add_argument("--trials", type=int, default=60, help="of our searches")
     runs.add_argument("--csv", type=Path, default=RESULTS)

@@ -28,11 +28,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import compressor
-from benchmarks.cifar import load_cifar, load_resnet56
+from benchmarks.cifar import add_inputs, load_cifar, searched_resnet56
 from compressor.bench import ACCURACY, LATENCY, RECALIBRATION, Bench, Recovery, n_cores, timed
 from compressor.graph.costs import layer_costs
-from compressor.importance import IMPORTANCES
-from compressor.prunable import make_prunable, with_branches
 from compressor.run_folder import cpu_name
 from compressor.search import ASK_FOR_FEATURES, STRATEGIES
 from compressor.search.bocr import Bocr
@@ -43,7 +41,6 @@ from compressor.search.objective import (
     Strategy,
     feasible_first,
 )
-from compressor.search.space import make_space
 from compressor.trials import with_harm
 from compressor.values import MACS, Trial
 
@@ -62,8 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
-    runs.add_argument("--data", type=Path, required=True)
-    runs.add_argument("--model", type=Path, required=True)
+    add_inputs(runs)
     runs.add_argument("--task", choices=LIMITS, required=True)
     runs.add_argument("--trials", type=int, default=60)
     runs.add_argument("--seeds", type=int, default=3)
@@ -82,15 +78,9 @@ def main() -> None:
 def run_all(args: argparse.Namespace) -> None:
     """Every strategy and seed that the CSV file lacks."""
     data = load_cifar(args.data, N_FIT, N_SEARCH, 0)
-    network = load_resnet56(args.model)
     example = data.fit.model_input(slice(0, 1))
-    prunable = with_branches(make_prunable(network, example), example)
     target = compressor.load_target("host-cpu")
-    scores = IMPORTANCES["l1"].scores(prunable.module, prunable.groups, None)
-    space = make_space(
-        prunable.groups, {n: s.numpy() for n, s in scores.items()},
-        step=target.step, min_keep_ratio=0.1, branches=prunable.branches,
-    )  # fmt: skip
+    prunable, space = searched_resnet56(args.model, example, target.step)
     known = {(r["task"], r["trials"], r["strategy"], r["seed"]) for r in read(args.csv)}
     with compressor.open_device(target) as device:
         bench = Bench(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import MeasurementError
-from compressor.evaluate import accuracy, check_agree, memory_format, right_answers
+from compressor.evaluate import Predict, accuracy, check_agree, memory_format, right_answers
 from compressor.export import candidate_writer
 from compressor.features import channel_maps
 from compressor.latency.device import Device, patiently
@@ -259,13 +259,14 @@ class Bench:
 
     def accuracy(self, model: nn.Module) -> Accuracy:
         """On the search split, by ONNX Runtime."""
-        predict = predictor(self._batched(model), n_threads=n_cores())
-        return accuracy(predict, self.data.search, batch_size=BATCH_SIZE)
+        return accuracy(self._predictor(model), self.data.search, batch_size=BATCH_SIZE)
 
     def right(self, model: nn.Module) -> Tensor:
         """`(n,)` bool: which images of the search split it answers rightly."""
-        predict = predictor(self._batched(model), n_threads=n_cores())
-        return right_answers(predict, self.data.search, batch_size=BATCH_SIZE)
+        return right_answers(self._predictor(model), self.data.search, batch_size=BATCH_SIZE)
+
+    def _predictor(self, model: nn.Module) -> Predict:
+        return predictor(self._batched(model), n_threads=n_cores())
 
 
 def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:

@@ -18,6 +18,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
@@ -66,6 +67,11 @@ class ImageFiles:
         self.paths, self.read = tuple(paths), read
         self.shape = torch.Size((len(self.paths), *shape))
         self._readers = ThreadPoolExecutor(thread_name_prefix="images")
+
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """One a file: of its size and its beginning."""
+        return tuple(map(_file_digest, self.paths))
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         """`(n_rows, c, h, w)`, several files at once: Pillow decodes outside Python's lock."""
@@ -348,7 +354,7 @@ def _check_disjoint(source: Path, splits: Mapping[str, Split]) -> None:
 def _digests(images: Images) -> set[bytes]:
     """Of every image; of a file on disk, its size and its beginning."""
     if isinstance(images, ImageFiles):
-        return {_file_digest(path) for path in images.paths}
+        return set(images.digests)
     pixels = images[:].numpy()
     return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels}
 
@@ -366,7 +372,7 @@ def _fingerprint(splits: Mapping[str, Split]) -> str:
         digest.update(f"{name} {tuple(splits[name].images.shape)}".encode())
         images = splits[name].images
         if isinstance(images, ImageFiles):
-            digest.update(b"".join(map(_file_digest, images.paths)))
+            digest.update(b"".join(images.digests))
         else:
             digest.update(np.ascontiguousarray(images[:].numpy()).data)
         digest.update(splits[name].labels.numpy().data)
