@@ -33,7 +33,7 @@ from compressor.export import candidate_writer
 from compressor.latency.onnxruntime import predictor
 from compressor.recovery import recalibrate_batch_norm
 from compressor.training import Recipe, fine_tune
-from compressor.values import Accuracy, Plan, Split
+from compressor.values import Accuracy, LabelledImages, Plan, Split
 
 PLANS = Path(__file__).parent / "results" / "search_efficiency.csv"
 DEAR = 2560  # images, 20 batches of 128
@@ -64,6 +64,7 @@ def main() -> None:
         prunable.module, batch, bench.refitted(space.plan(space.narrowest), {}),
         opset=target.opset, branches=prunable.branches,
     )  # fmt: skip
+    assert isinstance(data.search, LabelledImages)
     few = replace(data.search, images=data.search.images[:500], labels=data.search.labels[:500])
 
     def by_torch(model: nn.Module, split: Split) -> Accuracy:

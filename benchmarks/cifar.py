@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compressor.importance import IMPORTANCES
 from compressor.prunable import Prunable, make_prunable, with_branches
 from compressor.search.space import SearchSpace, make_space
-from compressor.values import Data, Split
+from compressor.values import Data, LabelledImages
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -103,13 +103,13 @@ def load_cifar(zip_path: Path, n_fit: int, n_search: int, n_test: int, seed: int
         test = generator.permutation([n for n in names if n.startswith("test/")])
         drawn = (train[:n_fit], train[n_fit : n_fit + n_search], test[:n_test])
 
-        def split(chosen: np.ndarray) -> Split:
+        def split(chosen: np.ndarray) -> LabelledImages:
             images = [np.array(Image.open(io.BytesIO(archive.read(str(n))))) for n in chosen]
             labels = [classes.index(str(name).split("/")[1]) for name in chosen]
             stacked = (
                 np.stack(images).transpose(0, 3, 1, 2) if images else np.zeros((0, 3, 32, 32))
             )
-            return Split(
+            return LabelledImages(
                 torch.from_numpy(np.ascontiguousarray(stacked, dtype=np.uint8)),
                 torch.tensor(labels, dtype=torch.int64), MEAN, STD,
             )  # fmt: skip

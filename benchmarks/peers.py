@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import compressor
-from benchmarks.cifar import Block, add_inputs, load_cifar, load_resnet56
+from benchmarks.cifar import MEAN, STD, Block, add_inputs, load_cifar, load_resnet56
 from compressor.bench import BATCH_SIZE, n_cores
 from compressor.evaluate import accuracy
 from compressor.export import export_onnx
@@ -40,7 +40,7 @@ from compressor.latency.onnxruntime import predictor
 from compressor.latency.timing import FINAL, TRIAL, Effort
 from compressor.recovery import recalibrate_batch_norm
 from compressor.training import Recipe, fine_tune
-from compressor.values import Data, PairedLatency
+from compressor.values import Data, LabelledImages, PairedLatency, draw
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
 LEVELS = (0.75, 0.65, 0.42)
@@ -209,6 +209,7 @@ def by_compress(
         }
         arrays = {}
         for split_name, split in splits.items():
+            assert isinstance(split, LabelledImages)
             arrays[f"{split_name}_images"] = split.images[:].numpy()
             arrays[f"{split_name}_labels"] = split.labels.numpy()
         np.savez(images, **arrays)  # type: ignore[arg-type]
@@ -218,7 +219,7 @@ def by_compress(
         began = time.perf_counter()
         config = compressor.load_config(weights, {
             "target": "host-cpu", "arch": "benchmarks.cifar:ResNet56", "data": images,
-            "mean": setting.data.fit.mean, "std": setting.data.fit.std,
+            "mean": MEAN, "std": STD,
             "speedup": 1 / level, "trials": args.trials, "fine_tune_epochs": 1,
             "batch_size": TRAINING.batch_size, "learning_rate": TRAINING.learning_rate,
             "distillation": TRAINING.distillation, "augment": TRAINING.augmentations,
@@ -266,9 +267,9 @@ def torch_pruning(how: str, step: int) -> Prune:
         )  # fmt: skip
         if is_taylor:
             fit = setting.data.fit
-            for rows in fit.draw(512).split(64):
-                loss = F.cross_entropy(network(fit.model_input(rows)), fit.labels[rows])
-                loss.backward()
+            for rows in draw(fit, 512).split(64):
+                images, labels = fit.batch(rows)
+                F.cross_entropy(network(images), labels).backward()
         pruner.step()
         network.zero_grad(set_to_none=True)
         return network.eval()

@@ -88,7 +88,7 @@ def run_all(args: argparse.Namespace) -> None:
             recovery=Recovery(), on_progress=lambda _progress: None,
         )  # fmt: skip
         problem = Problem(
-            space, Objective(limits=LIMITS[args.task]), bench.original_accuracy(), args.trials, 3,
+            space, Objective(limits=LIMITS[args.task]), bench.original_accuracy, args.trials, 3,
             0, layer_costs(prunable.module, prunable.groups),
         )  # fmt: skip
         print(f"original: {problem.original_accuracy}", flush=True)

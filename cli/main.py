@@ -116,6 +116,13 @@ def run(
     estimate: Estimate = None,
     precision: Precision = None,
     data: Data = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PKG.MOD:OBJECT",
+            help="What a network is for that is no classifier: its data, loss and metric.",
+        ),
+    ] = None,
     arch: Arch = None,
     arch_arg: ArchArg = None,
     trials: Annotated[int | None, typer.Option(help="Plans to measure. Default 60.")] = None,

@@ -1,13 +1,14 @@
 """Public doors beside `compress` that need several steps."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from compressor import run_folder
 from compressor.config import Config
@@ -21,7 +22,7 @@ from compressor.errors import (
 )
 from compressor.graph import channel_groups
 from compressor.graph.branches import residual_branches, traced
-from compressor.importance import IMPORTANCES, Batches
+from compressor.importance import IMPORTANCES
 from compressor.job import read_data, read_model
 from compressor.latency.device import open_device
 from compressor.latency.probe import probe, save
@@ -50,6 +51,8 @@ from compressor.values import (
     Staircase,
     Target,
 )
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # (images, labels), anew at each call
 
 
 def prune(
@@ -102,7 +105,15 @@ def _plan(
         raise PlanError(f"The keep ratio must lie in (0, 1]; got {keep_ratio}.")
     if importance not in IMPORTANCES:
         raise PlanError(unknown_name("importance", importance, IMPORTANCES))
-    scores = IMPORTANCES[importance].scores(prunable.module, prunable.groups, batches)
+
+    def losses(network: nn.Module) -> Iterator[Tensor]:
+        assert batches is not None
+        for images, labels in batches():
+            yield F.cross_entropy(network(images), labels)
+
+    scores = IMPORTANCES[importance].scores(
+        prunable.module, prunable.groups, None if batches is None else losses
+    )
     arrays = {name: score.numpy() for name, score in scores.items()}
     space = make_space(prunable.groups, arrays, step=step, min_keep_ratio=0.0)
     (widths,) = space.snap(np.full((1, len(space.groups)), keep_ratio))

@@ -4,21 +4,24 @@ The measuring half of the pipeline: surgery, recovery, export, evaluation and la
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import MeasurementError
-from compressor.evaluate import Predict, accuracy, check_agree, memory_format, right_answers
+from compressor.evaluate import Predict, accuracy, check_agree, judgements, memory_format
 from compressor.export import candidate_writer
 from compressor.features import channel_maps
+from compressor.graph import outputs
 from compressor.latency.device import Device, patiently
 from compressor.latency.machine import Model
 from compressor.latency.onnxruntime import predictor
@@ -29,6 +32,7 @@ from compressor.recovery import recalibrate_batch_norm
 from compressor.search.clustering import n_distinct
 from compressor.search.objective import TimedPlan
 from compressor.search.space import SearchSpace, Widths
+from compressor.tasks import CLASSIFICATION, Criterion
 from compressor.values import (
     BATCH_NORMS,
     Accuracy,
@@ -38,10 +42,14 @@ from compressor.values import (
     Plan,
     Progress,
     ProgressCallback,
+    Split,
     Target,
+    draw,
+    map_tensors,
 )
 
-BATCH_SIZE = 50  # of accuracy; larger batches leave the cache and gain nothing
+BATCH_SIZE = 50  # of accuracy, at most; larger batches leave the cache and gain nothing
+BATCH_NUMBERS = BATCH_SIZE * 3 * 224 * 224  # of a batch's images, at most
 N_PROOF_IMAGES = 32  # real images that engines must agree on
 N_REPAIR_IMAGES = 1000  # whose patches least squares looks at
 N_HARM_IMAGES = 128  # of the search split
@@ -75,6 +83,8 @@ class Bench:
     Attributes:
         described: What the device says of itself.
         noise_floor: The original against itself; what differs from 1 in it is noise.
+        like: What the original returns for one image.
+        batch_size: Images that are answered at once.
         memory_format: In which torch answers images soonest.
     """
 
@@ -88,16 +98,19 @@ class Bench:
         *,
         recovery: Recovery,
         on_progress: ProgressCallback,
+        criterion: Criterion = CLASSIFICATION,
     ) -> None:
         self.prunable, self.space, self.data = prunable, space, data
-        self.recovery = recovery
+        self.recovery, self.criterion = recovery, criterion
         self._device, self._on_progress = device, on_progress
         self.described = device.describe()
         example = data.fit.model_input(slice(0, 1))
         floors = tuple(choice[0] for choice in space.choices[: len(space.groups)])
         thin = space.plan((*floors, *(1 for _ in space.branches)))
         pruned = prunable.without(thin)
-        batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
+        self.batch_size = images_at_once(data.fit)
+        batch = example.expand(self.batch_size, *example.shape[1:]).contiguous()
+        self.like = outputs(prunable.module, example)
         write = partial(
             candidate_writer, prunable.module, opset=target.opset, branches=prunable.branches
         )
@@ -107,20 +120,22 @@ class Bench:
         self._original_onnx = self._single(prunable.module)
         self.memory_format = memory_format(prunable.module, batch)
         self._fitted: LeastSquares | None = None
-        self._whole: Tensor | None = None  # the original's answers
+        self._whole: Any = None  # the original's answers
         self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
 
     def _check_template(self, plan: Plan, batch: Tensor) -> None:
         """Candidates without branches come from an edited graph: it must answer like torch."""
         if plan.dropped:
             compact = self.prunable.without(plan)
-            answers = predictor(self._batched(compact), n_threads=n_cores())(batch)
+            answers = self._predictor(compact)(batch)
+            one = map_tensors(lambda each: each[:1], answers)
             with torch.inference_mode():
-                check_agree("torch and ONNX Runtime", compact, lambda _: answers[:1], batch[:1])
+                check_agree("torch and ONNX Runtime", compact, lambda _: one, batch[:1])
 
+    @cached_property
     def original_accuracy(self) -> Accuracy:
         """Of the original on the search split."""
-        return self.accuracy(self.prunable.module)
+        return self._accuracy(self.prunable.module, None)
 
     def repaired(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
         """The network without what `plan` leaves out, after recovery."""
@@ -154,11 +169,12 @@ class Bench:
             return pruned
         with timed(seconds, RECALIBRATION):
             return recalibrate_batch_norm(
-                pruned, self.data.fit, n_images=n_images, memory_format=self.memory_format
-            )
+                pruned, self.data.fit, n_images=n_images, memory_format=self.memory_format,
+                batch_size=max(2, min(64, self.batch_size)),
+            )  # fmt: skip
 
     def _repair_batches(self) -> Iterator[Tensor]:
-        for rows in self.data.fit.draw(N_REPAIR_IMAGES).split(BATCH_SIZE):
+        for rows in draw(self.data.fit, N_REPAIR_IMAGES).split(self.batch_size):
             yield self.data.fit.model_input(rows)
 
     def measure(
@@ -224,19 +240,19 @@ class Bench:
     def harm(self, widths: Widths) -> float:
         """How far the answers of a plan go from the original's, on few images.
 
-        The Kullback-Leibler divergence in nats, mean over images, one pass: batch-norm takes the
-        statistics of the batch.
+        The criterion's distance (of classes the Kullback-Leibler divergence in nats), one pass:
+        batch-norm takes the statistics of the batch.
         """
         if self._whole is None:
-            self._whole = self._log_probabilities(self.prunable.without(Plan({})))
-        gone = self._whole - self._log_probabilities(self.refitted(self.space.plan(widths), {}))
-        return float((self._whole.exp() * gone).sum(dim=1).mean())
+            self._whole = self._answers(self.prunable.without(Plan({})))
+        answers = self._answers(self.refitted(self.space.plan(widths), {}))
+        return float(self.criterion.distance(answers, self._whole))
 
     def features(self) -> dict[str, GroupFeatures]:
         """What the channels of every free group answer; see `features.channel_maps`."""
         split = self.data.fit
-        rows = split.draw(N_FEATURE_IMAGES).split(BATCH_SIZE)
-        batches = ((split.model_input(each), split.labels[each]) for each in rows)
+        rows = draw(split, N_FEATURE_IMAGES).split(self.batch_size)
+        batches = (split.batch(each) for each in rows)
         maps = channel_maps(self.prunable.module, self.prunable.groups, batches)
         return {
             name: GroupFeatures(
@@ -245,28 +261,37 @@ class Bench:
             for name, (means, fisher) in maps.items()
         }
 
-    def _log_probabilities(self, model: nn.Module) -> Tensor:
-        """Of some images of the search split; batch-norms of `model` are changed."""
+    def _answers(self, model: nn.Module) -> Any:
+        """To some images of the search split; batch-norms of `model` are changed."""
         for module in model.modules():
             if isinstance(module, BATCH_NORMS):
                 module.train()
         split = self.data.search
-        rows = split.draw(N_HARM_IMAGES)
+        rows = draw(split, N_HARM_IMAGES * self.batch_size // BATCH_SIZE)
         with torch.inference_mode():
             images = split.model_input(rows).to(memory_format=self.memory_format)
-            answers: Tensor = model.to(memory_format=self.memory_format)(images)
-        return answers.double().log_softmax(dim=1)
+            answers = model.to(memory_format=self.memory_format)(images)
+        return map_tensors(lambda t: t.double() if t.is_floating_point() else t, answers)
 
     def accuracy(self, model: nn.Module) -> Accuracy:
         """On the search split, by ONNX Runtime."""
-        return accuracy(self._predictor(model), self.data.search, batch_size=BATCH_SIZE)
+        return self._accuracy(model, self.original_accuracy.metric)
 
-    def right(self, model: nn.Module) -> Tensor:
-        """`(n,)` bool: which images of the search split it answers rightly."""
-        return right_answers(self._predictor(model), self.data.search, batch_size=BATCH_SIZE)
+    def _accuracy(self, model: nn.Module, original: float | None) -> Accuracy:
+        return accuracy(
+            self._predictor(model), self.data.search,
+            batch_size=self.batch_size, criterion=self.criterion, original=original,
+        )  # fmt: skip
+
+    def judgements(self, model: nn.Module) -> list[Any]:
+        """What the criterion says of every image of the search split."""
+        return judgements(
+            self._predictor(model), self.data.search,
+            batch_size=self.batch_size, criterion=self.criterion,
+        )  # fmt: skip
 
     def _predictor(self, model: nn.Module) -> Predict:
-        return predictor(self._batched(model), n_threads=n_cores())
+        return predictor(self._batched(model), n_threads=n_cores(), like=self.like)
 
 
 def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:
@@ -296,6 +321,11 @@ def design(space: SearchSpace, seed: int) -> list[Widths]:
     ratios = np.where(between, space.ratios_at(generator.random((n_plans, n))), ratios)
     plans = [space.narrowest, *space.snap(ratios)]
     return [plan for plan in dict.fromkeys(plans) if plan != space.original]
+
+
+def images_at_once(split: Split) -> int:
+    """Images in a batch: `BATCH_SIZE`, or fewer where they are large."""
+    return max(1, min(BATCH_SIZE, BATCH_NUMBERS // math.prod(split.input_shape)))
 
 
 def n_cores() -> int:

@@ -26,6 +26,7 @@ from compressor.values import MACS, MAX_DROP, MAX_LATENCY, PARAMS, SPEEDUP, Cons
 AUTO: Literal["auto"] = "auto"
 CONFIG_FILE = "compress.toml"
 PATH_KEYS = ("data", "out")
+LOOK_AT_CLASSES = ("genetic", "swarm")  # strategies
 GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight", "pareto")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
@@ -68,6 +69,8 @@ class Config(BaseModel):
         estimate: Take the profile's figures where the device cannot be measured.
         precision: "fp32" or "fp16", in place of the profile's own.
         data: Images to fit, search and test with.
+        task: "package.module:object", what a network is for that is no classifier; it brings its
+            own data. See `compressor.tasks.Task`.
         arch: What builds the network of a state_dict: `torchvision:NAME`, `timm:NAME`, or
             "package.module:factory".
         arch_args: Keyword arguments of the factory.
@@ -120,6 +123,7 @@ class Config(BaseModel):
     estimate: bool = False
     precision: str | None = None
     data: Path | None = None
+    task: str | None = None
     arch: str | None = None
     arch_args: dict[str, int | float | bool | str] = Field(default_factory=dict)
     trust: bool = False
@@ -173,11 +177,24 @@ class Config(BaseModel):
             raise ValueError("give weights, not all 0, or limits, not both")
         if self.pareto and (self.constraints or self.weight):
             raise ValueError("give either pareto (models of every speed) or a limit, not both")
+        if self.task is not None:
+            self._check_task()
         if self.estimate and self.device is not None:
             raise ValueError("give either device (to measure) or estimate, not both")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}")
         return self
+
+    def _check_task(self) -> None:
+        """Raises `ValueError` where a setting is for classes or images of ours."""
+        ours = ("data", "image_size", "mean", "std", "label_smoothing")
+        given = [name.replace("_", "-") for name in ours if getattr(self, name)]
+        if self.augment != AUTO and self.augment:
+            given.append("augment")
+        if given:
+            raise ValueError(f"a task brings its own data; leave {', '.join(given)} away")
+        if self.search in LOOK_AT_CLASSES:
+            raise ValueError(f"search {self.search} looks at classes, which a task has not")
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:

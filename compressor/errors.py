@@ -5,6 +5,7 @@
     |-- ModelError              the model file or its architecture cannot be used
     |   `-- UntrustedModelError     reading the file would run code from it
     |-- DataError               images or labels cannot be used
+    |-- TaskError               a task of the user's own lacks something, or failed
     |-- GraphError              the network cannot be traced, or nothing in it can be pruned
     |-- PlanError               a plan names unknown groups or channels
     |-- EngineError             a foreign pruning engine cannot process the network
@@ -53,6 +54,10 @@ class UntrustedModelError(ModelError):
 
 class DataError(CompressorError):
     """Images or labels cannot be used."""
+
+
+class TaskError(CompressorError):
+    """A task of the user's own lacks something, or failed."""
 
 
 class GraphError(CompressorError):

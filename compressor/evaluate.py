@@ -1,76 +1,136 @@
 """A model's answers + data -> accuracy with its standard error; and do two models agree.
 
-Whatever answers is a function from images `(batch, c, h, w)` to logits `(batch, n_classes)`: a
-torch module in eval mode, or a session of any runtime.
+Whatever answers is a function from images `(batch, c, h, w)` to what the model returns, for
+classification logits `(batch, n_classes)`: a torch module in eval mode, or a session of any
+runtime.
+
+[efron1982] Efron, The Jackknife, the Bootstrap and Other Resampling Plans, SIAM 1982.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.errors import EquivalenceError, MeasurementError
-from compressor.values import Accuracy, Split
+from compressor.errors import EquivalenceError, MeasurementError, TaskError
+from compressor.tasks import CLASSIFICATION, Classification, Criterion
+from compressor.values import Accuracy, Split, batches, map_tensors, tensors_in
 
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[[Tensor], Any]
+
+N_PARTS = 50  # of the images, each left out once by the jackknife
 
 # Float32 sums in another order differ by about 1e-6 of the largest term a layer; deep networks
 # and other kernels (Winograd) reach 1e-4. A wrong channel shows at 1e-1.
 TOLERANCE = 1e-3
 
 
-def accuracy(predict: Predict, split: Split, *, batch_size: int) -> Accuracy:
-    """Top-1 accuracy on all of `split`, and the loss.
+def accuracy(
+    predict: Predict,
+    split: Split,
+    *,
+    batch_size: int,
+    criterion: Criterion = CLASSIFICATION,
+    original: float | None = None,
+) -> Accuracy:
+    """Accuracy on all of `split`, with what its standard error follows from.
 
     Args:
-        predict: Images to logits.
-        split: Labelled images.
+        predict: Images to answers.
+        split: Images and what is to be answered.
         batch_size: Every call gets exactly this many; the last batch is padded.
+        criterion: What answers are judged by.
+        original: The original's metric, of a task that is no classification; None where this is
+            the original.
 
     Raises:
-        MeasurementError: An answer is NaN or infinite.
+        MeasurementError: An answer, or the metric, is NaN or infinite.
+        TaskError: The task's own code failed, or the original's metric is not above 0.
     """
-    n_right, loss = 0, 0.0
-    for logits, labels in _answers(predict, split, batch_size):
-        n_right += int((logits.argmax(dim=1) == labels).sum())
-        loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-    return Accuracy(n_right / len(split), len(split), loss / len(split))
+    judged = judgements(predict, split, batch_size=batch_size, criterion=criterion)
+    value = criterion.metric(judged)
+    if isinstance(criterion, Classification):
+        return Accuracy(value, len(split), sum(loss for _, loss in judged) / len(split))
+    whole = value if original is None else original
+    if whole <= 0:
+        raise TaskError(
+            f"The original's {criterion.name} is {whole:g}; expected a metric above 0, because "
+            f"what is kept of it is told as a share."
+        )
+    parts = [_share(each, whole, criterion) for each in _without_parts(judged, criterion)]
+    spread = _jackknife_error(parts)
+    return Accuracy(_share(value, whole, criterion), len(split), None, value, spread)
 
 
-def right_answers(predict: Predict, split: Split, *, batch_size: int) -> Tensor:
-    """`(n,)` bool: which images of `split` are answered rightly; see `accuracy`."""
-    pairs = _answers(predict, split, batch_size)
-    return torch.cat([logits.argmax(dim=1) == labels for logits, labels in pairs])
-
-
-def drop_of(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """How much accuracy is lost between two networks on the same images, and its standard error.
-
-    Both answer most images alike, so the error of the difference is far below that of either
-    accuracy.
-
-    Args:
-        before: `(n,)` bool, which images the one answers rightly.
-        after: The same of the other.
-    """
-    change = before.double() - after.double()
-    return float(change.mean()), float(change.std(correction=1) / len(change) ** 0.5)
-
-
-def _answers(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and labels of every batch."""
+def judgements(
+    predict: Predict, split: Split, *, batch_size: int, criterion: Criterion = CLASSIFICATION
+) -> list[Any]:
+    """What `criterion` says of every image of `split`; see `accuracy`."""
+    found: list[Any] = []
     with torch.inference_mode():
-        for images, labels in split.batches(batch_size):
+        for images, targets in batches(split, batch_size):
             n_missing = batch_size - len(images)
             if n_missing:
                 images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
-            logits = predict(images)[: len(labels)]
-            if not torch.isfinite(logits).all():
+            answers = predict(images)
+            if n_missing:
+                answers = map_tensors(lambda each: each[:-n_missing], answers)  # noqa: B023
+            if not all(each.isfinite().all() for each in tensors_in(answers)):
                 raise MeasurementError("The network's answers to real images are not finite.")
-            yield logits, labels
+            found += criterion.judge(answers, targets)
+    return found
+
+
+def drop_of(
+    before: Sequence[Any], after: Sequence[Any], criterion: Criterion = CLASSIFICATION
+) -> tuple[float, float]:
+    """How much accuracy is lost between two networks on the same images, and its standard error.
+
+    Both answer most images alike, so the error of the difference is far below that of either
+    accuracy. It is the jackknife's over `N_PARTS` parts of the images [efron1982], which fits any
+    metric.
+
+    Args:
+        before: Judgements of the one's answers.
+        after: The same of the other.
+        criterion: Whose judgements they are.
+    """
+
+    def drop(one: float, other: float) -> float:
+        if isinstance(criterion, Classification):
+            return one - other
+        return 1 - _share(other, one, criterion)
+
+    pairs = zip(_without_parts(before, criterion), _without_parts(after, criterion), strict=True)
+    error = _jackknife_error([drop(one, other) for one, other in pairs])
+    return drop(criterion.metric(before), criterion.metric(after)), error
+
+
+def _share(metric: float, whole: float, criterion: Criterion) -> float:
+    """What is kept of `whole`: 1 for all of it, 0 for nothing."""
+    if criterion.larger_is_better:
+        return max(0.0, metric / whole)
+    return whole / max(metric, 1e-12)
+
+
+def _without_parts(judged: Sequence[Any], criterion: Criterion) -> list[float]:
+    """The metric without each part of the images in turn; parts are drawn at random."""
+    n = len(judged)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
+    n_parts = min(n, N_PARTS)
+    found = []
+    for part in range(n_parts):
+        gone = set(order[part::n_parts])
+        found.append(criterion.metric([each for i, each in enumerate(judged) if i not in gone]))
+    return found
+
+
+def _jackknife_error(values: Sequence[float]) -> float:
+    """Standard error of a figure, from its values without each of so many parts [efron1982]."""
+    return float(np.sqrt((len(values) - 1) * np.var(values)))
 
 
 def memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
@@ -91,7 +151,9 @@ def memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def check_agree(what: str, expected: Predict, got: Predict, images: Tensor) -> float:
+def check_agree(
+    what: str, expected: Predict, got: Predict, images: Tensor, *, tolerance: float = TOLERANCE
+) -> float:
     """Largest absolute difference of two models' outputs on `images`, which must be small.
 
     Args:
@@ -99,29 +161,34 @@ def check_agree(what: str, expected: Predict, got: Predict, images: Tensor) -> f
         expected: Images to logits.
         got: Images to logits; called with one image at a time.
         images: `(n, c, h, w)`, real ones, as the models take them.
+        tolerance: Of the largest output.
 
     Raises:
-        EquivalenceError: The difference exceeds `TOLERANCE` times the largest output, or shapes
+        EquivalenceError: The difference exceeds `tolerance` times the largest output, or shapes
             differ, or an output is not finite, or a model cannot run at all.
     """
     try:
         with torch.inference_mode():
-            want = expected(images)
-            have = torch.cat([got(image[None]) for image in images])
+            want = list(tensors_in(expected(images)))
+            alone = [list(tensors_in(got(image[None]))) for image in images]
+            have = [torch.cat(each) for each in zip(*alone, strict=True)]
     except (RuntimeError, ValueError, IndexError) as err:
         raise EquivalenceError(
             f"{what} cannot be compared: one fails on real images: {err}"
         ) from err
-    if have.shape != want.shape:
-        raise EquivalenceError(
-            f"{what} disagree: outputs are {tuple(want.shape)} and {tuple(have.shape)}."
-        )
-    error, largest = float((have - want).abs().max()), float(want.abs().max())
-    if not np.isfinite(error):
+    shapes = [[tuple(t.shape) for t in side] for side in (want, have)]
+    if shapes[0] != shapes[1]:
+        wanted, got_ = (", ".join(map(str, side)) for side in shapes)
+        raise EquivalenceError(f"{what} disagree: outputs are {wanted} and {got_}.")
+    pairs = list(zip(want, have, strict=True))
+    errors = [float((h.double() - w.double()).abs().max()) for w, h in pairs]
+    largest = [float(w.abs().max()) for w in want]
+    if not np.isfinite(errors).all():
         raise EquivalenceError(f"{what}: outputs are NaN or infinite on real images.")
-    if error > TOLERANCE * max(1.0, largest):
-        raise EquivalenceError(
-            f"{what} disagree: outputs differ by up to {error:.3g} where the largest is "
-            f"{largest:.3g} ({len(images)} real images, float32). No model was written."
-        )
-    return error
+    for error, most in zip(errors, largest, strict=True):
+        if error > tolerance * max(1.0, most):
+            raise EquivalenceError(
+                f"{what} disagree: outputs differ by up to {error:.3g} where the largest is "
+                f"{most:.3g} ({len(images)} real images). No model was written."
+            )
+    return max(errors)

@@ -30,6 +30,7 @@ from torch import fx, nn
 from torch.onnx import symbolic_opset14, utils
 
 from compressor.errors import ExportError
+from compressor.files import write_whole
 from compressor.values import Branch, Example
 
 INPUT, OUTPUT = "input", "output"
@@ -150,13 +151,7 @@ def export_onnx(
         raise ExportError(f"The file has IR version {written.ir_version}; expected <= {max_ir}.")
     if any(tensor.external_data for tensor in written.graph.initializer):
         raise ExportError("The exporter put tensors into a second file; expected one file.")
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return path
+    return write_whole(path, content)
 
 
 def make_template(

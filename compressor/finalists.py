@@ -31,7 +31,7 @@ def bands(searched: Searched) -> list[Searched]:
     found: list[tuple[float, Searched]] = []
     edges = (*FRONT_TIMES, 0.0)
     for limit, floor in itertools.pairwise(edges):
-        within = replace(problem, objective=Objective(limits={TIME: limit}))
+        within = problem.wanting(Objective(limits={TIME: limit}))
         ranked = [
             t for t in feasible_first(searched.trials, within) if within.share(TIME, t) > floor
         ]
@@ -145,7 +145,7 @@ def fastest_within_drop(
     """
     assert job.config.max_drop is not None
     plans = front(searched)
-    original = bench.right(job.model)
+    original = bench.judgements(job.model)
     within, trained = None, None
     low, high, n_trained = 0, len(plans) - 1, 0
     while low <= high:
@@ -155,7 +155,7 @@ def fastest_within_drop(
         recipe = job.recipe(job.n_steps, job.config.seed)
         tuned = train(job, network, bench, recipe, _in_silence)
         n_trained += 1
-        drop, error = drop_of(original, bench.right(tuned.model))
+        drop, error = drop_of(original, bench.judgements(tuned.model), bench.criterion)
         logger.info("plan %d of %d: drop %.4f +- %.4f", middle, len(plans), drop, error)
         trained = Winner(plans[middle], tuned.model, 0, ((tuned.score,),))
         if drop + error <= job.config.max_drop / 100:
@@ -198,6 +198,7 @@ def train(
         network,
         job.data.fit,
         recipe,
+        criterion=job.lesson,
         teacher=job.model,
         score=lambda model: bench.accuracy(model).value,
         on_progress=on_progress,

@@ -21,31 +21,30 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import ConfigError
 from compressor.values import BATCH_NORMS, ChannelGroup, ChannelSlice, Role
 
 Scores = dict[str, Tensor]  # group name -> (n_channels,) float64, non-negative and finite
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # (images, labels), anew at each call
+Losses = Callable[[nn.Module], Iterable[Tensor]]  # a network's loss on every batch of images
 
 
 class Importance(Protocol):
     """One score per channel of every group."""
 
     def scores(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches | None
+        self, model: nn.Module, groups: Sequence[ChannelGroup], losses: Losses | None
     ) -> Scores:
         """Group name -> `(group.n_channels,)` float64, non-negative and finite, on the CPU.
 
         Args:
             model: In eval mode; not changed.
             groups: From `channel_groups(model, ...)`.
-            batches: Labelled images, for criteria that look at gradients; None if there are none.
+            losses: For criteria that look at gradients; None where there are no images.
 
         Raises:
-            ConfigError: The criterion needs images and there are none.
+            ConfigError: The criterion needs losses and there are none.
         """
 
 
@@ -66,7 +65,7 @@ class WeightNorm:
     p: int = 1
 
     def scores(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches | None
+        self, model: nn.Module, groups: Sequence[ChannelGroup], losses: Losses | None
     ) -> Scores:
         """See `Importance`."""
         return {group.name: self._score(model, group) for group in groups}
@@ -87,7 +86,7 @@ class GeometricMedian:
     """
 
     def scores(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches | None
+        self, model: nn.Module, groups: Sequence[ChannelGroup], losses: Losses | None
     ) -> Scores:
         """See `Importance`."""
         scores = {}
@@ -107,7 +106,7 @@ class BatchNormScale:
     """
 
     def scores(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches | None
+        self, model: nn.Module, groups: Sequence[ChannelGroup], losses: Losses | None
     ) -> Scores:
         """See `Importance`."""
         scores = {}
@@ -134,25 +133,30 @@ class Taylor:
     """
 
     def scores(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches | None
+        self, model: nn.Module, groups: Sequence[ChannelGroup], losses: Losses | None
     ) -> Scores:
         """See `Importance`."""
-        if batches is None:
+        if losses is None:
             raise ConfigError("--importance taylor looks at gradients; give it labelled images.")
         student = copy.deepcopy(model).requires_grad_(True)
         totals: Scores = {g.name: torch.zeros(g.n_channels, dtype=torch.float64) for g in groups}
-        for images, labels in batches():
-            student.zero_grad()
-            with torch.enable_grad():
-                F.cross_entropy(student(images), labels).backward()
-            for group in groups:
-                change = torch.zeros(group.n_channels, dtype=torch.float64)
-                for where in group.slices:
-                    value = _tensor(student, where)
-                    if where.role is not Role.CONSUMER and value.grad is not None:
-                        change += _sums(value.grad.double() * value.detach().double(), where)
-                totals[group.name] += change**2
+        with torch.enable_grad():
+            for loss in losses(student):
+                student.zero_grad()
+                loss.backward()
+                for group in groups:
+                    totals[group.name] += self._change(student, group) ** 2
         return totals
+
+    @staticmethod
+    def _change(student: nn.Module, group: ChannelGroup) -> Tensor:
+        """Of the loss, to first order, if each channel went."""
+        change = torch.zeros(group.n_channels, dtype=torch.float64)
+        for where in group.slices:
+            value = _tensor(student, where)
+            if where.role is not Role.CONSUMER and value.grad is not None:
+                change += _sums(value.grad.double() * value.detach().double(), where)
+        return change
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class WeightDependency:
     params_weight: float = 0.3
 
     def scores(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches | None
+        self, model: nn.Module, groups: Sequence[ChannelGroup], losses: Losses | None
     ) -> Scores:
         """See `Importance`."""
         weights = {}
@@ -207,7 +211,7 @@ class Random:
     seed: int = 0
 
     def scores(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches | None
+        self, model: nn.Module, groups: Sequence[ChannelGroup], losses: Losses | None
     ) -> Scores:
         """See `Importance`."""
         generator = torch.Generator().manual_seed(self.seed)

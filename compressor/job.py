@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from compressor import run_folder
-from compressor.bench import BATCH_SIZE, Recovery, check_surgery
+from compressor.bench import Recovery, check_surgery, images_at_once
 from compressor.config import AUTO, Config
 from compressor.datasets import load_data
 from compressor.errors import ConfigError, DataError
@@ -18,8 +18,16 @@ from compressor.latency.ssh import find_device
 from compressor.latency.targets import load_target
 from compressor.prunable import Prunable, load_model, make_prunable, with_branches
 from compressor.search.space import SearchSpace, make_space
+from compressor.tasks import (
+    CLASSIFICATION,
+    Classification,
+    Criterion,
+    OwnTask,
+    load_task,
+    task_data,
+)
 from compressor.training import Recipe, suitable
-from compressor.values import ChannelGroup, Data, LoadedModel, Split, Target
+from compressor.values import ChannelGroup, Data, LoadedModel, Split, Target, draw, tensors_in
 
 N_RANKING_IMAGES = 500  # that gradients are averaged over, where importance looks at them
 
@@ -31,6 +39,7 @@ class Job:
     config: Config
     target: Target
     loaded: LoadedModel
+    criterion: Criterion
     data: Data
     prunable: Prunable
     space: SearchSpace
@@ -49,6 +58,8 @@ class Job:
     @property
     def n_steps(self) -> int:
         """Of all training together."""
+        if not self.data.is_trainable:
+            return 0
         n_batches = max(1, len(self.data.fit) // self.config.batch_size)
         return self.config.fine_tune_epochs * n_batches
 
@@ -59,21 +70,32 @@ class Job:
             n_steps=n_steps,
             learning_rate=config.learning_rate,
             batch_size=config.batch_size,
-            distillation=config.distillation,
-            temperature=config.temperature,
-            label_smoothing=config.label_smoothing,
+            distillation=self.distillation,
             ema_decay=config.ema,
             augmentations=self.augmentations,
             is_compiled=config.compile,
             seed=seed,
         )
 
+    @property
+    def lesson(self) -> Criterion:
+        """What is learned, where it is not quite what is measured."""
+        if isinstance(self.criterion, Classification):
+            return Classification(self.config.temperature, self.config.label_smoothing)
+        return self.criterion
+
+    @property
+    def distillation(self) -> float:
+        """Weight of the original's answers; 0 where a task does not say how far answers are."""
+        return self.config.distillation if self.criterion.has_distance else 0.0
+
     @cached_property
     def augmentations(self) -> tuple[str, ...]:
         """What becomes of images while the network is trained."""
-        if self.config.augment == AUTO:
-            return suitable(self.model, self.data.search)
-        return tuple(self.config.augment)
+        if self.config.augment != AUTO:
+            return tuple(self.config.augment)
+        is_known = isinstance(self.criterion, Classification)  # else its dataset's own business
+        return suitable(self.model, self.data.search) if is_known else ()
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -100,21 +122,19 @@ def prepare(config: Config) -> Job:
         precision=config.precision,
         estimate=config.estimate,
     )
-    if config.data is None:
-        raise ConfigError("No images to rank plans by; give --data FILE.npz or --data FOLDER.")
-    data = read_data(config, config.data)
+    criterion, data = read_task(config)
     if config.input_shape is not None and config.input_shape != data.input_shape:
         raise ConfigError(
             f"--input-shape is {config.input_shape}, but the images are {data.input_shape}."
         )
     loaded = read_model(config, data.input_shape)
-    _check_outputs(loaded, data, is_folder=config.data.is_dir())
+    _check_outputs(loaded, data, criterion, config)
     prunable = make_prunable(loaded.module, loaded.example_input)
     if config.depth:
         prunable = with_branches(prunable, loaded.example_input)
     groups = prunable.groups
     scores = IMPORTANCES[config.importance].scores(
-        prunable.module, groups, partial(_ranking_batches, data.fit)
+        prunable.module, groups, partial(_ranking_losses, data.fit, criterion)
     )
     space = make_space(
         groups,
@@ -123,33 +143,73 @@ def prepare(config: Config) -> Job:
         min_keep_ratio=config.min_keep_ratio,
         branches=prunable.branches,
     )
-    job = Job(config, target, loaded, data, prunable, space)
+    job = Job(config, target, loaded, criterion, data, prunable, space)
     check_surgery(prunable, space.plan(space.narrowest), data)
     return job
 
 
-def _ranking_batches(fit: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """What importance may look at: some images of every kind, always the same ones."""
-    for rows in fit.draw(N_RANKING_IMAGES).split(BATCH_SIZE):
-        yield fit.model_input(rows), fit.labels[rows]
+def _ranking_losses(fit: Split, criterion: Criterion, network: nn.Module) -> Iterator[Tensor]:
+    """What importance may look at: losses on some images of every kind, always the same ones."""
+    for rows in draw(fit, N_RANKING_IMAGES).split(images_at_once(fit)):
+        images, targets = fit.batch(rows)
+        yield criterion.loss(network(images), targets)
 
 
-def _check_outputs(loaded: LoadedModel, data: Data, *, is_folder: bool) -> None:
-    """Raises `DataError` where the model has not one logit for every class."""
+def _check_outputs(loaded: LoadedModel, data: Data, criterion: Criterion, config: Config) -> None:
+    """Raises `DataError` where the model's answers cannot be judged."""
     if not isinstance(loaded.example_input, Tensor):
         raise DataError("The model takes several inputs; images alone cannot rank its plans.")
     output = outputs(loaded.module, loaded.example_input)
+    if isinstance(criterion, OwnTask):
+        _check_task(loaded.module, data.search, criterion)
+        return
     if not isinstance(output, Tensor) or output.ndim != 2:
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise DataError(
-            f"The model must return one tensor of logits, shape (1, n_classes); it returns {what}."
+            f"The model must return one tensor of logits, shape (1, n_classes); it returns "
+            f"{what}. A network that is no classifier needs --task package.module:object."
         )
     n_classes, n_logits = len(data.class_names), output.shape[1]
+    is_folder = config.data is not None and config.data.is_dir()
     if n_logits < n_classes or (is_folder and n_logits != n_classes):
         raise DataError(
             f"The data has {n_classes} classes ({data.class_names[0]} to {data.class_names[-1]}), "
             f"the model {n_logits} logits. Class folders, sorted by name, must be its outputs."
         )
+    if 2 * n_classes <= n_logits:
+        raise DataError(
+            f"The data has {n_classes} classes, the model {n_logits} logits; what becomes of the "
+            f"others could not be seen. Give images of every class, or cut the model's last layer "
+            f"to the classes that are shipped."
+        )
+
+
+def _check_task(model: nn.Module, split: Split, task: OwnTask) -> None:
+    """Raises where the task's parts do not work on two real images."""
+    images, targets = split.batch(slice(0, 2))
+    answers = outputs(model, images)
+    found = list(tensors_in(answers))
+    if not found or any(not tensor.ndim or len(tensor) != 2 for tensor in found):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found) or "no tensor"
+        raise DataError(
+            f"For 2 images the model returns {shapes}; expected tensors whose first dimension "
+            f"runs over the images. Leave what picks results (as NMS does) to the task's judge."
+        )
+    task.loss(answers, targets)
+    task.metric(task.judge(answers, targets))
+    task.distance(answers, answers)
+
+
+def read_task(config: Config) -> tuple[Criterion, Data]:
+    """What the network is for, and its images."""
+    if config.task is not None:
+        task = load_task(config.task, beside=config.model.parent)
+        return task, task_data(task)
+    if config.data is None:
+        raise ConfigError(
+            "No images to rank plans by; give --data FILE.npz, --data FOLDER, or --task."
+        )
+    return CLASSIFICATION, read_data(config, config.data)
 
 
 def read_data(config: Config, source: Path) -> Data:

@@ -6,19 +6,27 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressor import run_folder
 from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery, n_cores
 from compressor.config import Config
-from compressor.errors import DeviceError, EngineError, EquivalenceError, InterruptedRunError
+from compressor.errors import (
+    DeviceError,
+    EngineError,
+    EquivalenceError,
+    ExportError,
+    InterruptedRunError,
+)
 from compressor.evaluate import accuracy, check_agree
 from compressor.export import export_onnx
+from compressor.files import write_whole
 from compressor.finalists import Winner, bands, choose, contest, fastest_within_drop, train
 from compressor.graph import cost
 from compressor.job import Job, prepare
 from compressor.latency.device import open_device
 from compressor.latency.onnxruntime import predictor
+from compressor.latency.precision import half_onnx
 from compressor.latency.timing import is_win
 from compressor.prunable import MODULE, TRACED, Prunable
 from compressor.run_folder import RunFolder
@@ -37,6 +45,9 @@ from compressor.values import (
     Side,
     Verdict,
 )
+
+FP16 = "fp16"
+FP16_TOLERANCE = 3e-2  # of the largest output; each of some 50 layers rounds to 1 in 2,048
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +119,7 @@ def _search_of(
         on_progress(Progress("Measuring the original", 0, 1))
         bench = Bench(
             job.prunable, job.space, job.data, job.target, device,
-            recovery=job.recovery, on_progress=on_progress,
+            recovery=job.recovery, on_progress=on_progress, criterion=job.criterion,
         )  # fmt: skip
         problem = pose(job, bench, on_progress)
         default_name = f"{config.model.stem}-{job.target.name}"
@@ -169,7 +180,7 @@ def finish(
     searched: Searched,
     plan: Plan,
     tuned: nn.Module,
-    engines: Mapping[str, object],
+    engines: dict[str, object],
     training: Mapping[str, object],
     bench: Bench,
     folder: RunFolder,
@@ -177,24 +188,20 @@ def finish(
 ) -> Result:
     """Exports both models, proves and measures the files, and writes the result last."""
     on_progress(Progress("Measuring the exported files", 0, 1))
-    original, example = job.model, job.example  # the form that the search measured
-    export = partial(export_onnx, opset=job.target.opset, max_ir=job.target.max_ir)
     images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
-    original_file = export(original, example, folder.original_onnx)
+    original_file = folder.original_onnx
     with folder.unproven_onnx() as unproven:
-        export(tuned, example, unproven)
-        answers = predictor(unproven, n_threads=n_cores())
-        error = check_agree("torch and ONNX Runtime", tuned, answers, images)
+        engines = engines | export_both(job, tuned, (original_file, unproven), images, bench)
         speedup = bench.compare(original_file, unproven)
-        before = measured_side(job, original, original_file, speedup.original)
-        after = measured_side(job, tuned, unproven, speedup.candidate)
+        before = measured_side(job, job.model, original_file, speedup.original, bench)
+        after = measured_side(job, tuned, unproven, speedup.candidate, bench, before.metric)
         are_met = [c.is_met(speedup, before, after) for c in job.config.constraints]
         verdict = judge(speedup, searched.noise_floor, are_met)
         handed_back = verdict is not Verdict.NOT_FASTER
         if handed_back:
             folder.write_checkpoint(rebuildable(job, plan, tuned))
             unproven.replace(folder.model_onnx)
-    errors = [e for e in (*engines.values(), error) if isinstance(e, float)]
+    errors = [e for e in engines.values() if isinstance(e, float)]
     result = Result(
         verdict=verdict,
         target=job.target.name,
@@ -209,7 +216,7 @@ def finish(
         speedup=speedup,
         accuracy_drop_points=100 * (before.accuracy - after.accuracy) if handed_back else None,
         equivalence={
-            "engines": {**engines, "onnxruntime": error},
+            "engines": engines,
             "n_inputs": len(images),
             "max_abs_error": max(errors),
         },
@@ -228,14 +235,15 @@ def finish(
 
 def training_report(job: Job, winner: Winner, tuned: Tuned) -> dict[str, object]:
     """How the shipped network was trained."""
-    config = job.config
+    if not job.data.is_trainable and job.config.fine_tune_epochs:
+        return {"skipped_because": "there is no fit split to learn from"}
     if not job.n_steps:
         return {}
     return {
         "steps": job.n_steps,
-        "batch_size": config.batch_size,
+        "batch_size": job.config.batch_size,
         "finalists": [list(scores) for scores in winner.scores],
-        "distillation": config.distillation,
+        "distillation": job.distillation,
         "augmentations": list(job.augmentations),
         "search_accuracy": tuned.score,
         "stopped_because": tuned.stopped_because,
@@ -255,16 +263,58 @@ def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:
     }
 
 
-def measured_side(job: Job, model: nn.Module, file: Path, latency: Latency) -> Side:
-    """One model of the result: its test accuracy is that of the ONNX file."""
+def export_both(
+    job: Job, tuned: nn.Module, files: tuple[Path, Path], images: Tensor, bench: Bench
+) -> dict[str, float]:
+    """Writes the original and the compressed network; how far the latter's answers are from torch.
+
+    For a target that runs FP16 both files are FP16, inputs and outputs aside. ONNX Runtime on a
+    CPU rounds to FP16 between operations, not within them: the device's own rounding may add to
+    that error.
+
+    Raises:
+        ExportError: A file cannot be written as the target needs it.
+        EquivalenceError: They do not agree, or FP16 has not the range for this network.
+    """
+    for network, file in zip((job.model, tuned), files, strict=True):
+        export_onnx(network, job.example, file, opset=job.target.opset, max_ir=job.target.max_ir)
+    open_file = partial(predictor, files[-1], n_threads=n_cores(), like=bench.like)
+    errors = {"onnxruntime": check_agree("torch and ONNX Runtime", tuned, open_file(), images)}
+    if job.target.precision != FP16:
+        return errors
+    for file in files:
+        try:
+            write_whole(file, half_onnx(file.read_bytes(), str(file)))
+        except ValueError as err:
+            raise ExportError(str(err)) from err
+    in_half = check_agree("torch and FP16", tuned, open_file(), images, tolerance=FP16_TOLERANCE)
+    return errors | {FP16: in_half}
+
+
+def measured_side(
+    job: Job,
+    model: nn.Module,
+    file: Path,
+    latency: Latency,
+    bench: Bench,
+    original: float | None = None,
+) -> Side:
+    """One model of the result: its test accuracy is that of the ONNX file.
+
+    `original` is the metric of the original, of a task that is no classification.
+    """
     paper = cost(model, job.loaded.example_input)
-    predict = predictor(file, n_threads=n_cores())
+    predict = predictor(file, n_threads=n_cores(), like=bench.like)
+    measured = accuracy(
+        predict, job.data.test, batch_size=1, criterion=job.criterion, original=original
+    )
     return Side(
-        accuracy=accuracy(predict, job.data.test, batch_size=1).value,
+        accuracy=measured.value,
         latency_ms=latency,
         macs=paper.macs,
         params=paper.params,
         file_bytes=file.stat().st_size,
+        metric=measured.metric,
     )
 
 
@@ -314,6 +364,7 @@ def search_report(job: Job, searched: Searched) -> dict[str, object]:
         "n_failed": sum(trial.failed_because is not None for trial in trials),
         "seconds": searched.seconds,
         "seed": job.config.seed,
+        "task": job.criterion.name,
         "limits": dict(searched.problem.objective.limits),
         "front": job.config.pareto,
         "n_timed_before": len(searched.problem.timed),

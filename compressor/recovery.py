@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from compressor.values import BATCH_NORMS, Split
+from compressor.values import BATCH_NORMS, Split, draw
 
 
 def recalibrate_batch_norm(
@@ -39,7 +39,7 @@ def recalibrate_batch_norm(
         norm.momentum = None  # a plain mean over all batches
         norm.train()
     with torch.inference_mode():
-        for rows in split.draw(n_images).split(batch_size):
+        for rows in draw(split, n_images).split(batch_size):
             if len(rows) > 1:
                 recalibrated(split.model_input(rows).to(memory_format=memory_format))
     for norm, momentum in zip(norms, momenta, strict=True):

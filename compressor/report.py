@@ -32,12 +32,15 @@ VERDICTS = {
 def text_report(result: Result) -> str:
     """A table of before and after, the verdict, and what was pruned."""
     before, after = result.original, result.compressed
+    task = str(result.search.get("task", ""))
     rows = [("", "original", "compressed", "change")]
     if after is None:
-        rows += [(name, value, "-", "") for name, value in _figures(before)]
+        rows += [(name, value, "-", "") for name, value in _figures(before, task)]
     else:
+        metric = () if after.metric is None else ("",)
         changes = (
-            f"{100 * (after.accuracy - before.accuracy):+.2f} points",
+            *metric,
+            f"{100 * (after.accuracy - before.accuracy):+.2f} {'points' if not metric else '%'}",
             f"{result.speedup.ratio:.2f}x faster",
             "",
             _times(before.macs, after.macs),
@@ -47,7 +50,7 @@ def text_report(result: Result) -> str:
         rows += [
             (name, old, new, change)
             for (name, old), (_, new), change in zip(
-                _figures(before), _figures(after), changes, strict=True
+                _figures(before, task), _figures(after, task), changes, strict=True
             )
         ]
     locked = [g for g in result.groups if g["locked_because"]]
@@ -79,6 +82,8 @@ def _training(result: Result) -> list[str]:
     if not result.training:
         return []
     how = result.training
+    if "skipped_because" in how:
+        return [f"training    SKIPPED: {how['skipped_because']}"]
     parts = [f"{how['steps']} steps of {how['batch_size']} images"]
     if isinstance(how["finalists"], list) and len(how["finalists"]) > 1:
         parts.append(f"{len(how['finalists'])} finalists")
@@ -321,9 +326,13 @@ def staircase_json(staircase: Staircase) -> str:
     return TypeAdapter(Staircase).dump_json(staircase, indent=2).decode()
 
 
-def _figures(side: Side) -> list[tuple[str, str]]:
+def _figures(side: Side, task: str) -> list[tuple[str, str]]:
+    """Rows of one side; `task` names the metric where it is no accuracy."""
+    worth = [("test accuracy", f"{side.accuracy:.2%}")]
+    if side.metric is not None:
+        worth = [(f"test {task}", f"{side.metric:.5g}"), ("kept of it", f"{side.accuracy:.2%}")]
     return [
-        ("test accuracy", f"{side.accuracy:.2%}"),
+        *worth,
         ("latency, median", f"{side.latency_ms.median_ms:.3f} ms"),
         ("latency, p90", f"{side.latency_ms.p90_ms:.3f} ms"),
         ("MACs", f"{side.macs / 1e6:.2f} M"),

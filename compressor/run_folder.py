@@ -1,10 +1,10 @@
 """What is kept on disk. Files are written under another name, synced and renamed."""
 
 import contextlib
+import io
 import itertools
 import json
 import logging
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, RunFolderError
+from compressor.files import write_whole
 from compressor.values import Data, LoadedModel, Result, Target
 
 VERSION = metadata.version("compressor")
@@ -68,14 +69,14 @@ class RunFolder:
 
     def write_checkpoint(self, content: Mapping[str, object]) -> None:
         """`model.pt`; loads with `torch.load(..., weights_only=True)`."""
-        partial = self.path / f".{MODEL_PT}.partial"
-        torch.save(dict(content), partial)
-        _sync_and_rename(partial, self.path / MODEL_PT)
+        buffer = io.BytesIO()
+        torch.save(dict(content), buffer)
+        write_whole(self.path / MODEL_PT, buffer.getvalue())
 
     def write_result(self, result: Result) -> None:
         """`result.json`; written last, so a folder that has one is complete."""
         text = json.dumps(to_json(result), indent=2, allow_nan=False) + "\n"
-        write_text(self.path / RESULT, text)
+        write_whole(self.path / RESULT, text)
 
 
 def create(wanted: Path | None, default_name: str, settings: Mapping[str, object]) -> RunFolder:
@@ -98,7 +99,7 @@ def create(wanted: Path | None, default_name: str, settings: Mapping[str, object
             check_free(wanted)
             path = wanted
             path.mkdir(parents=True, exist_ok=True)
-        write_text(path / CONFIG, tomli_w.dumps(dict(settings)))
+        write_whole(path / CONFIG, tomli_w.dumps(dict(settings)))
     except OSError as err:
         raise RunFolderError(f"The run folder cannot be written: {err}.") from err
     return RunFolder(path)
@@ -191,19 +192,6 @@ def to_json(result: Result) -> dict[str, object]:
     """`result` with the stable keys of `result.json`."""
     content: dict[str, object] = _RESULT.dump_python(result, mode="json", exclude={"out"})
     return {"schema": SCHEMA, **content}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text` whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync_and_rename(partial, path)
-
-
-def _sync_and_rename(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _first_free(parent: Path, name: str) -> Path:

@@ -7,9 +7,9 @@ which cost nothing but its forward pass and say more of an image than its label 
 """
 
 import copy
+import io
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compressor.errors import MeasurementError
-from compressor.values import Progress, ProgressCallback, Split
+from compressor.files import write_whole
+from compressor.tasks import CLASSIFICATION, Criterion
+from compressor.values import Progress, ProgressCallback, Split, draw, map_tensors
 
 FLIP, CROP = "flip", "crop"
 AUGMENTATIONS = (FLIP, CROP)
@@ -45,8 +47,6 @@ class Recipe:
         weight_decay: On weights; not on norms and biases.
         distillation: Weight of the original's answers in the loss, in [0, 1]; the labels have the
             rest.
-        temperature: That both answers are divided by before they are compared.
-        label_smoothing: Share of every label that goes to the other classes.
         ema_decay: Of the average of weights over steps that is kept in place of the last; 0 for
             none.
         augmentations: Of `AUGMENTATIONS`.
@@ -59,8 +59,6 @@ class Recipe:
     batch_size: int = 64
     weight_decay: float = 5e-4
     distillation: float = 0.0
-    temperature: float = 4.0
-    label_smoothing: float = 0.0
     ema_decay: float = 0.0
     augmentations: tuple[str, ...] = ()
     is_compiled: bool = False
@@ -87,6 +85,7 @@ def fine_tune(
     fit: Split,
     recipe: Recipe,
     *,
+    criterion: Criterion = CLASSIFICATION,
     teacher: nn.Module | None = None,
     score: Callable[[nn.Module], float],
     on_progress: ProgressCallback,
@@ -101,6 +100,7 @@ def fine_tune(
         model: Not changed.
         fit: What may be learned from.
         recipe: Steps, learning rate, and so on.
+        criterion: What is learned.
         teacher: The original; needed for distillation.
         score: Larger is better; called after every pass over `fit` and at the end, on images
             that are not in it.
@@ -109,7 +109,7 @@ def fine_tune(
             training goes on from it, and comes out as if it had never stopped.
         memory_format: In which images go through the network.
     """
-    training = _Training(model, fit, recipe, teacher, score, memory_format)
+    training = _Training(model, fit, recipe, criterion, teacher, score, memory_format)
     if checkpoint is not None and checkpoint.is_file():
         training.load(checkpoint)
     per_pass = training.n_batches
@@ -129,11 +129,12 @@ class _Training:
         model: nn.Module,
         fit: Split,
         recipe: Recipe,
+        criterion: Criterion,
         teacher: nn.Module | None,
         score: Callable[[nn.Module], float],
         memory_format: torch.memory_format,
     ) -> None:
-        self.fit, self.recipe, self.score = fit, recipe, score
+        self.fit, self.recipe, self.criterion, self.score = fit, recipe, criterion, score
         self._format = memory_format
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         student = copy.deepcopy(model).requires_grad_(True)
@@ -168,8 +169,8 @@ class _Training:
         """Trains until step `end`, then looks at what has come of it."""
         epoch = self.step // self.n_batches
         self.student.train()
-        for images, labels in _ahead(self._batches(epoch, end - self.step)):
-            loss = self._loss(images, labels)
+        for images, targets in _ahead(self._batches(epoch, end - self.step)):
+            loss = self._loss(images, targets)
             if not torch.isfinite(loss):
                 self.stopped_because = f"the loss was {loss.item()} in epoch {epoch + 1}"
                 logger.warning("fine-tuning stopped: %s", self.stopped_because)
@@ -196,27 +197,27 @@ class _Training:
             self.best, self.best_score = candidate, score
         on_progress(Progress("Fine-tuning", self.step, self.recipe.n_steps, f"score {score:.4f}"))
 
-    def _batches(self, epoch: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch: int, n: int) -> Iterator[tuple[Tensor, Any]]:
         """The first `n` of a pass; the same ones whenever they are asked for."""
         generator = torch.Generator().manual_seed(self.recipe.seed + 7919 * epoch)
         order = torch.randperm(len(self.fit), generator=generator)
         for rows in order.split(self.recipe.batch_size)[:n]:
-            images = self.fit.model_input(rows)
-            yield augmented(images, self.recipe.augmentations, generator), self.fit.labels[rows]
+            images, targets = self.fit.batch(rows)
+            yield augmented(images, self.recipe.augmentations, generator), targets
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, targets: Any) -> Tensor:
         images = images.to(self._device, memory_format=self._format)
-        labels = labels.to(self._device)
+        targets = map_tensors(lambda each: each.to(self._device), targets)
         in_half = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=in_half):
-            logits = self._forward(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+            outputs = self._forward(images)
+            loss = self.criterion.loss(outputs, targets)
             if self.teacher is None:
                 return loss
             with torch.no_grad():
                 wanted = self.teacher(images)
         share = self.recipe.distillation
-        return (1 - share) * loss + share * distance(logits, wanted, self.recipe.temperature)
+        return (1 - share) * loss + share * self.criterion.distance(outputs, wanted)
 
     def _as_it_came(self) -> nn.Module:
         """The network to look at: a copy, on the CPU and contiguous."""
@@ -228,6 +229,7 @@ class _Training:
         """Writes all that training needs to go on."""
         content = {
             "recipe": asdict(self.recipe),
+            "criterion": repr(self.criterion),
             "step": self.step,
             "student": self.student.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -237,17 +239,15 @@ class _Training:
             "best_score": self.best_score,
             "stopped_because": self.stopped_because,
         }
-        partial_file = path.with_name(f".{path.name}.partial")
-        with partial_file.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial_file.replace(path)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_whole(path, buffer.getvalue())
 
     def load(self, path: Path) -> None:
         """Goes back to where `save` was called, if it was with the same recipe."""
         content = torch.load(path, weights_only=True, map_location=self._device)
-        if content["recipe"] != asdict(self.recipe):
+        own = asdict(self.recipe), repr(self.criterion)
+        if (content["recipe"], content["criterion"]) != own:
             logger.warning("%s is of another recipe; training begins anew", path)
             return
         self.step, self.best_score = content["step"], content["best_score"]
@@ -260,28 +260,13 @@ class _Training:
         self.best.load_state_dict(content["best"])
 
 
-def _ahead(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _ahead(batches: Iterator[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
     """The same; each is made while the one before is learned from."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, batches, None)
         while (batch := following.result()) is not None:
             following = pool.submit(next, batches, None)
             yield batch
-
-
-def distance(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened answers, times the squared temperature.
-
-    The square keeps gradients of the same size whatever the temperature [hinton2015].
-
-    Args:
-        logits: `(batch, n_classes)` of the student.
-        wanted: The same of the teacher.
-        temperature: Above 0.
-    """
-    student = (logits / temperature).log_softmax(dim=1)
-    teacher = (wanted / temperature).log_softmax(dim=1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def augmented(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
@@ -317,8 +302,7 @@ def suitable(model: nn.Module, split: Split) -> tuple[str, ...]:
         model: The original.
         split: Labelled images; a few are looked at.
     """
-    rows = split.draw(N_TRIED_IMAGES)
-    images, labels = split.model_input(rows), split.labels[rows]
+    images, labels = split.batch(draw(split, N_TRIED_IMAGES))
 
     def share_right(names: Sequence[str]) -> float:
         seen = augmented(images, names, torch.Generator().manual_seed(0))

@@ -60,7 +60,7 @@ def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
         ConfigError: The original meets them already.
     """
     original_ms = bench.noise_floor.original.median_ms
-    original_accuracy = bench.original_accuracy()
+    original_accuracy = bench.original_accuracy
     limits: dict[str, float] = {}
     min_accuracy = None
     for constraint in job.config.constraints:

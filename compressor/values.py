@@ -74,6 +74,21 @@ def tensors_in(value: object) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with every tensor in nested mappings, lists and tuples changed.
+
+    Mappings come back as plain dicts, named tuples as plain tuples.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(change, each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        changed = [map_tensors(change, each) for each in value]
+        return changed if isinstance(value, list) else tuple(changed)
+    return value
+
+
 def example_shapes(example: Example) -> str:
     """The shapes and kinds of every tensor in `example`, for messages."""
     return ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in tensors_in(example))
@@ -284,20 +299,29 @@ class LayerCost:
 class Accuracy:
     """Share of right answers in [0, 1], with the standard error of `n` yes-no answers.
 
+    Of a task that is no classification: the share of the original's metric that is kept, which
+    is 1 for the original and may exceed 1.
+
     Attributes:
         value: The share.
         n: Images.
         loss: Mean cross-entropy on the same images in nats, where it is known; of two networks
             it tells the better one from fewer images than `value` does.
+        metric: The task's own figure; None for classification, where it is `value`.
+        spread: Standard error of `value` where it is not that of yes-no answers.
     """
 
     value: float
     n: int
     loss: float | None = None
+    metric: float | None = None
+    spread: float | None = None
 
     @property
     def standard_error(self) -> float:
         """Binomial; never 0, because `n` right answers of `n` do not prove the next one."""
+        if self.spread is not None:
+            return self.spread
         p = (self.value * self.n + 1) / (self.n + 2)  # Laplace's rule of succession
         return float(np.sqrt(p * (1 - p) / self.n))
 
@@ -580,6 +604,9 @@ class LoadedModel:
     provenance: Mapping[str, object]
 
 
+SPLITS = ("fit", "search", "test")
+
+
 class Images(Protocol):
     """Images in memory (a tensor is this), or on disk."""
 
@@ -595,9 +622,38 @@ class Images(Protocol):
         """`(n_rows, c, h, w)`."""
 
 
+class Split(Protocol):
+    """Images of one purpose, and what is to be answered to them."""
+
+    def __len__(self) -> int:
+        """Images."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """`(c, h, w)` of one image."""
+
+    def batch(self, rows: Tensor | slice, /) -> tuple[Tensor, Any]:
+        """Images as the model takes them, `(n_rows, c, h, w)` float32, and their targets."""
+
+    def model_input(self, rows: Tensor | slice, /) -> Tensor:
+        """The images alone."""
+
+
+def draw(split: Split, n: int) -> Tensor:
+    """At most `n` rows at random, always the same: splits are often sorted by class."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return order[:n]
+
+
+def batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Any]]:
+    """Images as the model takes them and their targets, in stored order."""
+    for start in range(0, len(split), batch_size):
+        yield split.batch(slice(start, min(start + batch_size, len(split))))
+
+
 @dataclass(frozen=True, eq=False)
-class Split:
-    """Labelled images of one purpose.
+class LabelledImages:
+    """A split whose targets are classes.
 
     Attributes:
         images: `(n, c, h, w)`; uint8 as stored, or float32 as the model takes them.
@@ -614,6 +670,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """`(c, h, w)` of one image."""
+        return tuple(self.images.shape[1:])
+
+    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Images as the model takes them, and their labels."""
+        return self.model_input(rows), self.labels[rows]
+
     def model_input(self, rows: Tensor | slice) -> Tensor:
         """`(n_rows, c, h, w)` float32, as the model takes them."""
         images = self.images[rows]
@@ -626,17 +691,6 @@ class Split:
             )
         return images
 
-    def draw(self, n: int) -> Tensor:
-        """At most `n` rows at random, always the same: splits are often sorted by class."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        return order[:n]
-
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images as the model takes them and their labels, in stored order."""
-        for start in range(0, len(self), batch_size):
-            rows = slice(start, start + batch_size)
-            yield self.model_input(rows), self.labels[rows]
-
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -646,8 +700,10 @@ class Data:
         fit: What the network may learn from.
         search: What plans are ranked by.
         test: Looked at once, at the end, with the exported files.
-        class_names: Name of each label.
-        fingerprint: SHA-256 of all images and labels.
+        class_names: Name of each label; empty where there are no classes.
+        fingerprint: SHA-256 of all images and labels; of a task's, of some samples.
+        is_trainable: False where no fit split was given. Then `fit` is the search split: its
+            images repair a pruned network, but nothing is learned from their targets.
     """
 
     fit: Split
@@ -655,22 +711,33 @@ class Data:
     test: Split
     class_names: tuple[str, ...]
     fingerprint: str
+    is_trainable: bool = True
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """`(c, h, w)` of one image."""
-        return tuple(self.fit.images.shape[1:])
+        return self.fit.input_shape
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models of a result."""
+    """One of the two models of a result.
+
+    Attributes:
+        accuracy: On the test split; see `Accuracy`.
+        latency_ms: On the target.
+        macs: Multiply-accumulates of one inference.
+        params: Parameters.
+        file_bytes: Of the ONNX file.
+        metric: The task's own figure on the test split; None for classification.
+    """
 
     accuracy: float
     latency_ms: Latency
     macs: int
     params: int
     file_bytes: int
+    metric: float | None = None
 
 
 @dataclass(frozen=True)

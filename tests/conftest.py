@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.graph import channel_groups
-from compressor.values import ChannelGroup, Plan
+from compressor.values import ChannelGroup, LabelledImages, Plan, Split
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -61,6 +61,12 @@ class ConvNet(nn.Module):
 
 
 INPUT_SHAPE = (1, 8, 8)
+
+
+def labelled(split: Split) -> LabelledImages:
+    """The split, which is known to hold images and labels."""
+    assert isinstance(split, LabelledImages)
+    return split
 
 
 def make_conv_net(width: int = 32) -> ConvNet:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import MeasurementError
+from compressor.values import map_tensors
 
 # Each of ONNX Runtime's exceptions derives from Exception by itself.
 ORT_ERRORS = tuple(
@@ -20,12 +22,14 @@ ORT_ERRORS = tuple(
 CPU = "CPUExecutionProvider"
 
 
-def predictor(model: bytes | Path, *, n_threads: int) -> Callable[[Tensor], Tensor]:
-    """An ONNX model on the CPU as a function from images to its first output.
+def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Callable[[Tensor], Any]:
+    """An ONNX model on the CPU as a function from images to what the network returns.
 
     Args:
         model: ONNX file or its content, with one input.
         n_threads: Threads of one call.
+        like: Something that the network returned: ONNX keeps a plain list of tensors, and they
+            are put back where `like` has its own. None stands for a single tensor.
 
     Raises:
         MeasurementError: The model cannot be loaded, now, or run, when called.
@@ -33,10 +37,11 @@ def predictor(model: bytes | Path, *, n_threads: int) -> Callable[[Tensor], Tens
     session = _open(model, n_threads)
     name = session.get_inputs()[0].name
 
-    def predict(images: Tensor) -> Tensor:
+    def predict(images: Tensor) -> Any:
         with _translated("run"):
             outputs = session.run(None, {name: images.numpy()})
-        return torch.from_numpy(np.asarray(outputs[0]))
+        tensors = (torch.from_numpy(np.asarray(each)) for each in outputs)
+        return next(tensors) if like is None else map_tensors(lambda _: next(tensors), like)
 
     return predict
 

@@ -27,7 +27,7 @@ def half_onnx(content: bytes, path: str = "model.onnx") -> bytes:
     Inputs and outputs stay FP32, as they do under the builder flag of TensorRT 8 and 10.
 
     Args:
-        content: An ONNX file.
+        content: An ONNX file; one that is in FP16 already comes back as it is.
         path: Where it lies, if tensors of it lie beside it.
 
     Raises:
@@ -37,6 +37,8 @@ def half_onnx(content: bytes, path: str = "model.onnx") -> bytes:
     from onnxruntime.transformers import float16
 
     model = onnx.load_from_string(content)
+    if any(each.data_type == onnx.TensorProto.FLOAT16 for each in model.graph.initializer):
+        return content
     onnx.load_external_data_for_model(model, os.path.dirname(os.path.abspath(path)))
     blocked = sorted(set(float16.DEFAULT_OP_BLOCK_LIST) - TAKEN_IN_HALF)
     try:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from compressor.files import write_whole
 from compressor.latency.device import Device
 from compressor.latency.targets import PROBE_SCHEMA, probe_file
 from compressor.latency.timing import Effort
@@ -100,10 +101,7 @@ def save(staircase: Staircase, target: Target, described: Mapping[str, Any]) -> 
         "kinds": dict(staircase.kinds),
         "costs": {kind: dict(costs) for kind, costs in staircase.costs.items()},
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def layers(kind: str, n_channels: int, target: Target) -> bytes:

@@ -19,15 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, UntrustedModelError
-from compressor.model_io.architectures import (
-    LIBRARIES,
-    USER_CODE_FAILURES,
-    build,
-    importable,
-    own_input_shape,
-    told,
-)
+from compressor.model_io.architectures import LIBRARIES, build, own_input_shape
 from compressor.model_io.programs import PROGRAM_SUFFIX, read_program
+from compressor.user_code import USER_CODE_FAILURES, importable, told
 from compressor.values import BATCH_NORMS, Example, LoadedModel
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")

@@ -2,24 +2,16 @@
 
 import contextlib
 import difflib
-import importlib
 import inspect
-import sys
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from compressor.errors import ModelError, unknown_name
+from compressor.errors import ModelError
+from compressor.user_code import USER_CODE_FAILURES, find, importable, told
 
-OWN_FOLDER = str(Path(__file__).parent)
 LIBRARIES = ("torchvision", "timm")  # networks that a file may name itself
-# What code that is not ours may raise while it is imported, called or unpickled.
-USER_CODE_FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
-    RuntimeError, SyntaxError, TypeError, ValueError,
-)  # fmt: skip
 
 
 def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Module:
@@ -35,20 +27,9 @@ def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Mod
         )
     if module_name in LIBRARIES:
         return _build_from_library(module_name, factory_name, arch_args)
-    with importable(beside):
-        _forget_namesake(module_name.partition(".")[0], beside)
-        try:
-            python_module = importlib.import_module(module_name)
-        except USER_CODE_FAILURES as err:
-            raise ModelError(
-                f"--arch {arch}: cannot import {module_name}: {told(err)}. It is looked for in "
-                f"the current folder, beside the model and among installed packages."
-            ) from err
-    factory = getattr(python_module, factory_name, None)
+    factory = find("--arch", arch, beside=beside, error=ModelError)
     if not callable(factory):
-        known = [n for n, v in vars(python_module).items() if callable(v) and n[0] != "_"]
-        where = f"function of {module_name} (--arch)"
-        raise ModelError(unknown_name(where, factory_name, known))
+        raise ModelError(f"--arch {arch} is a {type(factory).__name__}; expected a function.")
     try:
         with contextlib.suppress(ValueError):  # some builtins tell no signature
             inspect.signature(factory).bind(**arch_args)
@@ -98,35 +79,6 @@ def _build_from_library(library: str, name: str, arch_args: Mapping[str, object]
         ) from err
     assert isinstance(module, nn.Module)
     return module
-
-
-def told(err: BaseException) -> str:
-    """The kind and text of an error in the user's code, and its line."""
-    place = ""
-    for frame in traceback.extract_tb(err.__traceback__):
-        if not frame.filename.startswith(OWN_FOLDER) and not frame.filename.startswith("<"):
-            place = f" ({frame.filename}, line {frame.lineno})"
-    return f"{type(err).__name__}: {err}{place}"
-
-
-def _forget_namesake(module_name: str, beside: Path) -> None:
-    """Two projects may each have a `network.py`; Python would keep the first it saw."""
-    wanted = (beside / f"{module_name}.py").resolve()
-    known = getattr(sys.modules.get(module_name), "__file__", None)
-    if known is not None and wanted.is_file() and Path(known).resolve() != wanted:
-        del sys.modules[module_name]
-
-
-@contextlib.contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """Python modules in `folder` and in the current folder can be imported meanwhile."""
-    extra = [str(folder.resolve()), str(Path.cwd())]
-    sys.path[:0] = extra
-    try:
-        yield
-    finally:
-        for entry in extra:
-            sys.path.remove(entry)
 
 
 def own_input_shape(module: nn.Module, arch: str | None) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._export.verifier import SpecViolationError
 
 from compressor.errors import ModelError, UntrustedModelError
-from compressor.model_io.architectures import USER_CODE_FAILURES
+from compressor.user_code import USER_CODE_FAILURES
 from compressor.values import Example
 
 PROGRAM_SUFFIX = ".pt2"

@@ -279,7 +279,7 @@ def _at_this_time(problem: Problem, n_trials: int) -> Problem:
         return problem
     times = np.linspace(0.9, 0.3, 7)
     limit = float(times[n_trials % len(times)])
-    return replace(problem, objective=Objective(limits={TIME: limit}))
+    return problem.wanting(Objective(limits={TIME: limit}))
 
 
 class _Maximiser:

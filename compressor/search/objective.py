@@ -11,7 +11,7 @@ and the whole front of accuracy against time.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -130,6 +130,12 @@ class Problem:
         """Of plans that were not looked at; None where none was."""
         plans = [self.space.from_names(each.widths) for each in self.harmed]
         return HarmModel(self.space, plans, [h.harm for h in self.harmed]) if plans else None
+
+    def wanting(self, objective: Objective) -> "Problem":
+        """The same with another objective; what was worked out does not depend on it."""
+        other = replace(self, objective=objective)
+        vars(other).update(costs=self.costs, harm_model=self.harm_model)
+        return other
 
     def table(self, trials: Sequence[Trial]) -> LatencyTable:
         """The latency table, from all that was timed so far."""

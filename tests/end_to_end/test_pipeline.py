@@ -24,7 +24,6 @@ from compressor.errors import (
     MeasurementError,
     SearchError,
 )
-from compressor.evaluate import drop_of
 from compressor.finalists import choose
 from compressor.graph.costs import layer_costs
 from compressor.job import Job, prepare
@@ -402,18 +401,6 @@ def test_the_fastest_within_a_drop_is_found_after_training(
     elif shipped < 1.0:  # as accurate as the original
         assert result.verdict is not Verdict.MET
     assert (tmp_path / "run" / "result.json").exists()
-
-
-def test_the_error_of_a_drop_is_that_of_the_difference() -> None:
-    """Two networks that are wrong on the same images differ in nothing."""
-    generator = torch.Generator().manual_seed(0)
-    before = torch.rand(1000, generator=generator) < 0.9
-    assert drop_of(before, before) == (0.0, 0.0)
-    after = before.clone()
-    after[before.nonzero().flatten()[:20]] = False
-    drop, error = drop_of(before, after)
-    assert drop == pytest.approx(0.02)
-    assert error == pytest.approx((0.02 * 0.98 / 1000) ** 0.5, rel=0.01)
 
 
 def test_a_front_is_several_complete_folders(make_config: Make, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import compressor
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "compressor"
 
-BASE = {"errors", "values"}
+BASE = {"errors", "values", "files", "user_code", "tasks"}
 STEPS = {
     "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
     "recovery", "least_squares", "training",
@@ -19,6 +19,9 @@ STEPS = {
 MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
+    "files": set(),
+    "user_code": {"errors"},
+    "tasks": {"errors", "values", "user_code"},
     **{step: BASE for step in STEPS},
     "prunable": BASE | STEPS,
     "bench": BASE | STEPS | {"prunable"},

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from compressor.datasets import ImageFiles, load_data
+from compressor.datasets import load_data
+from compressor.datasets.files import ImageFiles
 from compressor.errors import DataError
-from compressor.values import Data
-from tests.conftest import blob_images
+from compressor.values import Data, draw
+from tests.conftest import blob_images, labelled
 
 
 def digests(data: Data) -> dict[str, set[bytes]]:
@@ -52,7 +53,7 @@ def test_missing_splits_are_held_out_by_class(tmp_path: Path) -> None:
     data = load_data(tmp_path / "all.npz", seed=3)
     assert len(data.fit) + len(data.search) + len(data.test) == 500
     assert 90 <= len(data.test) <= 110
-    share = np.bincount(data.test.labels) / np.bincount(labels)
+    share = np.bincount(labelled(data.test).labels) / np.bincount(labels)
     np.testing.assert_allclose(share, 0.2, atol=0.02)
     assert_disjoint(data)
     again = load_data(tmp_path / "all.npz", seed=3)
@@ -67,7 +68,7 @@ def test_normalisation_has_the_closed_form(tmp_path: Path) -> None:
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     data = load_data(tmp_path / "rgb.npz", mean=mean, std=std)
     got = data.fit.model_input(slice(0, 5))
-    raw = data.fit.images[:5].double() / 255
+    raw = labelled(data.fit).images[:5].double() / 255
     for channel in range(3):
         expected = (raw[:, channel] - mean[channel]) / std[channel]
         torch.testing.assert_close(got[:, channel].double(), expected, rtol=1e-5, atol=1e-5)
@@ -77,7 +78,7 @@ def test_float_images_are_taken_as_they_are(tmp_path: Path) -> None:
     images, labels = blob_images(100, np.random.default_rng(1))
     np.savez(tmp_path / "f.npz", images=images.astype(np.float32) - 7, labels=labels)
     split = load_data(tmp_path / "f.npz").fit
-    assert torch.equal(split.model_input(slice(0, 9)), split.images[:9])
+    assert torch.equal(split.model_input(slice(0, 9)), labelled(split).images[:9])
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_class_folders(tmp_path: Path) -> None:
     data = load_data(tmp_path)
     assert [len(s) for s in (data.fit, data.search, data.test)] == [25, 5, 8]
     assert data.class_names == ("cat", "dog")
-    assert data.fit.labels.tolist() == [0] * 10 + [1] * 15
+    assert labelled(data.fit).labels.tolist() == [0] * 10 + [1] * 15
     assert data.input_shape == (3, 9, 7)
 
 
@@ -186,9 +187,8 @@ def test_split_folders_are_never_taken_for_classes(tmp_path: Path) -> None:
         write_images(tmp_path / "capital" / name, {"cat": 5, "dog": 5})
     data = load_data(tmp_path / "capital")
     assert (data.class_names, len(data.test)) == (("cat", "dog"), 10)
-    for name in ("val", "test"):
-        write_images(tmp_path / "lacking" / name, {"cat": 5, "dog": 5})
-    with pytest.raises(DataError, match="holds test, val but no train folder"):
+    write_images(tmp_path / "lacking" / "test", {"cat": 5, "dog": 5})
+    with pytest.raises(DataError, match="holds test but no train folder"):
         load_data(tmp_path / "lacking")
     for name in ("train", "val", "validation"):
         write_images(tmp_path / "double" / name, {"cat": 5, "dog": 5})
@@ -224,7 +224,7 @@ def test_options_that_do_not_fit_the_source_are_refused(tmp_path: Path, blobs: P
 def test_foreign_byte_order_is_read_and_huge_labels_are_named(tmp_path: Path) -> None:
     images, labels = blob_images(60, np.random.default_rng(0))
     np.savez(tmp_path / "big.npz", images=images.astype(">f4"), labels=labels.astype(">i8"))
-    assert load_data(tmp_path / "big.npz").fit.images.dtype == torch.float32
+    assert labelled(load_data(tmp_path / "big.npz").fit).images.dtype == torch.float32
     np.savez(tmp_path / "huge.npz", images=images, labels=labels.astype(np.uint64) + 2**63)
     with pytest.raises(DataError, match=r"must lie in 0\.\.999999"):
         load_data(tmp_path / "huge.npz")
@@ -241,12 +241,12 @@ def test_images_on_disk_are_those_in_memory(
     in_memory = load_data(tmp_path / "images", image_size=6, mean=(0.5,), std=(0.2,))
     monkeypatch.setattr("compressor.datasets.MAX_BYTES", 500)
     on_disk = load_data(tmp_path / "images", image_size=6, mean=(0.5,), std=(0.2,))
-    assert isinstance(on_disk.fit.images, ImageFiles)
+    assert isinstance(labelled(on_disk.fit).images, ImageFiles)
     for name in ("fit", "search", "test"):
         one, other = getattr(in_memory, name), getattr(on_disk, name)
         assert torch.equal(one.labels, other.labels)
         assert one.images.shape == other.images.shape
-        rows = one.draw(5)
+        rows = draw(one, 5)
         assert torch.equal(one.model_input(rows), other.model_input(rows))
         assert torch.equal(one.model_input(slice(None)), other.model_input(slice(None)))
         assert len(other.model_input(slice(0, 0))) == 0
@@ -278,3 +278,36 @@ def test_a_broken_file_on_disk_is_named_when_it_is_read(
     data = load_data(tmp_path, image_size=6)
     with pytest.raises(DataError, match=f"{files[7].name} cannot be read as an image"):
         _ = [split.model_input(slice(None)) for split in (data.fit, data.search, data.test)]
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_without_a_fit_split_nothing_is_learned(tmp_path: Path, has_test: bool) -> None:
+    """The search split repairs; where the test split is missing too, it is cut from that."""
+    for name in ("val", "test") if has_test else ("val",):
+        write_images(tmp_path / name, {"cat": 10, "dog": 10})
+    data = load_data(tmp_path)
+    assert data.fit is data.search
+    assert not data.is_trainable
+    assert (len(data.search), len(data.test)) == ((20, 20) if has_test else (16, 4))
+    images, labels = blob_images(60, np.random.default_rng(0))
+    np.savez(tmp_path / "x.npz", search_images=images, search_labels=labels)
+    assert not load_data(tmp_path / "x.npz").is_trainable
+
+
+def test_classes_without_images_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A few are usual in small splits; half of them are a split that was cut off sorted data."""
+    images, labels = blob_images(200, np.random.default_rng(0))
+    others, theirs = blob_images(200, np.random.default_rng(1))
+
+    def load(n_classes: int) -> Data:
+        kept = theirs < n_classes
+        np.savez(tmp_path / "x.npz", images=images, labels=labels,
+                 search_images=others[kept], search_labels=theirs[kept])  # fmt: skip
+        return load_data(tmp_path / "x.npz")
+
+    load(4)
+    assert "no image of class 4" in caplog.text
+    with pytest.raises(DataError, match=r"search split: 3 of 5 classes have no image \(2, "):
+        load(2)

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import EquivalenceError, MeasurementError
-from compressor.evaluate import accuracy, check_agree, memory_format
-from compressor.values import Accuracy, Split
+from compressor.evaluate import N_PARTS, accuracy, check_agree, drop_of, memory_format
+from compressor.values import Accuracy, LabelledImages
 
 
-def one_hot_split(n: int = 23) -> Split:
+def one_hot_split(n: int = 23) -> LabelledImages:
     """Image `i` is filled with `i`; labels are `i % 4`."""
     images = torch.arange(float(n)).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
-    return Split(images, torch.arange(n) % 4)
+    return LabelledImages(images, torch.arange(n) % 4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 50])
@@ -89,6 +89,27 @@ def test_what_cannot_be_compared_does_not_agree(other: nn.Module, message: str) 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_answers_that_are_not_finite_are_no_accuracy(bad: float) -> None:
-    split = Split(torch.zeros(6, 1, 2, 2), torch.zeros(6, dtype=torch.int64))
+    split = LabelledImages(torch.zeros(6, 1, 2, 2), torch.zeros(6, dtype=torch.int64))
     with pytest.raises(MeasurementError, match="not finite"):
         accuracy(lambda x: torch.full((len(x), 3), bad), split, batch_size=4)
+
+
+def judged(right: Tensor) -> list[tuple[bool, float]]:
+    """As `Classification.judge` has it."""
+    return [(bool(each), 0.0) for each in right]
+
+
+@pytest.mark.parametrize(("n", "rel"), [(N_PARTS, 1e-6), (1000, 0.2)])
+def test_the_error_of_a_drop_is_that_of_the_difference(n: int, rel: float) -> None:
+    """Two networks that are wrong on the same images differ in nothing.
+
+    Leaving out one image at a time gives the textbook's standard error of a mean exactly.
+    """
+    before = torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.9
+    assert drop_of(judged(before), judged(before)) == (0.0, 0.0)
+    after = before.clone()
+    after[before.nonzero().flatten()[: n // 10]] = False
+    drop, error = drop_of(judged(before), judged(after))
+    assert drop == pytest.approx(0.1)
+    change = before.double() - after.double()
+    assert error == pytest.approx(float(change.std(correction=1)) / n**0.5, rel=rel)

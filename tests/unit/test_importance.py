@@ -27,12 +27,17 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(16, 1, 8, 8, generator=generator), labels
 
 
+def losses(network: nn.Module) -> Iterator[Tensor]:
+    for images, labels in batches():
+        yield F.cross_entropy(network(images), labels)
+
+
 @every_importance
 def test_one_finite_score_per_channel(
     importance: Importance, conv_net: ConvNet, example: Tensor
 ) -> None:
     groups = channel_groups(conv_net, example)
-    scores = importance.scores(conv_net, groups, batches)
+    scores = importance.scores(conv_net, groups, losses)
     assert list(scores) == [group.name for group in groups]
     for group in groups:
         assert scores[group.name].shape == (group.n_channels,)
@@ -72,8 +77,8 @@ def test_a_channel_keeps_its_score_wherever_it_lies(
     shuffled = with_channels_in_order(model, group, order)
     with torch.no_grad():
         torch.testing.assert_close(shuffled(example), model(example))
-    before = importance.scores(model, groups, batches)[group_name]
-    after = importance.scores(shuffled, groups, batches)[group_name]
+    before = importance.scores(model, groups, losses)[group_name]
+    after = importance.scores(shuffled, groups, losses)[group_name]
     torch.testing.assert_close(after, before[order], rtol=1e-4, atol=1e-7)
 
 
@@ -83,8 +88,8 @@ def test_scoring_changes_nothing_and_repeats(
 ) -> None:
     before = copy.deepcopy(conv_net.state_dict())
     groups = channel_groups(conv_net, example)
-    first = importance.scores(conv_net, groups, batches)
-    second = importance.scores(conv_net, groups, batches)
+    first = importance.scores(conv_net, groups, losses)
+    second = importance.scores(conv_net, groups, losses)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(before[k], v) for k, v in conv_net.state_dict().items())
     assert not conv_net.training
@@ -125,12 +130,12 @@ def test_taylor_is_the_slope_of_the_loss(conv_net: ConvNet, example: Tensor) -> 
     group = next(g for g in groups if g.name == "inner")
     images, labels = next(iter(batches()))
 
-    def one_batch() -> Iterator[tuple[Tensor, Tensor]]:
-        yield images.double(), labels
+    def one_loss(network: nn.Module) -> Iterator[Tensor]:
+        yield F.cross_entropy(network(images.double()), labels)
 
-    scores = IMPORTANCES["taylor"].scores(model, groups, one_batch)["inner"]
+    scores = IMPORTANCES["taylor"].scores(model, groups, one_loss)["inner"]
     for channel in (0, 7, 40):
-        losses = []
+        around = []
         for factor in (1 + 1e-5, 1 - 1e-5):
             shrunk = copy.deepcopy(model)
             for where in group.slices:
@@ -138,8 +143,8 @@ def test_taylor_is_the_slope_of_the_loss(conv_net: ConvNet, example: Tensor) -> 
                     tensor = shrunk.state_dict()[where.key]
                     tensor.movedim(where.dim, 0)[torch.from_numpy(where.index[channel])] *= factor
             with torch.no_grad():
-                losses.append(F.cross_entropy(shrunk(images.double()), labels).item())
-        slope = (losses[0] - losses[1]) / 2e-5
+                around.append(F.cross_entropy(shrunk(images.double()), labels).item())
+        slope = (around[0] - around[1]) / 2e-5
         assert scores[channel].item() == pytest.approx(slope**2, rel=1e-3)
 
 

@@ -76,7 +76,7 @@ def test_example_and_provenance(weights: Path) -> None:
         ("tests.conftest", "package.module:factory"),
         ("no_such_module:make", "cannot import no_such_module"),
         ("tests.conftest:make_conv_nett", "Did you mean 'make_conv_net'"),
-        ("tests.conftest:INPUT_SHAPE", "Unknown function of tests.conftest"),
+        ("tests.conftest:INPUT_SHAPE", "is a tuple; expected a function"),
         ("tests.conftest:blob_images", "does not take --arch-arg"),
         ("builtins:dict", "returned a dict, not an nn.Module"),
     ],

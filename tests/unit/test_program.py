@@ -15,7 +15,7 @@ from compressor.program import export_program, free_batch, with_layers
 from compressor.prunable import load_model, make_prunable
 from compressor.recovery import recalibrate_batch_norm
 from compressor.surgery import masked, remove_channels
-from compressor.values import Plan, Split
+from compressor.values import LabelledImages, Plan
 from tests.conftest import ConvNet, random_plan, randomised
 
 EXAMPLE = torch.randn(1, 1, 8, 8, dtype=torch.float64)
@@ -233,7 +233,7 @@ def test_a_program_answers_like_its_model_and_has_its_layers(conv_net: ConvNet) 
 def test_a_program_can_be_trained_and_recalibrated() -> None:
     """Batch-norm and dropout follow train() and eval() again."""
     program = export_program(randomised(Written("view")), EXAMPLE.float())
-    split = Split(torch.randn(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
+    split = LabelledImages(torch.randn(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
     recalibrated = recalibrate_batch_norm(program, split)
     before = program.get_submodule("norm").running_mean
     after = recalibrated.get_submodule("norm").running_mean

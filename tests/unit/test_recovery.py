@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from compressor.recovery import recalibrate_batch_norm
-from compressor.values import Split
+from compressor.values import LabelledImages
 from tests.conftest import INPUT_SHAPE, ConvNet
 
 
-def split(n: int = 128) -> Split:
+def split(n: int = 128) -> LabelledImages:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(n, *INPUT_SHAPE, generator=generator) + 2.0
-    return Split(images, torch.randint(0, 5, (n,), generator=generator))
+    return LabelledImages(images, torch.randint(0, 5, (n,), generator=generator))
 
 
 def test_statistics_are_the_plain_mean_over_batches(conv_net: ConvNet) -> None:
@@ -37,7 +37,7 @@ def test_statistics_do_not_depend_on_the_order_of_the_classes() -> None:
     """Folders are read class by class; the first images alone would be of one class."""
     norm = nn.BatchNorm2d(1)
     images = torch.arange(1000.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
-    data = Split(images, torch.arange(1000) // 100)
+    data = LabelledImages(images, torch.arange(1000) // 100)
     recalibrated = recalibrate_batch_norm(norm.eval(), data, n_images=200, batch_size=50)
     mean = recalibrated.get_buffer("running_mean").item()
     assert abs(mean - 499.5) < 5 * 289 / 200**0.5  # five standard errors; the first 200 give 99.5

@@ -82,7 +82,7 @@ def test_result_json_has_the_stable_keys(tmp_path: Path) -> None:
     assert text["verdict"] == "met"
     assert text["constraint"] == {"kind": "speedup", "value": 2.0}
     assert set(text["original"]) == set(text["compressed"]) == {
-        "accuracy", "latency_ms", "macs", "params", "file_bytes",
+        "accuracy", "latency_ms", "macs", "params", "file_bytes", "metric",
     }  # fmt: skip
     assert set(text["original"]["latency_ms"]) == {"median_ms", "p90_ms", "n"}
     assert text["speedup"]["ratio"] == 2.5

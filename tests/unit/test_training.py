@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import MeasurementError
+from compressor.tasks import Classification
 from compressor.training import (
     CROP,
     FLIP,
@@ -17,31 +18,30 @@ from compressor.training import (
     Tuned,
     _rate_at,
     augmented,
-    distance,
     fine_tune,
     halving,
     suitable,
 )
-from compressor.values import Progress, Split
+from compressor.values import LabelledImages, Progress
 from tests.conftest import INPUT_SHAPE, ConvNet
 
 Score = Callable[[nn.Module], float]
 
 
-def split(n: int = 64) -> Split:
+def split(n: int = 64) -> LabelledImages:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(n, *INPUT_SHAPE, generator=generator) + 2.0
-    return Split(images, torch.randint(0, 5, (n,), generator=generator))
+    return LabelledImages(images, torch.randint(0, 5, (n,), generator=generator))
 
 
-def loss(model: nn.Module, data: Split) -> float:
+def loss(model: nn.Module, data: LabelledImages) -> float:
     with torch.no_grad():
         return -F.cross_entropy(model(data.images), data.labels).item()
 
 
 def tune(
     model: nn.Module,
-    data: Split,
+    data: LabelledImages,
     *,
     score: Score | None = None,
     teacher: nn.Module | None = None,
@@ -105,7 +105,7 @@ def test_a_teacher_alone_is_enough(conv_net: ConvNet) -> None:
 
     def likeness(model: nn.Module) -> float:
         with torch.no_grad():
-            return -float(distance(model(data.images), teacher(data.images), 4.0))
+            return -float(Classification(4.0).distance(model(data.images), teacher(data.images)))
 
     tuned = tune(
         conv_net, data, score=likeness, teacher=teacher, distillation=1.0, n_steps=120,
@@ -122,12 +122,12 @@ def test_the_distance_is_the_divergence_times_the_squared_temperature() -> None:
     for temperature in (1.0, 4.0):
         p, q = (wanted / temperature).softmax(1), (logits / temperature).softmax(1)
         by_hand = (p * (p / q).log()).sum(dim=1).mean() * temperature**2
-        torch.testing.assert_close(distance(logits, wanted, temperature), by_hand)
-    assert float(distance(wanted, wanted, 4.0)) == pytest.approx(0, abs=1e-6)
+        torch.testing.assert_close(Classification(temperature).distance(logits, wanted), by_hand)
+    assert float(Classification(4.0).distance(wanted, wanted)) == pytest.approx(0, abs=1e-6)
     # At high temperatures the gradient is that of matching logits, whatever the temperature.
     logits.requires_grad_(True)
-    (hot,) = torch.autograd.grad(distance(logits, wanted, 50.0), logits)
-    (hotter,) = torch.autograd.grad(distance(logits, wanted, 100.0), logits)
+    (hot,) = torch.autograd.grad(Classification(50.0).distance(logits, wanted), logits)
+    (hotter,) = torch.autograd.grad(Classification(100.0).distance(logits, wanted), logits)
     torch.testing.assert_close(hot, hotter, rtol=0.1, atol=0.01)
 
 
@@ -241,7 +241,7 @@ def test_an_augmentation_suits_what_the_network_bears() -> None:
     images = torch.zeros(200, 1, 16, 16)
     images[:100, :, :, :8] = 1  # left
     images[100:, :, :, 8:] = 1  # right
-    sides = Split(images, torch.arange(200) // 100)
+    sides = LabelledImages(images, torch.arange(200) // 100)
 
     class Sides(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def test_an_augmentation_suits_what_the_network_bears() -> None:
             return torch.stack([x[..., :4, :].sum((1, 2, 3)), x[..., -4:, :].sum((1, 2, 3))], 1)
 
     assert suitable(Sides(), sides) == (CROP,)
-    assert suitable(Top(), Split(images.mT.contiguous(), sides.labels)) == (FLIP, CROP)
+    assert suitable(Top(), LabelledImages(images.mT.contiguous(), sides.labels)) == (FLIP, CROP)
 
 
 @pytest.mark.parametrize("n_plans", [1, 2, 3, 4, 5, 8])

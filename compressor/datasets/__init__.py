@@ -10,76 +10,37 @@ Two kinds of source:
 
 What needs more memory than `MAX_BYTES` stays on disk: files are read when they are asked for.
 
+Without a fit split nothing is trained; search images repair pruned networks then.
+
 Up to 1 % of a split may be in another one too, as duplicates are usual in real data; more is an
 error. A search or test split that is not given is cut from fit, by `seed` and by class.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from compressor.datasets.files import ImageFiles, Read, reader
 from compressor.errors import DataError
-from compressor.values import Data, Images, Split
+from compressor.values import SPLITS, Data, Images, LabelledImages
 
-SPLITS = ("fit", "search", "test")
 ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
 HELD_OUT_SHARE = 0.2  # of every class, for a split that is not given
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 MAX_LABEL = 999_999
 MAX_BYTES = 2 * 2**30  # of a split in memory, as uint8
-DIGEST_BYTES = 16 * 1024  # of a file on disk, which tell whether it is in two splits
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[Path], np.ndarray]
 _Arrays = dict[str, tuple[Images, Tensor]]
 _T = TypeVar("_T")
-
-
-class ImageFiles:
-    """Images that stay on disk.
-
-    Attributes:
-        paths: A file an image.
-        read: File to `(c, h, w)` uint8.
-    """
-
-    dtype = torch.uint8
-
-    def __init__(self, paths: Sequence[Path], read: Read, shape: tuple[int, ...]) -> None:
-        """Nothing is read yet.
-
-        Args:
-            paths: A file an image.
-            read: File to pixels.
-            shape: `(c, h, w)` of every image.
-        """
-        self.paths, self.read = tuple(paths), read
-        self.shape = torch.Size((len(self.paths), *shape))
-        self._readers = ThreadPoolExecutor(thread_name_prefix="images")
-
-    @cached_property
-    def digests(self) -> tuple[bytes, ...]:
-        """One a file: of its size and its beginning."""
-        return tuple(map(_file_digest, self.paths))
-
-    def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        """`(n_rows, c, h, w)`, several files at once: Pillow decodes outside Python's lock."""
-        numbers = range(len(self.paths))[rows] if isinstance(rows, slice) else rows.tolist()
-        images = list(self._readers.map(self.read, [self.paths[i] for i in numbers]))
-        if not images:
-            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
-        return torch.from_numpy(np.stack(images))
 
 
 def load_data(
@@ -119,15 +80,25 @@ def load_data(
     if len(mean) != len(std):
         raise DataError(f"mean and std must be equally long; got mean={mean} and std={std}.")
     generator = np.random.default_rng(seed)
+    is_trainable = "fit" in arrays
+    largest = "fit" if is_trainable else "search"
     for name in ("test", "search"):
         if name not in arrays:
-            arrays["fit"], arrays[name] = _hold_out(*arrays["fit"], generator, source)
-    n_classes = len(class_names)
+            arrays[largest], arrays[name] = _hold_out(*arrays[largest], generator, source)
     for name, (images, labels) in arrays.items():
-        _check(source, name, images, labels, n_classes, arrays["fit"][0], mean)
-    splits = {name: Split(*arrays[name], tuple(mean), tuple(std)) for name in SPLITS}
+        _check(source, name, images, labels, class_names, arrays[largest][0], mean)
+    splits = {
+        name: LabelledImages(*content, tuple(mean), tuple(std)) for name, content in arrays.items()
+    }
     _check_disjoint(source, splits)
-    return Data(**splits, class_names=class_names, fingerprint=_fingerprint(splits))
+    return Data(
+        fit=splits[largest],
+        search=splits["search"],
+        test=splits["test"],
+        class_names=class_names,
+        fingerprint=_fingerprint(splits),
+        is_trainable=is_trainable,
+    )
 
 
 def _read_npz(source: Path) -> tuple[_Arrays, tuple[str, ...]]:
@@ -144,12 +115,13 @@ def _read_npz(source: Path) -> tuple[_Arrays, tuple[str, ...]]:
             if labels is None:
                 raise DataError(f"{source} has {key} but no {key.replace('images', 'labels')}.")
             _add(arrays, split or "fit", _to_tensors(source, key, images, labels), source)
-    if "fit" not in arrays:
+    if "fit" not in arrays and "search" not in arrays:
         raise DataError(
-            f"{source} needs the arrays images and labels, or fit_images and fit_labels; "
-            f"it has {sorted(found) or 'none'}."
+            f"{source} needs the arrays images and labels, or fit_images and fit_labels, or at "
+            f"least search_images and search_labels; it has {sorted(found) or 'none'}."
         )
-    n_classes = int(arrays["fit"][1].max()) + 1 if len(arrays["fit"][1]) else 0
+    _, labels = arrays.get("fit") or arrays["search"]
+    n_classes = int(labels.max()) + 1 if len(labels) else 0
     return arrays, tuple(str(label) for label in range(n_classes))
 
 
@@ -183,16 +155,20 @@ def _read_folder(
         _add(named, child.name, child, source)
     if not named:
         named = {"fit": source}
-    elif "fit" not in named:
+    elif "fit" not in named and "search" not in named:
         found = ", ".join(p.name for p in named.values())
-        raise DataError(f"{source} holds {found} but no train folder to learn from.")
-    class_names = tuple(p.name for p in _folders(named["fit"]))
+        raise DataError(
+            f"{source} holds {found} but no train folder to learn from, nor a val folder to rank "
+            f"plans by."
+        )
+    largest = named.get("fit") or named["search"]
+    class_names = tuple(p.name for p in _folders(largest))
     if not class_names:
         raise DataError(
-            f"{named['fit']} must hold one folder per class; it holds no folder. "
+            f"{largest} must hold one folder per class; it holds no folder. "
             f"Expected {source}/<class>/*.png or {source}/train/<class>/*.png."
         )
-    convert = _reader(image_size, n_channels)
+    convert = reader(image_size, n_channels)
     arrays = {
         name: _read_classes(path, class_names, convert, is_resized=image_size is not None)
         for name, path in named.items()
@@ -211,30 +187,6 @@ def _add(splits: dict[str, _T], name: str, content: _T, source: Path) -> None:
 
 def _folders(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _reader(image_size: int | None, n_channels: int) -> Read:
-    def read(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as file:
-                if file.mode.startswith(("I", "F")):  # converting would clip them to white
-                    raise DataError(
-                        f"{path} has {file.mode} pixels; expected 8 bits a channel. "
-                        f"Convert it as the network was trained, or give an .npz of float32."
-                    )
-                image = file.convert("L" if n_channels == 1 else "RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as err:
-            raise DataError(f"{path} cannot be read as an image: {err}.") from err
-        if image_size is not None:
-            scale = image_size / min(image.size)
-            width, height = (max(image_size, round(side * scale)) for side in image.size)
-            left, top = (width - image_size) // 2, (height - image_size) // 2
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-            image = image.crop((left, top, left + image_size, top + image_size))
-        pixels = np.asarray(image, dtype=np.uint8)
-        return pixels[None] if n_channels == 1 else pixels.transpose(2, 0, 1)
-
-    return read
 
 
 def _read_classes(
@@ -310,7 +262,7 @@ def _check(
     name: str,
     images: Images,
     labels: Tensor,
-    n_classes: int,
+    class_names: Sequence[str],
     fit_images: Images,
     mean: Sequence[float],
 ) -> None:
@@ -323,11 +275,20 @@ def _check(
             f"split {fit_images.dtype} {tuple(fit_images.shape[1:])}."
         )
     lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= n_classes:
+    if lowest < 0 or highest >= len(class_names):
         raise DataError(
-            f"{where}: labels must lie in 0..{n_classes - 1} (the classes of the fit split); "
-            f"they run from {lowest} to {highest}."
+            f"{where}: labels must lie in 0..{len(class_names) - 1} (the classes of the fit "
+            f"split); they run from {lowest} to {highest}."
         )
+    seen = set(labels.unique().tolist())
+    absent = [class_name for i, class_name in enumerate(class_names) if i not in seen]
+    if 2 * len(absent) >= len(class_names) > 1:
+        raise DataError(
+            f"{where}: {len(absent)} of {len(class_names)} classes have no image ({absent[0]}, "
+            f"...); what becomes of them could not be seen. Give images of every class."
+        )
+    if absent:
+        logger.warning("%s: no image of class %s", where, ", ".join(absent[:5]))
     if images.dtype.is_floating_point and not images[:].isfinite().all():
         raise DataError(f"{where}: images hold NaN or infinity.")
     if mean and len(mean) not in (1, images.shape[1]):
@@ -337,10 +298,12 @@ def _check(
         )
 
 
-def _check_disjoint(source: Path, splits: Mapping[str, Split]) -> None:
+def _check_disjoint(source: Path, splits: Mapping[str, LabelledImages]) -> None:
     """No image in two splits: accuracy on an image the model was fitted to proves nothing."""
     seen = {name: _digests(split.images) for name, split in splits.items()}
     for one, other in (("fit", "test"), ("search", "test"), ("fit", "search")):
+        if one not in seen:
+            continue
         n_shared = len(seen[one] & seen[other])
         if n_shared > 0.01 * len(splits[other]):  # a few duplicates are usual in real data
             raise DataError(
@@ -359,16 +322,9 @@ def _digests(images: Images) -> set[bytes]:
     return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels}
 
 
-def _file_digest(path: Path) -> bytes:
-    digest = hashlib.blake2b(str(path.stat().st_size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        digest.update(file.read(DIGEST_BYTES))
-    return digest.digest()
-
-
-def _fingerprint(splits: Mapping[str, Split]) -> str:
+def _fingerprint(splits: Mapping[str, LabelledImages]) -> str:
     digest = hashlib.sha256()
-    for name in SPLITS:
+    for name in filter(splits.__contains__, SPLITS):
         digest.update(f"{name} {tuple(splits[name].images.shape)}".encode())
         images = splits[name].images
         if isinstance(images, ImageFiles):
