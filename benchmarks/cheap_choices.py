@@ -48,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_inputs(parser)
     parser.add_argument("--plans", type=int, default=30)
-    parser.add_argument("--tuned", type=int, default=12, help="plans that are fine-tuned too")
+    parser.add_argument(
+        "--tuned", type=int, default=12, help="plans that are fine-tuned too; 0 for none"
+    )
     args = parser.parse_args()
     data = load_cifar(args.data, 25_000, 2000, 5000)
     example = data.fit.model_input(slice(0, 1))
@@ -106,21 +108,22 @@ def main() -> None:
         began = time.perf_counter()
         values[HARM].append(-bench.harm(widths))
         seconds[HARM].append(time.perf_counter() - began)
-    every = max(1, len(plans) // args.tuned)
+    picked = [round(i * (len(plans) - 1) / max(1, args.tuned - 1)) for i in range(args.tuned)]
     tuned = [
-        trained(bench.repaired(space.plan(w), {}), data.fit, data.test) for w in plans[::every]
+        trained(bench.repaired(space.plan(plans[i]), {}), data.fit, data.test) for i in picked
     ]
-    print(f"{len(plans)} plans, {min(values[DEAR_WAY]):.1%} to {max(values[DEAR_WAY]):.1%} right; "
-          f"{len(tuned)} fine-tuned, {min(tuned):.1%} to {max(tuned):.1%}\n")  # fmt: skip
-    print("| way | seconds | rank correlation with the dear way | with fine-tuned |")
+    print(f"{len(plans)} plans, {min(values[DEAR_WAY]):.1%} to {max(values[DEAR_WAY]):.1%} right")
+    if tuned:
+        print(f"{len(tuned)} of them fine-tuned, {min(tuned):.1%} to {max(tuned):.1%}")
+    print("\n| way | seconds | rank correlation with the dear way | with fine-tuned |")
     print("|---|--:|--:|--:|")
     for name in (OURS, ON_FEW):
         values[f"{name}, its loss"], seconds[f"{name}, its loss"] = losses[name], seconds[name]
     for name, found in values.items():
         took = statistics.median(seconds[name])
         with_dear = spearmanr(found, values[DEAR_WAY])[0]
-        with_tuned = spearmanr(found[::every], tuned)[0]
-        print(f"| {name} | {took:.2f} | {with_dear:.3f} | {with_tuned:.2f} |")
+        after = f"{spearmanr([found[i] for i in picked], tuned)[0]:.2f}" if tuned else "-"
+        print(f"| {name} | {took:.2f} | {with_dear:.3f} | {after} |")
 
 
 def chosen(n: int) -> list[tuple[int, ...]]:

@@ -95,12 +95,16 @@ class Winner:
         network: Repaired, and trained a little where there were rivals.
         n_steps_left: Of the budget of steps.
         scores: Of every finalist, after each of its short trainings.
+        score_before: Of the winner before any training; None where it had none yet.
+        stopped_because: Why that training ended early; None where it did not.
     """
 
     plan: Plan
     network: nn.Module
     n_steps_left: int
     scores: tuple[tuple[float, ...], ...]
+    score_before: float | None = None
+    stopped_because: str | None = None
 
 
 def contest(
@@ -118,6 +122,7 @@ def contest(
     finalists = finalists[: job.config.finalists if n_left else 1]
     networks = [(plan, bench.repaired(plan, {})) for plan in finalists]
     scores: dict[int, list[float]] = {id(plan): [] for plan in finalists}
+    before: dict[int, float] = {}
     for n_plans, n_steps in halving(len(finalists), n_left):
         rivals: list[tuple[Plan, Tuned]] = []
         for plan, network in networks:
@@ -129,9 +134,11 @@ def contest(
         rivals.sort(key=lambda pair: pair[1].score, reverse=True)
         for plan, tuned in rivals:
             scores[id(plan)].append(tuned.score)
+            before.setdefault(id(plan), tuned.score_before)
         networks = [(plan, tuned.model) for plan, tuned in rivals[: (n_plans + 1) // 2]]
     plan, network = networks[0]
-    return Winner(plan, network, n_left, tuple(tuple(s) for s in scores.values()))
+    rounds = tuple(tuple(s) for s in scores.values())
+    return Winner(plan, network, n_left, rounds, before.get(id(plan)))
 
 
 def fastest_within_drop(
@@ -157,7 +164,10 @@ def fastest_within_drop(
         n_trained += 1
         drop, error = drop_of(original, bench.judgements(tuned.model), bench.criterion)
         logger.info("plan %d of %d: drop %.4f +- %.4f", middle, len(plans), drop, error)
-        trained = Winner(plans[middle], tuned.model, 0, ((tuned.score,),))
+        trained = Winner(
+            plans[middle], tuned.model, 0, ((tuned.score,),),
+            tuned.score_before, tuned.stopped_because,
+        )  # fmt: skip
         if drop + error <= job.config.max_drop / 100:
             within, low = trained, middle + 1
         else:

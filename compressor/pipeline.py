@@ -246,7 +246,10 @@ def training_report(job: Job, winner: Winner, tuned: Tuned) -> dict[str, object]
         "distillation": job.distillation,
         "augmentations": list(job.augmentations),
         "search_accuracy": tuned.score,
-        "stopped_because": tuned.stopped_because,
+        "search_accuracy_before": (
+            tuned.score_before if winner.score_before is None else winner.score_before
+        ),
+        "stopped_because": winner.stopped_because or tuned.stopped_because,
     }
 
 

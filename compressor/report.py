@@ -90,6 +90,9 @@ def _training(result: Result) -> list[str]:
     if how["distillation"]:
         parts.append(f"the original's answers weigh {how['distillation']}")
     parts += [str(name) for name in (how["augmentations"] or [])]  # type: ignore[attr-defined]
+    gained = how["search_accuracy"] - how["search_accuracy_before"]  # type: ignore[operator]
+    if not gained:
+        parts.append("NOTHING GAINED: try a lower --learning-rate")
     if how["stopped_because"]:
         parts.append(f"STOPPED: {how['stopped_because']}")
     return [f"training    {', '.join(parts)}"]

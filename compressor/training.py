@@ -72,11 +72,13 @@ class Tuned:
     Attributes:
         model: The best of all that were looked at, the one before training included.
         score: Its score.
+        score_before: That of the network before training.
         stopped_because: Why training ended early; None where it did not.
     """
 
     model: nn.Module
     score: float
+    score_before: float
     stopped_because: str | None = None
 
 
@@ -118,7 +120,9 @@ def fine_tune(
         training.go_on(end, on_progress)
         if checkpoint is not None:
             training.save(checkpoint)
-    return Tuned(training.best.eval(), training.best_score, training.stopped_because)
+    return Tuned(
+        training.best.eval(), training.best_score, training.score_before, training.stopped_because
+    )
 
 
 class _Training:
@@ -149,7 +153,7 @@ class _Training:
             averaged = get_ema_multi_avg_fn(recipe.ema_decay)
             self.average = AveragedModel(self.student, multi_avg_fn=averaged, use_buffers=True)
         self.best = copy.deepcopy(model).eval()
-        self.best_score = score(self.best)
+        self.best_score = self.score_before = score(self.best)
         self.step = 0
         self.stopped_because: str | None = None
         self.n_batches = max(1, len(fit) // recipe.batch_size)
