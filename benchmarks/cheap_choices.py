@@ -27,10 +27,8 @@ from torch import nn
 
 import compressor
 from benchmarks.cifar import add_inputs, load_cifar, searched_resnet56
-from compressor.bench import BATCH_SIZE, Bench, Recovery, n_cores
+from compressor.bench import BATCH_SIZE, Bench, Recovery
 from compressor.evaluate import accuracy
-from compressor.export import candidate_writer
-from compressor.latency.onnxruntime import predictor
 from compressor.recovery import recalibrate_batch_norm
 from compressor.training import Recipe, fine_tune
 from compressor.values import Accuracy, LabelledImages, Plan, Split
@@ -61,11 +59,6 @@ def main() -> None:
             prunable, space, data, target, device,
             recovery=Recovery(), on_progress=lambda _progress: None,
         )  # fmt: skip
-    batch = example.expand(BATCH_SIZE, *example.shape[1:]).contiguous()
-    write = candidate_writer(
-        prunable.module, batch, bench.refitted(space.plan(space.narrowest), {}),
-        opset=target.opset, branches=prunable.branches,
-    )  # fmt: skip
     assert isinstance(data.search, LabelledImages)
     few = replace(data.search, images=data.search.images[:500], labels=data.search.labels[:500])
 
@@ -77,7 +70,7 @@ def main() -> None:
             model = recalibrate_batch_norm(
                 model, data.fit, n_images=n_images, memory_format=torch.channels_last
             )
-        return accuracy(predictor(write(model), n_threads=n_cores()), split, batch_size=BATCH_SIZE)
+        return accuracy(bench.predictor_of(model), split, batch_size=BATCH_SIZE)
 
     def ways(plan: Plan) -> dict[str, Callable[[], Accuracy]]:
         refitted, bare = bench.refitted(plan, {}), prunable.without(plan)

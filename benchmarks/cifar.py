@@ -90,7 +90,9 @@ def load_resnet56(path: Path) -> nn.Module:
     return model.eval()
 
 
-def load_cifar(zip_path: Path, n_fit: int, n_search: int, n_test: int, seed: int = 0) -> Data:
+def load_cifar(
+    zip_path: Path, n_fit: int, n_search: int, n_test: int, *, seed: int = 0, side: int = 32
+) -> Data:
     """Some images of a zip with `train/<class>/*.jpg` and `test/<class>/*.jpg`.
 
     Fit and search images are disjoint, both of `train`; all are drawn at random.
@@ -103,11 +105,15 @@ def load_cifar(zip_path: Path, n_fit: int, n_search: int, n_test: int, seed: int
         test = generator.permutation([n for n in names if n.startswith("test/")])
         drawn = (train[:n_fit], train[n_fit : n_fit + n_search], test[:n_test])
 
+        def opened(content: bytes) -> Image.Image:
+            image = Image.open(io.BytesIO(content))
+            return image if side == image.width else image.resize((side, side))
+
         def split(chosen: np.ndarray) -> LabelledImages:
-            images = [np.array(Image.open(io.BytesIO(archive.read(str(n))))) for n in chosen]
+            images = [np.array(opened(archive.read(str(n)))) for n in chosen]
             labels = [classes.index(str(name).split("/")[1]) for name in chosen]
             stacked = (
-                np.stack(images).transpose(0, 3, 1, 2) if images else np.zeros((0, 3, 32, 32))
+                np.stack(images).transpose(0, 3, 1, 2) if images else np.zeros((0, 3, side, side))
             )
             return LabelledImages(
                 torch.from_numpy(np.ascontiguousarray(stacked, dtype=np.uint8)),

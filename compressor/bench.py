@@ -127,7 +127,7 @@ class Bench:
         """Candidates without branches come from an edited graph: it must answer like torch."""
         if plan.dropped:
             compact = self.prunable.without(plan)
-            answers = self._predictor(compact)(batch)
+            answers = self.predictor_of(compact)(batch)
             one = map_tensors(lambda each: each[:1], answers)
             with torch.inference_mode():
                 check_agree("torch and ONNX Runtime", compact, lambda _: one, batch[:1])
@@ -279,18 +279,19 @@ class Bench:
 
     def _accuracy(self, model: nn.Module, original: float | None) -> Accuracy:
         return accuracy(
-            self._predictor(model), self.data.search,
+            self.predictor_of(model), self.data.search,
             batch_size=self.batch_size, criterion=self.criterion, original=original,
         )  # fmt: skip
 
     def judgements(self, model: nn.Module) -> list[Any]:
         """What the criterion says of every image of the search split."""
         return judgements(
-            self._predictor(model), self.data.search,
+            self.predictor_of(model), self.data.search,
             batch_size=self.batch_size, criterion=self.criterion,
         )  # fmt: skip
 
-    def _predictor(self, model: nn.Module) -> Predict:
+    def predictor_of(self, model: nn.Module) -> Predict:
+        """The answers of a pruned version of the original, `batch_size` images at once."""
         return predictor(self._batched(model), n_threads=n_cores(), like=self.like)
 
 
