@@ -29,4 +29,4 @@ check: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info samples/digits/model.pt samples/digits/data.npz
+	rm -rf .venv build dist *.egg-info samples/*/model.pt samples/digits/data.npz

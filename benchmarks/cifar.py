@@ -122,3 +122,16 @@ def load_cifar(
 
         fit, search, tests = map(split, drawn)
     return Data(fit, search, tests, tuple(classes), f"{zip_path.name}, seed {seed}")
+
+
+def as_npz(data: Data, folder: Path) -> Path:
+    """The splits in a file."""
+    arrays = {}
+    for name in ("fit", "search", "test"):
+        split = getattr(data, name)
+        assert isinstance(split, LabelledImages)
+        arrays[f"{name}_images"] = split.images[:].numpy()
+        arrays[f"{name}_labels"] = split.labels.numpy()
+    file = folder / "cifar.npz"
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    return file

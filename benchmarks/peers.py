@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import compressor
-from benchmarks.cifar import MEAN, STD, add_inputs, load_cifar, load_resnet56
+from benchmarks.cifar import MEAN, STD, add_inputs, as_npz, load_cifar, load_resnet56
 from benchmarks.peer_methods import Prune, Setting, available
 from compressor.bench import BATCH_SIZE
 from compressor.evaluate import accuracy
@@ -37,7 +37,7 @@ from compressor.graph import cost
 from compressor.latency.timing import FINAL, TRIAL
 from compressor.recovery import recalibrate_batch_norm
 from compressor.training import Recipe, fine_tune
-from compressor.values import LabelledImages, PairedLatency
+from compressor.values import PairedLatency
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
 LEVELS = (0.75, 0.65, 0.42)
@@ -192,19 +192,7 @@ def by_compress(
     setting: Setting, args: argparse.Namespace, name: str, levels: Sequence[float]
 ) -> Iterator[dict[str, object]]:
     """What `compress` does with the same images, steps and limit."""
-    network, images = NETWORKS[args.network], setting.folder / "cifar.npz"
-    if not images.is_file():
-        splits = {
-            "fit": setting.data.fit,
-            "search": setting.data.search,
-            "test": setting.data.test,
-        }
-        arrays = {}
-        for split_name, split in splits.items():
-            assert isinstance(split, LabelledImages)
-            arrays[f"{split_name}_images"] = split.images[:].numpy()
-            arrays[f"{split_name}_labels"] = split.labels.numpy()
-        np.savez(images, **arrays)  # type: ignore[arg-type]
+    network, images = NETWORKS[args.network], as_npz(setting.data, setting.folder)
     weights = setting.folder / "model.pt"
     torch.save(setting.base.state_dict(), weights)
     for level in levels:

@@ -71,7 +71,7 @@ def compress(
     Raises:
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
-    with _search_of(config, on_trial, on_progress) as (job, bench, folder, searched):
+    with searched_in(config, on_trial, on_progress) as (job, bench, folder, searched):
         if searched.problem.objective.front and config.max_drop is not None:
             winner = fastest_within_drop(job, searched, bench, on_progress)
         else:
@@ -99,7 +99,7 @@ def compress_front(
     Raises:
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
-    with _search_of(config, on_trial, on_progress) as (job, bench, folder, searched):
+    with searched_in(config, on_trial, on_progress) as (job, bench, folder, searched):
         results: list[Result] = []
         for band in bands(searched):
             winner = contest(job, choose(job, band, bench, on_progress), bench, on_progress)
@@ -109,7 +109,7 @@ def compress_front(
 
 
 @contextmanager
-def _search_of(
+def searched_in(
     config: Config, on_trial: TrialCallback, on_progress: ProgressCallback
 ) -> Iterator[tuple[Job, Bench, RunFolder, Searched]]:
     """What both ways to end a run begin with; the device stays open meanwhile."""
