@@ -51,16 +51,18 @@ def main() -> None:
         })  # fmt: skip
         print("| way | test accuracy | of the seeds | seconds each |\n|---|--:|---|--:|")
         quiet = lambda _: None  # noqa: E731
-        with searched_in(config, quiet, quiet) as (job, bench, _, searched):
-            plans = choose(job, searched, bench, quiet)
+        with searched_in(config, quiet, quiet) as (job, bench, run, searched):
+            plans = choose(job, searched, bench, run, quiet)
             for name, flags in WAYS.items():
                 began = time.perf_counter()
                 found = []
                 for seed in range(args.seeds):
                     changed = replaced(job, seed=seed, **flags)
-                    winner = contest(changed, plans, bench, quiet)
+                    winner = contest(changed, plans, bench, run, quiet)
                     recipe = changed.recipe(winner.n_steps_left, seed)
-                    tuned = train(changed, winner.network, bench, recipe, quiet)
+                    stands = run.unfinished / "training.pt"
+                    tuned = train(changed, winner.network, bench, recipe, quiet, stands)
+                    run.forget_unfinished()  # the next way starts from nothing
                     found.append(accuracy(tuned.model, data.test, batch_size=BATCH_SIZE).value)
                 took = (time.perf_counter() - began) / args.seeds
                 every = ", ".join(f"{value:.2%}" for value in found)

@@ -5,6 +5,7 @@ Progress goes to stderr; stdout has the result and nothing else. Exit codes: 0 m
 """
 
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from compressor.cli.progress import ProgressDisplay
 import compressor
 from compressor.errors import CompressorError, ConfigError, InterruptedRunError
 
-EXIT_ERROR, EXIT_USAGE, EXIT_NOT_MET, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_ERROR, EXIT_USAGE, EXIT_NOT_MET, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
 
 # Two apps, because `compress MODEL` needs no command word: `main` looks at the first word.
@@ -33,6 +34,8 @@ compress measure M.onnx     times a model, or two against each other
 compress targets            device profiles, and which of them answer
 
 compress probe              what each width costs on a device
+
+compress resume RUN         goes on with a run that was stopped, however that was
 
 compress report RUN         the result of a run, or what an unfinished one has
 """
@@ -239,25 +242,52 @@ def run(
 
     def work() -> int:
         config = compressor.load_config(model, flags)
-        with ProgressDisplay(config.trials) as display:
+        with ProgressDisplay() as display:
             work_on = compressor.compress_front if config.pareto else compressor.compress
             found = work_on(config, on_trial=display.on_trial, on_progress=display.on_progress)
-        if isinstance(found, tuple):
-            return _print_front(found, as_json)
-        if as_json:
-            _print(json.dumps(compressor.to_json(found), indent=2))
-        else:
-            _print(compressor.text_report(found))
-        return 0 if found.verdict is compressor.Verdict.MET else EXIT_NOT_MET
+        return _print_found(found, as_json)
 
     _exit(work)
 
 
-def _print_front(results: "Sequence[compressor.Result]", as_json: bool) -> int:
-    if as_json:
-        _print(json.dumps([compressor.to_json(result) for result in results], indent=2))
+@commands.command()
+def resume(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Although model, data or config.toml changed meanwhile."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Goes on with a run that was stopped: by Ctrl-C, a power cut, or whatever it was.
+
+    Trials and training are taken up where they stood; at most the trial, or the pass over the
+    images, that was under way is done again.
+
+    Example: compress resume runs/model-host-cpu
+    """
+
+    def work() -> int:
+        with ProgressDisplay() as display:
+            found = compressor.resume(
+                run_folder, force=force,
+                on_trial=display.on_trial, on_progress=display.on_progress,
+            )  # fmt: skip
+        return _print_found(found, as_json)
+
+    _exit(work)
+
+
+def _print_found(found: "compressor.Result | Sequence[compressor.Result]", as_json: bool) -> int:
+    """The result, or those of a front; and the exit code."""
+    if isinstance(found, compressor.Result):
+        content: object = compressor.to_json(found) if as_json else compressor.text_report(found)
+        results: Sequence[compressor.Result] = [found]
     else:
-        _print(compressor.front_report(results))
+        content = [compressor.to_json(each) for each in found]
+        content = content if as_json else compressor.front_report(found)
+        results = found
+    _print(content if isinstance(content, str) else json.dumps(content, indent=2))
     is_met = any(result.verdict is compressor.Verdict.MET for result in results)
     return 0 if is_met else EXIT_NOT_MET
 
@@ -372,7 +402,7 @@ def probe(
 
     def work() -> int:
         wanted = compressor.load_target(target, device=device, precision=precision)
-        with ProgressDisplay(0) as display:
+        with ProgressDisplay() as display:
             staircase, kept_in = compressor.probe_target(wanted, on_progress=display.on_progress)
         if as_json:
             _print(compressor.staircase_json(staircase))
@@ -401,22 +431,31 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the `compress` command."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what libraries tell each other; ours are errors or logs
+    signal.signal(signal.SIGTERM, _terminate)
     words = list(sys.argv[1:] if args is None else args)
     names = {c.name or c.callback.__name__ for c in commands.registered_commands if c.callback}
     app = commands if words and words[0] in names else run_app
     app(args=words or ["--help"], prog_name="compress")
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does, but for the exit code."""
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise _Terminated
+
+
 def _exit(work: Callable[[], int]) -> None:
     """Runs `work` and ends the process with its exit code."""
     try:
         code = work()
-    except InterruptedRunError as err:
-        typer.echo(f"\n{err}", err=True)
-        code = EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        typer.echo("\nStopped before anything was written.", err=True)
-        code = EXIT_INTERRUPTED
+    except (InterruptedRunError, KeyboardInterrupt) as err:
+        is_told = isinstance(err, InterruptedRunError)
+        typer.echo(f"\n{err}" if is_told else "\nStopped.", err=True)
+        stopped_by = err.__cause__ if is_told else err
+        is_terminated = isinstance(stopped_by, _Terminated)
+        code = EXIT_TERMINATED if is_terminated else EXIT_INTERRUPTED
     except CompressorError as err:
         typer.echo(f"error: {err}", err=True)
         code = EXIT_USAGE if isinstance(err, ConfigError) else EXIT_ERROR

@@ -27,8 +27,8 @@ PLAIN_SECONDS = 10.0  # between plain lines of one phase
 class ProgressDisplay:
     """Draws `Progress` and `Trial` as they come; a context manager."""
 
-    def __init__(self, n_trials: int) -> None:
-        self._n_trials = n_trials
+    def __init__(self) -> None:
+        self._n_total = 0  # of the phase
         self._console = Console(stderr=True)
         self._bars: RichProgress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -59,6 +59,7 @@ class ProgressDisplay:
 
     def on_progress(self, progress: "Progress") -> None:
         """Moves the phase's bar; a new phase completes the one before."""
+        self._n_total = progress.n_total
         if self._bars is None:
             self._plain(progress)
             return
@@ -79,7 +80,7 @@ class ProgressDisplay:
             text = f"trial {trial.number + 1:>3}  failed: {trial.failed_because}"
         else:
             text = (
-                f"trial {trial.number + 1:>3}/{self._n_trials}  {trial.phase:<8}  "
+                f"trial {trial.number + 1:>3}/{self._n_total}  {trial.phase:<8}  "
                 f"accuracy {trial.accuracy.value:7.2%}  {trial.speedup:5.2f}x  "
                 f"{trial.latency_ms:.3f} ms"
             )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compressor.graph import channel_groups, cost
     from compressor.latency.device import compare_latency, open_device
     from compressor.latency.targets import load_target, target_names
-    from compressor.pipeline import compress, compress_front
+    from compressor.pipeline import compress, compress_front, resume
     from compressor.prunable import load_model
     from compressor.report import (
         front_report,
@@ -71,6 +71,7 @@ __all__ = [
     "probe_target",
     "prune",
     "read_result",
+    "resume",
     "staircase_json",
     "staircase_report",
     "target_names",
@@ -97,7 +98,7 @@ _HOMES = {
     "compressor.graph": ("channel_groups", "cost"),
     "compressor.latency.device": ("compare_latency", "open_device"),
     "compressor.latency.targets": ("load_target", "target_names"),
-    "compressor.pipeline": ("compress", "compress_front"),
+    "compressor.pipeline": ("compress", "compress_front", "resume"),
     "compressor.prunable": ("load_model",),
     "compressor.report": (
         "front_report",

@@ -216,6 +216,9 @@ class Config(BaseModel):
     def as_toml(self) -> dict[str, object]:
         """Every setting that is not None, under its flag's name, for `config.toml`."""
         settings = self.model_dump(mode="json", exclude_none=True)
+        for key in ("model", *PATH_KEYS):  # the run may go on from another folder
+            if key in settings:
+                settings[key] = str(Path(settings[key]).resolve())
         return {key.replace("_", "-"): value for key, value in settings.items()}
 
 
@@ -238,11 +241,24 @@ def load_config(model: Path, flags: Mapping[str, object]) -> Config:
             settings.pop(goal, None)
     settings |= dict(flags)
     settings["model"] = model
+    return make_config(settings, found[0] if found else None)
+
+
+def make_config(settings: Mapping[str, object], read_from: Path | None = None) -> Config:
+    """The settings, checked.
+
+    Args:
+        settings: Field name -> value.
+        read_from: The file that some of them come from, for messages.
+
+    Raises:
+        ConfigError: An unknown key, a value out of range, or contradicting constraints.
+    """
     known = sorted(Config.model_fields)
     for key in settings:
         if key not in known:
             names = [name.replace("_", "-") for name in known]
-            where = f"key in {found[0]}" if found else "setting"
+            where = f"key in {read_from}" if read_from else "setting"
             raise ConfigError(unknown_name(where, key.replace("_", "-"), names))
     if "target" not in settings:
         raise ConfigError("For which device? Give --target host-cpu; `compress targets` has all.")
@@ -250,7 +266,7 @@ def load_config(model: Path, flags: Mapping[str, object]) -> Config:
         return Config.model_validate(settings)
     except ValidationError as err:
         faults = "; ".join(_fault(dict(fault)) for fault in err.errors())
-        where = f" (flags and {found[0]})" if found else ""
+        where = f" (flags and {read_from})" if read_from else ""
         raise ConfigError(f"{faults}{where}.") from err
 
 

@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from compressor.bench import Bench
 from compressor.evaluate import drop_of
 from compressor.job import Job
+from compressor.run_folder import RunFolder
 from compressor.search.objective import TIME, Objective, best_first, feasible_first
 from compressor.training import Recipe, Tuned, fine_tune, halving
 from compressor.trials import Searched
@@ -47,7 +49,7 @@ def bands(searched: Searched) -> list[Searched]:
 
 
 def choose(
-    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
+    job: Job, searched: Searched, bench: Bench, folder: RunFolder, on_progress: ProgressCallback
 ) -> list[Plan]:
     """The best plans that meet the limits when they are measured again, with more effort.
 
@@ -71,7 +73,7 @@ def choose(
     for trial in finalists:
         on_progress(Progress("Measuring finalists", len(again), len(finalists)))
         plan = job.space.plan(job.space.from_names(trial.widths))
-        latency = bench.remeasure(plan)
+        latency = folder.once(f"finalist-{trial.number}", partial(bench.remeasure, plan))
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
         again.append((plan, latency))
         if all(c.is_met_in_time(latency) for c in job.config.constraints):
@@ -108,7 +110,11 @@ class Winner:
 
 
 def contest(
-    job: Job, finalists: Sequence[Plan], bench: Bench, on_progress: ProgressCallback
+    job: Job,
+    finalists: Sequence[Plan],
+    bench: Bench,
+    folder: RunFolder,
+    on_progress: ProgressCallback,
 ) -> Winner:
     """The finalist that learns best, and its network as far as it was trained.
 
@@ -121,6 +127,7 @@ def contest(
     n_left = job.n_steps
     finalists = finalists[: job.config.finalists if n_left else 1]
     networks = [(plan, bench.repaired(plan, {})) for plan in finalists]
+    numbers = {id(plan): number for number, plan in enumerate(finalists)}
     scores: dict[int, list[float]] = {id(plan): [] for plan in finalists}
     before: dict[int, float] = {}
     for n_plans, n_steps in halving(len(finalists), n_left):
@@ -128,7 +135,8 @@ def contest(
         for plan, network in networks:
             on_progress(Progress("Training finalists", len(rivals), n_plans))
             recipe = job.recipe(n_steps, job.config.seed + 1 + n_plans)  # other images each round
-            rivals.append((plan, train(job, network, bench, recipe, _in_silence)))
+            stands = folder.unfinished / f"finalist-{numbers[id(plan)]}-of-{n_plans}.pt"
+            rivals.append((plan, train(job, network, bench, recipe, _in_silence, stands)))
             n_left -= n_steps
         on_progress(Progress("Training finalists", n_plans, n_plans))
         rivals.sort(key=lambda pair: pair[1].score, reverse=True)
@@ -142,7 +150,7 @@ def contest(
 
 
 def fastest_within_drop(
-    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
+    job: Job, searched: Searched, bench: Bench, folder: RunFolder, on_progress: ProgressCallback
 ) -> Winner:
     """The fastest plan that loses no more than it may once it is trained, by bisection.
 
@@ -160,7 +168,8 @@ def fastest_within_drop(
         on_progress(Progress("Training along the front", n_trained, len(plans).bit_length()))
         network = bench.repaired(plans[middle], {})
         recipe = job.recipe(job.n_steps, job.config.seed)
-        tuned = train(job, network, bench, recipe, _in_silence)
+        stands = folder.unfinished / f"front-{middle}.pt"
+        tuned = train(job, network, bench, recipe, _in_silence, stands)
         n_trained += 1
         drop, error = drop_of(original, bench.judgements(tuned.model), bench.criterion)
         logger.info("plan %d of %d: drop %.4f +- %.4f", middle, len(plans), drop, error)
@@ -201,7 +210,7 @@ def train(
     bench: Bench,
     recipe: Recipe,
     on_progress: ProgressCallback,
-    checkpoint: Path | None = None,
+    checkpoint: Path,
 ) -> Tuned:
     """Fine-tuning; never worse on the search split than before."""
     return fine_tune(

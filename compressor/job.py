@@ -109,12 +109,17 @@ class Job:
         return self.loaded.example_input
 
 
-def prepare(config: Config) -> Job:
-    """Everything that bad input can break, before anything is written."""
+def prepare(config: Config, *, is_new: bool = True) -> Job:
+    """Everything that bad input can break, before anything is written.
+
+    Args:
+        config: What is asked for.
+        is_new: Whether its folder must be free; not where a run goes on.
+    """
     config.check_goal()
     if config.device is not None:
         find_device(config.device)
-    if config.out is not None:
+    if config.out is not None and is_new:
         run_folder.check_free(config.out)
     target = load_target(
         config.target,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressor import run_folder
 from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery, n_cores
-from compressor.config import Config
+from compressor.config import Config, make_config
 from compressor.errors import (
     DeviceError,
     EngineError,
@@ -30,6 +30,7 @@ from compressor.latency.precision import half_onnx
 from compressor.latency.timing import is_win
 from compressor.prunable import MODULE, TRACED, Prunable
 from compressor.run_folder import RunFolder
+from compressor.search.study import Study, has_begun
 from compressor.surgery import check_dropped, groups_left, prune_with_nni, remove_branches
 from compressor.training import Tuned
 from compressor.trials import INHERENT_PARTS, TRIAL_PARTS, Searched, TrialCallback, pose, search
@@ -71,13 +72,8 @@ def compress(
     Raises:
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
-    with searched_in(config, on_trial, on_progress) as (job, bench, folder, searched):
-        if searched.problem.objective.front and config.max_drop is not None:
-            winner = fastest_within_drop(job, searched, bench, on_progress)
-        else:
-            finalists = choose(job, searched, bench, on_progress)
-            winner = contest(job, finalists, bench, on_progress)
-        return build(job, searched, winner, bench, folder, on_progress)
+    with searched_in(config, on_trial, on_progress) as run:
+        return finish_one(*run, on_progress)
 
 
 def compress_front(
@@ -99,33 +95,116 @@ def compress_front(
     Raises:
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
-    with searched_in(config, on_trial, on_progress) as (job, bench, folder, searched):
-        results: list[Result] = []
-        for band in bands(searched):
-            winner = contest(job, choose(job, band, bench, on_progress), bench, on_progress)
-            point = folder.within(f"point-{len(results) + 1}", config.as_toml())
-            results.append(build(job, searched, winner, bench, point, on_progress))
-        return tuple(results)
+    with searched_in(config, on_trial, on_progress) as run:
+        return finish_front(*run, on_progress)
+
+
+def resume(
+    path: Path,
+    *,
+    force: bool = False,
+    on_trial: TrialCallback = lambda _trial: None,
+    on_progress: ProgressCallback = lambda _progress: None,
+) -> Result | tuple[Result, ...]:
+    """Goes on where a run was stopped, however that was.
+
+    What was measured or trained before is not done again, but for the trial, or the pass over the
+    images, that was under way.
+
+    Args:
+        path: The run folder.
+        force: Go on although the model, the data or `config.toml` is another one now.
+        on_trial: Told of every new trial as it ends.
+        on_progress: Told how far long work has come.
+
+    Returns:
+        As `compress` or `compress_front`; of a run that was finished, what it wrote.
+
+    Raises:
+        CompressorError: As for `compress`; or there is nothing to go on with.
+    """
+    folder = RunFolder(path)
+    config = make_config(run_folder.read_settings(path) | {"out": path})
+    if (path / run_folder.RESULT).is_file():
+        return run_folder.read_result(path)
+    with searched_in(config, on_trial, on_progress, folder, force=force) as run:
+        return (finish_front if config.pareto else finish_one)(*run, on_progress)
 
 
 @contextmanager
 def searched_in(
-    config: Config, on_trial: TrialCallback, on_progress: ProgressCallback
+    config: Config,
+    on_trial: TrialCallback,
+    on_progress: ProgressCallback,
+    stopped: RunFolder | None = None,
+    *,
+    force: bool = False,
 ) -> Iterator[tuple[Job, Bench, RunFolder, Searched]]:
-    """What both ways to end a run begin with; the device stays open meanwhile."""
+    """What all ways to end a run begin with; the device stays open meanwhile.
+
+    Args:
+        config: What is asked for.
+        on_trial: Told of every trial as it ends.
+        on_progress: Told how far long work has come.
+        stopped: Of a run that goes on.
+        force: See `resume`.
+    """
     on_progress(Progress("Reading model and data", 0, 1))
-    job = prepare(config)
+    job = prepare(config, is_new=stopped is None)
+    environment = run_folder.describe_environment(job.target, job.loaded, job.data)
+    if stopped is not None:
+        stopped.check(environment, force=force)
     with open_device(job.target) as device:
         on_progress(Progress("Measuring the original", 0, 1))
         bench = Bench(
             job.prunable, job.space, job.data, job.target, device,
             recovery=job.recovery, on_progress=on_progress, criterion=job.criterion,
         )  # fmt: skip
-        problem = pose(job, bench, on_progress)
+        known = None
+        if stopped is not None and has_begun(stopped.study):
+            known = stopped.study
+        problem = pose(job, bench, on_progress, known)
         default_name = f"{config.model.stem}-{job.target.name}"
-        folder = run_folder.create(config.out, default_name, config.as_toml())
-        with run_folder.logged(folder), _what_is_kept(folder):
-            yield job, bench, folder, search(job, problem, bench, folder, on_trial, on_progress)
+        folder = stopped or run_folder.create(config.out, default_name, config.as_toml())
+        with folder.locked(), run_folder.logged(folder), _what_is_kept(folder):
+            if stopped is None:
+                folder.write_manifest(environment)
+            if known is None:
+                folder.study.unlink(missing_ok=True)
+                study = Study.create(folder.study, job.space)
+                study.keep(problem)
+            else:
+                study = Study.open(folder.study, job.space)
+            searched = search(job, problem, bench, study, on_trial, on_progress)
+            yield job, bench, folder, searched
+
+
+def finish_one(
+    job: Job, bench: Bench, folder: RunFolder, searched: Searched, on_progress: ProgressCallback
+) -> Result:
+    """The best plan as a finished model."""
+    if searched.problem.objective.front and job.config.max_drop is not None:
+        winner = fastest_within_drop(job, searched, bench, folder, on_progress)
+    else:
+        finalists = choose(job, searched, bench, folder, on_progress)
+        winner = contest(job, finalists, bench, folder, on_progress)
+    return build(job, searched, winner, bench, folder, on_progress)
+
+
+def finish_front(
+    job: Job, bench: Bench, folder: RunFolder, searched: Searched, on_progress: ProgressCallback
+) -> tuple[Result, ...]:
+    """The best plan of every band of speed as a finished model; those that are there stay."""
+    results: list[Result] = []
+    for band in bands(searched):
+        point = folder.within(f"point-{len(results) + 1}", job.config.as_toml())
+        if (point.path / run_folder.RESULT).is_file():
+            results.append(run_folder.read_result(point.path))
+            continue
+        finalists = choose(job, band, bench, point, on_progress)
+        winner = contest(job, finalists, bench, point, on_progress)
+        results.append(build(job, searched, winner, bench, point, on_progress))
+    return tuple(results)
 
 
 def build(
@@ -139,7 +218,8 @@ def build(
     """Prunes for real, trains on, exports and proves."""
     compact, engines = cut_out(job, winner.plan, on_progress)
     recipe = job.recipe(winner.n_steps_left, job.config.seed)
-    tuned = train(job, winner.network, bench, recipe, on_progress, folder.training)
+    stands = folder.unfinished / "training.pt"
+    tuned = train(job, winner.network, bench, recipe, on_progress, stands)
     compact.load_state_dict(tuned.model.state_dict())
     training = training_report(job, winner, tuned)
     return finish(
@@ -229,7 +309,7 @@ def finish(
         out=folder.path,
     )
     folder.write_result(result)
-    folder.training.unlink(missing_ok=True)
+    folder.forget_unfinished()
     return result
 
 
@@ -383,9 +463,7 @@ def _what_is_kept(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, DeviceError) as err:
-        kept = "Nothing was measured yet"
-        if folder.study.is_file():
-            kept = f"The trials so far are kept; `compress report {folder.path}` shows them"
+        kept = f"All that was measured is kept; `compress resume {folder.path}` goes on"
         logger.warning("stopped: %r", err)
         if isinstance(err, DeviceError):
             raise type(err)(f"{err} {kept}.") from err

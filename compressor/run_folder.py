@@ -1,31 +1,46 @@
 """What is kept on disk. Files are written under another name, synced and renamed."""
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
 import logging
 import platform
+import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import filelock
 import tomli_w
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, RunFolderError
 from compressor.files import write_whole
-from compressor.values import Data, LoadedModel, Result, Target
+from compressor.values import Data, LoadedModel, PairedLatency, Result, Target
 
 VERSION = metadata.version("compressor")
 SCHEMA = 1
 RESULT, STUDY, CONFIG, LOG = "result.json", "study.db", "config.toml", "log.txt"
 MODEL_ONNX, ORIGINAL_ONNX, MODEL_PT = "model.onnx", "original.onnx", "model.pt"
+MANIFEST, LOCK, UNFINISHED = "manifest.json", ".lock", ".unfinished"
+# Of what a run follows from; with another one it would not be the same run.
+IDENTITIES = {
+    "model_sha256": "the model file",
+    "data_fingerprint": "the data",
+    "config_sha256": CONFIG,
+}
 
 _RESULT = TypeAdapter(Result)
+_PAIR = TypeAdapter(PairedLatency)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,96 @@ class RunFolder:
     """One run's files; see `create` and `Result`."""
 
     path: Path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process works in the folder meanwhile; a process that died holds no lock.
+
+        Raises:
+            RunFolderError: One does.
+        """
+        lock = filelock.FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout as err:
+            raise RunFolderError(
+                f"{self.path} is in use: another process works in it. Wait for it, or stop it."
+            ) from err
+        except OSError as err:
+            raise RunFolderError(f"{self.path} cannot be locked: {err}.") from err
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def unfinished(self) -> Path:
+        """Folder of what is needed to go on; gone when the run is finished."""
+        path = self.path / UNFINISHED
+        path.mkdir(exist_ok=True)
+        return path
+
+    def once(self, name: str, measure: Callable[[], PairedLatency]) -> PairedLatency:
+        """What `measure` returns, or returned when the run got here before it was stopped."""
+        file = self.unfinished / f"{name}.json"
+        if file.is_file():
+            return _PAIR.validate_json(file.read_bytes())
+        pair = measure()
+        write_whole(file, _PAIR.dump_json(pair))
+        return pair
+
+    def forget_unfinished(self) -> None:
+        """Removes what is only needed to go on."""
+        shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
+
+    def write_manifest(self, environment: Mapping[str, object]) -> None:
+        """What the run follows from, so that `check` can tell whether it still does."""
+        config = hashlib.sha256((self.path / CONFIG).read_bytes()).hexdigest()
+        content = {"schema": SCHEMA, "config_sha256": config, **environment}
+        write_whole(self.path / MANIFEST, json.dumps(content, indent=2) + "\n")
+
+    def check(self, environment: Mapping[str, object], *, force: bool) -> None:
+        """Whether a run that goes on is still the run that was begun.
+
+        Raises:
+            RunFolderError: The model, the data or the configuration is another one, and `force`
+                is not set.
+        """
+        begun = self.read_manifest()
+        config = hashlib.sha256((self.path / CONFIG).read_bytes()).hexdigest()
+        now = {"config_sha256": config, **environment}
+        changed = [what for key, what in IDENTITIES.items() if begun.get(key) != now.get(key)]
+        if changed and not force:
+            raise RunFolderError(
+                f"{' and '.join(changed)} changed since the run in {self.path} was begun; its "
+                f"trials say nothing of the new one. Start a new run, or give --force."
+            )
+        if begun.get("versions") != now.get("versions"):
+            logger.warning("begun with %s, goes on with %s", begun["versions"], now["versions"])
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What `write_manifest` wrote.
+
+        Raises:
+            RunFolderError: It is not there, not readable, or of another version of the format.
+        """
+        file = self.path / MANIFEST
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as err:
+            raise RunFolderError(
+                f"{self.path} has no {MANIFEST}: no run was begun there, or it was stopped before "
+                f"its first measurement. Start it anew."
+            ) from err
+        except (OSError, ValueError) as err:
+            raise RunFolderError(f"{file} cannot be read: {err}.") from err
+        found = content.get("schema") if isinstance(content, dict) else None
+        if found != SCHEMA:
+            raise RunFolderError(
+                f"{file} has schema {found}; this version goes on with {SCHEMA} only. Use the "
+                f"version of compress that began the run."
+            )
+        return dict(content)
 
     @property
     def study(self) -> Path:
@@ -50,13 +155,9 @@ class RunFolder:
         return self.path / MODEL_ONNX
 
     def within(self, name: str, settings: Mapping[str, object]) -> "RunFolder":
-        """A new run folder in this one."""
-        return create(self.path / name, name, settings)
-
-    @property
-    def training(self) -> Path:
-        """Where the last fine-tuning stands; gone when the run is finished."""
-        return self.path / ".training.pt"
+        """A run folder in this one, new or as it was left."""
+        path = self.path / name
+        return RunFolder(path) if path.exists() else create(path, name, settings)
 
     @contextlib.contextmanager
     def unproven_onnx(self) -> Iterator[Path]:
@@ -103,6 +204,22 @@ def create(wanted: Path | None, default_name: str, settings: Mapping[str, object
     except OSError as err:
         raise RunFolderError(f"The run folder cannot be written: {err}.") from err
     return RunFolder(path)
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """What the run in the folder `path` was asked for: field of `Config` -> value.
+
+    Raises:
+        RunFolderError: There is no run, or its `config.toml` cannot be read.
+    """
+    file = path / CONFIG
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise RunFolderError(f"{path} has no {CONFIG}: no run was begun there.") from err
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise RunFolderError(f"{file} cannot be read: {err}.") from err
+    return {key.replace("-", "_"): value for key, value in content.items()}
 
 
 def check_free(wanted: Path) -> None:

@@ -241,6 +241,7 @@ class _Training:
             "schedule": self.schedule.state_dict(),
             "best": self.best.state_dict(),
             "best_score": self.best_score,
+            "score_before": self.score_before,
             "stopped_because": self.stopped_because,
         }
         buffer = io.BytesIO()
@@ -255,6 +256,7 @@ class _Training:
             logger.warning("%s is of another recipe; training begins anew", path)
             return
         self.step, self.best_score = content["step"], content["best_score"]
+        self.score_before = content["score_before"]
         self.stopped_because = content["stopped_because"]
         self.student.load_state_dict(content["student"])
         if self.average is not None:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from compressor.bench import (
@@ -21,7 +22,6 @@ from compressor.config import Config
 from compressor.errors import ConfigError, MeasurementError, SearchError
 from compressor.graph.costs import layer_costs
 from compressor.job import Job
-from compressor.run_folder import RunFolder
 from compressor.search import ASK_FOR_FEATURES, make_strategy
 from compressor.search.greedy import lazy_greedy
 from compressor.search.objective import (
@@ -33,7 +33,7 @@ from compressor.search.objective import (
     Proposal,
     is_hopeless,
 )
-from compressor.search.study import Study
+from compressor.search.study import Study, read_before
 from compressor.values import (
     MACS,
     MAX_DROP,
@@ -53,8 +53,16 @@ TrialCallback = Callable[[Trial], None]
 logger = logging.getLogger(__name__)
 
 
-def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
+def pose(
+    job: Job, bench: Bench, on_progress: ProgressCallback, known: Path | None = None
+) -> Problem:
     """Turns the user's limits into shares of the original's costs, and measures what it takes.
+
+    Args:
+        job: What is compressed for what.
+        bench: Measures.
+        on_progress: Told how far that has come.
+        known: The study of a run that goes on: what it measured then is taken from there.
 
     Raises:
         ConfigError: The original meets them already.
@@ -70,7 +78,7 @@ def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
             min_accuracy = original_accuracy.value - constraint.value / 100
         else:
             limits[TIME] = 1 / constraint.min_speedup(original_ms)
-            if limits[TIME] >= 1:
+            if limits[TIME] >= 1 and known is None:
                 raise ConfigError(
                     f"The original already meets {constraint} on {job.target.name}: it takes "
                     f"{original_ms:.3g} ms. Lower --max-latency, or ship the original."
@@ -93,12 +101,18 @@ def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
         n_clusters=job.config.clusters,
         seed=seed,
         layers=layer_costs(job.model, job.groups),
-        timed=bench.timed_plans(seed, at_most=job.config.trials // 2),
     )
+    if known is None:
+        timed_plans = bench.timed_plans(seed, at_most=job.config.trials // 2)
+        problem = replace(problem, timed=timed_plans)
+    else:
+        problem = read_before(known, problem)
     if is_hopeless(problem) or job.config.trials < MIN_INFORMED:
         return problem
     if job.config.search in ASK_FOR_FEATURES:
         return replace(problem, features=bench.features())
+    if known is not None:
+        return problem
     return with_harm(problem, bench, on_progress)
 
 
@@ -137,18 +151,21 @@ def search(
     job: Job,
     problem: Problem,
     bench: Bench,
-    folder: RunFolder,
+    study: Study,
     on_trial: TrialCallback,
     on_progress: ProgressCallback,
 ) -> Searched:
-    """Proposes and measures until the budget is spent or nothing is left to try."""
+    """Proposes and measures until the budget is spent or nothing is left to try.
+
+    The trials that `study` holds already count.
+    """
     strategy = make_strategy(job.config.search, **_search_options(job.config))
-    study = Study.create(folder.study, job.space)
-    study.keep(problem)
-    started = time.perf_counter()
+    before = sum(sum(trial.seconds.values()) for trial in study.trials)
+    started = time.perf_counter() - before
     budget = job.config.time_budget or float("inf")
     hopeless = is_hopeless(problem)
-    while len(study.trials) < problem.n_trials and time.perf_counter() - started < budget:
+    n_trials = 1 if hopeless else problem.n_trials
+    while len(study.trials) < n_trials and time.perf_counter() - started < budget:
         on_progress(Progress("Searching", len(study.trials), problem.n_trials))
         seconds: dict[str, float] = {}
         with timed(seconds, PROPOSAL):
@@ -160,11 +177,9 @@ def search(
         if proposal is None:
             logger.info("every plan of the space was tried")
             break
-        trial = _run_trial(job, study, proposal, bench, seconds)
-        on_trial(trial)
-        if hopeless:
-            logger.info("the fastest plan stays far beyond the limit; no need to go on")
-            break
+        on_trial(_run_trial(job, study, proposal, bench, seconds))
+    if hopeless:
+        logger.info("the fastest plan stays far beyond the limit; no need to go on")
     on_progress(Progress("Searching", len(study.trials), len(study.trials)))
     if not any(trial.accuracy for trial in study.trials):
         reasons = {trial.failed_because for trial in study.trials}
@@ -186,12 +201,12 @@ def _search_options(config: Config) -> dict[str, str]:
 def _run_trial(
     job: Job, study: Study, proposal: Proposal, bench: Bench, seconds: dict[str, float]
 ) -> Trial:
-    running = study.begin(proposal)
+    number = len(study.trials)
     outcome: dict[str, Any] = {}
     latency = None
     try:
         plan = job.space.plan(proposal.widths)
-        measured, latency = bench.measure(plan, seconds, seed=job.config.seed + running.number)
+        measured, latency = bench.measure(plan, seconds, seed=job.config.seed + number)
         outcome = {
             "accuracy": measured,
             "speedup": latency.ratio,
@@ -201,12 +216,12 @@ def _run_trial(
     except MeasurementError as err:
         outcome = {"failed_because": str(err)}
     trial = Trial(
-        number=running.number,
+        number=number,
         widths=job.space.by_name(proposal.widths),
         phase=proposal.phase,
         seconds=seconds,
         **outcome,
     )
-    study.finish(running, trial, latency)
+    study.add(trial, latency)
     logger.info("%s", trial)
     return trial

@@ -7,18 +7,19 @@ and speed-up, both larger is better.
 
 import sqlite3
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
 from compressor.errors import RunFolderError
-from compressor.search.objective import Harmed, Problem, Proposal, TimedPlan
+from compressor.search.objective import Harmed, Problem, TimedPlan
 from compressor.search.space import SearchSpace
 from compressor.values import Accuracy, PairedLatency, Trial
 
@@ -28,7 +29,7 @@ BEFORE = "before"  # the one of the study
 
 
 class Study:
-    """Trials in the order they were begun; written as they come."""
+    """Trials in the order they came; written one by one."""
 
     def __init__(self, study: optuna.Study, space: SearchSpace) -> None:
         self._study = study
@@ -53,16 +54,28 @@ class Study:
             study.set_metric_names(["accuracy", "speedup"])
         return cls(study, space)
 
+    @classmethod
+    def open(cls, path: Path, space: SearchSpace) -> "Study":
+        """The study in the file at `path`, as far as it came.
+
+        Raises:
+            RunFolderError: There is no study in it, or one of another space.
+        """
+        study = cls(_load(path), space)
+        study._trials = list(read_trials(path))
+        if any(set(trial.widths) != set(space.names) for trial in study._trials):
+            raise RunFolderError(f"The trials in {path} are of another network or target.")
+        return study
+
     def keep(self, problem: Problem) -> None:
         """Writes what was measured before the first trial: proposals follow from it too."""
         self._study.set_user_attr(
             BEFORE,
             {
-                "original_accuracy": [
-                    problem.original_accuracy.value,
-                    problem.original_accuracy.n,
-                    problem.original_accuracy.loss,
-                ],
+                "original_accuracy": {
+                    "value": problem.original_accuracy.value,
+                    **_accuracy_on_disk(problem.original_accuracy),
+                },
                 "limits": dict(problem.objective.limits),
                 "damages": dict(problem.damages),
                 "harmed": [_harm_on_disk(each) for each in problem.harmed],
@@ -79,25 +92,21 @@ class Study:
         """All trials that were finished or failed."""
         return tuple(self._trials)
 
-    def begin(self, proposal: Proposal) -> optuna.Trial:
-        """Writes that a trial is running."""
-        self._study.enqueue_trial(self._space.by_name(proposal.widths))
-        return self._study.ask(self._distributions)
+    def add(self, trial: Trial, latency: PairedLatency | None) -> None:
+        """Writes a trial that was finished or failed, with every raw time.
 
-    def finish(self, running: optuna.Trial, trial: Trial, latency: PairedLatency | None) -> None:
-        """Writes what became of it, with every raw time."""
+        In one transaction: a process that is killed leaves the trial whole, or nothing of it.
+        """
         measured: dict[str, object] = {
             "phase": trial.phase,
             "seconds": {part: round(s, 5) for part, s in trial.seconds.items()},
             "failed_because": trial.failed_because,
         }
-        if trial.accuracy is None or latency is None:
-            running.set_user_attr(MEASURED, measured)
-            self._study.tell(running, state=TrialState.FAIL)
-        else:
+        state, values = TrialState.FAIL, None
+        if trial.accuracy is not None and latency is not None:
+            state, values = TrialState.COMPLETE, [trial.accuracy.value, latency.ratio]
             measured |= {
-                "n_images": trial.accuracy.n,
-                "loss": trial.accuracy.loss,
+                **_accuracy_on_disk(trial.accuracy),
                 "speedup_ci95": trial.speedup_ci95,
                 "latency_ms": trial.latency_ms,
                 "basis": latency.basis,
@@ -107,9 +116,24 @@ class Study:
                     for p in latency.session_pairs
                 ],
             }
-            running.set_user_attr(MEASURED, measured)
-            self._study.tell(running, [trial.accuracy.value, latency.ratio])
+        self._study.add_trial(
+            create_trial(
+                state=state,
+                values=values,
+                params={name: trial.widths[name] for name in self._space.names},
+                distributions=self._distributions,
+                user_attrs={MEASURED: measured},
+            )
+        )
         self._trials.append(trial)
+
+
+def has_begun(path: Path) -> bool:
+    """Whether the file at `path` holds what was measured before the first trial."""
+    try:
+        return path.is_file() and BEFORE in _load(path).user_attrs
+    except RunFolderError:  # stopped while the file was made
+        return False
 
 
 def read_trials(path: Path) -> tuple[Trial, ...]:
@@ -131,10 +155,10 @@ def read_before(path: Path, problem: Problem) -> Problem:
     before = _load(path).user_attrs.get(BEFORE)
     if before is None:
         raise RunFolderError(f"{path} was written by an older version; it cannot be repeated.")
-    value, n, loss = before["original_accuracy"]
+    accuracy = before["original_accuracy"]
     return replace(
         problem,
-        original_accuracy=Accuracy(value, n, loss),
+        original_accuracy=_accuracy(accuracy["value"], accuracy),
         objective=replace(problem.objective, limits=before["limits"]),
         damages=before["damages"],
         harmed=tuple(Harmed(each["widths"], each["harm"]) for each in before["harmed"]),
@@ -144,6 +168,21 @@ def read_before(path: Path, problem: Problem) -> Problem:
             for t in before["timed"]
         ),
     )
+
+
+def _accuracy_on_disk(accuracy: Accuracy) -> dict[str, object]:
+    """All but its value, which stands where dashboards look for it."""
+    return {
+        "n_images": accuracy.n,
+        "loss": accuracy.loss,
+        "metric": accuracy.metric,
+        "spread": accuracy.spread,
+    }
+
+
+def _accuracy(value: float, kept: Mapping[str, Any]) -> Accuracy:
+    names = ("loss", "metric", "spread")
+    return Accuracy(value, kept["n_images"], **{name: kept.get(name) for name in names})
 
 
 def _harm_on_disk(each: Harmed) -> dict[str, object]:
@@ -185,7 +224,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
     low, high = measured["speedup_ci95"]
     return Trial(
         **common,
-        accuracy=Accuracy(frozen.values[0], measured["n_images"], measured.get("loss")),
+        accuracy=_accuracy(frozen.values[0], measured),
         speedup=frozen.values[1],
         speedup_ci95=(low, high),
         latency_ms=measured["latency_ms"],

@@ -123,7 +123,7 @@ def test_a_board_that_stays_away_leaves_the_trials_that_were_measured(
     with pytest.raises(DeviceLostError, match="stayed away for 1 s") as caught:
         compressor.compress(config, on_trial=on_trial)
 
-    assert f"`compress report {folder}`" in str(caught.value)
+    assert f"`compress resume {folder}` goes on" in str(caught.value)
     assert not {"result.json", "model.onnx", "model.pt"} & {p.name for p in folder.iterdir()}
     shown = compressor.folder_report(folder)
     assert "was not finished. Trials measured: 2, failed: 0." in shown

@@ -1,6 +1,7 @@
 """`compress()` itself: what stops a model from being handed back, and what is told meanwhile."""
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, TRIAL, Effort
 from compressor.pipeline import judge
+from compressor.run_folder import RunFolder
 from compressor.search import STRATEGIES
 from compressor.search.objective import TIME, Objective, Problem
 from compressor.search.space import make_space
@@ -139,7 +141,7 @@ def chosen_widths(
     problem = Problem(space, wanted, Accuracy(0.95, 1000), 10, 3, seed=0)
     searched = Searched(problem, trials, 1.0, paired(1, 1, 1))
     bench = cast(Bench, FakeBench(*again))
-    plans = choose(job, searched, bench, lambda _p: None)
+    plans = choose(job, searched, bench, RunFolder(Path(tempfile.mkdtemp())), lambda _p: None)
     return [len(plan.kept["g"]) for plan in plans]
 
 

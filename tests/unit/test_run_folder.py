@@ -11,7 +11,6 @@ import pytest
 from compressor import run_folder
 from compressor.errors import ConfigError, RunFolderError
 from compressor.report import text_report, trials_report
-from compressor.search.objective import Proposal
 from compressor.search.study import Study, read_trials
 from compressor.values import (
     Accuracy,
@@ -158,19 +157,19 @@ def test_trials_come_back_and_other_tools_can_read_them(tmp_path: Path) -> None:
         0, {"g0": 48, "g1": 16}, "clusters", Accuracy(0.91, 700), 2.5, (2.4, 2.6), 2.0,
         {"surgery": 0.25},
     )  # fmt: skip
-    running = study.begin(Proposal((48, 16), "clusters"))
-    assert running.number == 0
-    study.finish(running, done, LATENCY)
+    study.add(done, LATENCY)
     failed = Trial(1, {"g0": 16, "g1": 16}, "layers", failed_because="the board is gone")
-    study.finish(study.begin(Proposal((16, 16), "layers")), failed, None)
-    study.begin(Proposal((64, 16), "layers"))  # and then the process is killed
+    study.add(failed, None)
 
     assert read_trials(tmp_path / "study.db") == study.trials == (done, failed)
+    assert Study.open(tmp_path / "study.db", space).trials == (done, failed)
+    with pytest.raises(RunFolderError, match="are of another network"):
+        Study.open(tmp_path / "study.db", space_of([64], step=16))
     url = f"sqlite:///{tmp_path / 'study.db'}"
     plain = optuna.load_study(study_name=None, storage=url)
     assert plain.trials[0].params == {"g0": 48, "g1": 16}
     assert plain.trials[0].values == [0.91, 2.5]
-    assert [t.state.name for t in plain.trials] == ["COMPLETE", "FAIL", "RUNNING"]
+    assert [t.state.name for t in plain.trials] == ["COMPLETE", "FAIL"]
     assert plain.trials[0].user_attrs["measured"]["rounds_ms"][0][0] == [5.0, 5.0, 5.5]
 
 
@@ -198,7 +197,7 @@ def test_a_study_lies_where_its_path_says(name: str, tmp_path: Path) -> None:
     space = space_of([64], step=16)
     study = Study.create(folder / "study.db", space)
     failed = Trial(0, {"g0": 16}, "start", failed_because="x")
-    study.finish(study.begin(Proposal((16,), "start")), failed, None)
+    study.add(failed, None)
     assert [p.name for p in folder.iterdir()] == ["study.db"]
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert read_trials(folder / "study.db") == (failed,)

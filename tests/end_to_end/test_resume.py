@@ -1,0 +1,285 @@
+"""Runs that are really killed go on as if nothing had been."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import compressor
+from compressor.errors import ConfigError, DataError, ModelError, RunFolderError
+from compressor.graph.costs import layer_costs
+from compressor.job import prepare
+from compressor.run_folder import RunFolder, read_settings
+from compressor.search import STRATEGIES
+from compressor.search.objective import Objective, Problem
+from compressor.search.study import read_before, read_trials
+from compressor.values import Accuracy, Trial
+from tests.end_to_end import killed
+
+FLAGS: dict[str, object] = {
+    "target": "host-cpu", "arch": "tests.conftest:make_conv_net", "constraint": {"macs": 0.6},
+    "trials": 14, "fine_tune_epochs": 6, "finalists": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def flags(trained: Path, blobs: Path, tmp_path: Path) -> dict[str, object]:
+    shutil.copy(trained, tmp_path / "model.pt")
+    return FLAGS | {"data": blobs}
+
+
+def kill_at_random(
+    model: Path, flags: dict[str, object], out: Path, n_kills: int, seed: int
+) -> list[int]:
+    """Kills and goes on so many times, then lets it finish; trials on disk after every kill."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([killed.__name__])
+    generator = random.Random(seed)
+    n_trials = []
+    for _ in range(n_kills):
+        process = server.Process(target=killed.run, args=(model, flags, out))
+        process.start()
+        process.join(generator.uniform(0.3, 4.0))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        else:
+            assert process.exitcode == 0
+        n_trials.append(len(read_trials(out / "study.db")) if has_study(out) else 0)
+    process = server.Process(target=killed.run, args=(model, flags, out))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    return n_trials
+
+
+def has_study(out: Path) -> bool:
+    """Whether the file holds one: it may have been made in part."""
+    try:
+        read_trials(out / "study.db")
+    except RunFolderError:
+        return False
+    return True
+
+
+def check_is_as_if_undisturbed(model: Path, flags: dict[str, object], out: Path) -> None:
+    """Every proposal follows from the trials before it, and the same weights come out again."""
+    trials = read_trials(out / "study.db")
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    assert len({tuple(trial.widths.items()) for trial in trials}) == len(trials)
+    with sqlite3.connect(out / "study.db") as connection:
+        states = [row[0] for row in connection.execute("select state from trials")]
+    assert states == ["COMPLETE"] * len(trials)
+    config = compressor.load_config(model, flags | {"out": out.parent / "new"})
+    job = prepare(config)
+    posed = Problem(
+        job.space, Objective(), Accuracy(0.0, 1), config.trials, config.clusters, config.seed,
+        layer_costs(job.model, job.groups),
+    )  # fmt: skip
+    problem = read_before(out / "study.db", posed)
+    for n, trial in enumerate(trials):
+        proposal = STRATEGIES["bocr"].propose(problem, trials[:n])
+        assert proposal is not None
+        assert problem.space.by_name(proposal.widths) == trial.widths
+
+    again = out.parent / "again"
+    again.mkdir()
+    for name in ("manifest.json", "config.toml", "study.db"):
+        shutil.copy(out / name, again / name)
+    undisturbed = compressor.resume(again)
+    assert isinstance(undisturbed, compressor.Result)
+    found = compressor.folder_report(out, as_json=True)
+    assert json.loads(found)["groups"] == list(undisturbed.groups)
+    mine, theirs = (
+        torch.load(folder / "model.pt", weights_only=True)["state_dict"] for folder in (out, again)
+    )
+    assert set(mine) == set(theirs)
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert not (out / ".unfinished").exists()
+
+
+def test_a_run_that_is_killed_20_times(flags: dict[str, object], tmp_path: Path) -> None:
+    model, out = tmp_path / "model.pt", tmp_path / "run"
+    n_trials = kill_at_random(model, flags, out, n_kills=20, seed=0)
+    assert n_trials == sorted(n_trials)  # none is ever lost
+    check_is_as_if_undisturbed(model, flags, out)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_runs_that_are_killed_200_times(
+    flags: dict[str, object], tmp_path: Path, seed: int
+) -> None:
+    model, out = tmp_path / "model.pt", tmp_path / "run"
+    n_trials = kill_at_random(model, flags, out, n_kills=20, seed=seed)
+    assert n_trials == sorted(n_trials)
+    check_is_as_if_undisturbed(model, flags, out)
+
+
+class Stop(Exception):
+    """Ends a run from a callback."""
+
+
+def stopped_run(model: Path, flags: dict[str, object], out: Path, after: int = 2) -> Path:
+    """A run that ended after so many trials."""
+
+    def on_trial(trial: Trial) -> None:
+        if trial.number + 1 == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        compressor.compress(compressor.load_config(model, flags | {"out": out}), on_trial=on_trial)
+    return out
+
+
+def test_a_finished_run_is_shown(flags: dict[str, object], tmp_path: Path) -> None:
+    small = flags | {"trials": 2, "fine_tune_epochs": 0}
+    config = compressor.load_config(tmp_path / "model.pt", small | {"out": tmp_path / "run"})
+    result = compressor.compress(config)
+    again = compressor.resume(tmp_path / "run")
+    assert isinstance(again, compressor.Result)
+    assert replace(again, out=result.out).speedup.ratio == result.speedup.ratio
+
+
+def test_a_front_goes_on(flags: dict[str, object], tmp_path: Path) -> None:
+    """Points that were finished stay as they are."""
+    front = flags | {"pareto": True, "trials": 12, "fine_tune_epochs": 1}
+    del front["constraint"]
+    out = stopped_run(tmp_path / "model.pt", front, tmp_path / "run", after=12)
+    results = compressor.resume(out)
+    assert isinstance(results, tuple)
+    assert results
+    written = (out / "point-1" / "result.json").stat().st_mtime_ns
+    again = compressor.resume(out)
+    assert isinstance(again, tuple)
+    assert [r.speedup.ratio for r in again] == [r.speedup.ratio for r in results]
+    assert (out / "point-1" / "result.json").stat().st_mtime_ns == written
+
+
+def test_two_processes_never_work_in_one_folder(flags: dict[str, object], tmp_path: Path) -> None:
+    """A lock that a dead process left behind is none."""
+    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 3}, tmp_path / "run")
+    with RunFolder(out).locked():
+        server = multiprocessing.get_context("forkserver")
+        other = server.Process(target=killed.run, args=(tmp_path / "model.pt", flags, out))
+        other.start()
+        other.join(60)
+        assert other.exitcode == 1
+        assert len(read_trials(out / "study.db")) == 2
+    assert (out / ".lock").exists()  # a file, held by nobody
+    result = compressor.resume(out)
+    assert isinstance(result, compressor.Result)
+
+
+def edit_config(out: Path) -> None:
+    file = out / "config.toml"
+    file.write_text(file.read_text().replace("seed = 0", "seed = 1"))
+
+
+def change_model(out: Path) -> None:
+    model = out.parent / "model.pt"
+    tensors = torch.load(model, weights_only=True)
+    tensors["head.bias"] += 0.01
+    torch.save(tensors, model)
+
+
+def age_schema(out: Path) -> None:
+    file = out / "manifest.json"
+    file.write_text(file.read_text().replace('"schema": 1', '"schema": 0'))
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "is_forcible"),
+    [
+        (edit_config, r"config.toml changed since the run in .* was begun", True),
+        (change_model, "the model file changed", True),
+        (age_schema, "has schema 0; this version goes on with 1 only", False),
+    ],
+)
+def test_another_run_is_not_taken_for_this_one(
+    flags: dict[str, object],
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    message: str,
+    is_forcible: bool,
+) -> None:
+    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 3}, tmp_path / "run")
+    change(out)
+    with pytest.raises(RunFolderError, match=message):
+        compressor.resume(out)
+    assert len(read_trials(out / "study.db")) == 2
+    if is_forcible:
+        compressor.resume(out, force=True)
+        assert len(read_trials(out / "study.db")) == 3
+
+
+@pytest.mark.parametrize(
+    ("gone", "error", "message"),
+    [
+        ("config.toml", RunFolderError, "has no config.toml: no run was begun there"),
+        ("manifest.json", RunFolderError, "has no manifest.json"),
+        ("../model.pt", ModelError, "model.pt"),
+        ("../data.npz", DataError, "No data at"),
+    ],
+)
+def test_what_is_missing_is_named(
+    flags: dict[str, object], tmp_path: Path, gone: str, error: type[Exception], message: str
+) -> None:
+    shutil.copy(str(flags["data"]), tmp_path / "data.npz")
+    mine = flags | {"data": tmp_path / "data.npz", "trials": 3}
+    out = stopped_run(tmp_path / "model.pt", mine, tmp_path / "run")
+    (out / gone).unlink()
+    with pytest.raises(error, match=message):
+        compressor.resume(out)
+
+
+def test_a_run_goes_on_from_another_folder(
+    flags: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths that were given relative to the one it was begun in."""
+    monkeypatch.chdir(tmp_path)
+    out = stopped_run(Path("model.pt"), flags | {"trials": 3}, Path("run")).resolve()
+    assert read_settings(out)["model"] == str(tmp_path / "model.pt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    compressor.resume(out)
+    assert len(read_trials(out / "study.db")) == 3
+
+
+def test_a_lost_study_is_begun_anew(flags: dict[str, object], tmp_path: Path) -> None:
+    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 3}, tmp_path / "run")
+    (out / "study.db").write_bytes(b"SQLite format 3\0 and then the power went")
+    compressor.resume(out)
+    assert len(read_trials(out / "study.db")) == 3
+
+
+def test_settings_of_another_version_are_named(flags: dict[str, object], tmp_path: Path) -> None:
+    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 3}, tmp_path / "run")
+    with (out / "config.toml").open("a") as file:
+        file.write("")
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(f"no-such-flag = 1\n{text}")
+    with pytest.raises(ConfigError, match="no-such-flag"):
+        compressor.resume(out)
+
+
+def test_time_spent_before_counts(flags: dict[str, object], tmp_path: Path) -> None:
+    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 6}, tmp_path / "run")
+    began = time.perf_counter()
+    result = compressor.resume(out)
+    spent = time.perf_counter() - began
+    assert isinstance(result, compressor.Result)
+    trials = read_trials(out / "study.db")
+    before = sum(sum(trial.seconds.values()) for trial in trials[:2])
+    seconds = result.search["seconds"]
+    assert isinstance(seconds, float)
+    assert before < seconds < before + spent
