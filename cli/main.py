@@ -451,6 +451,8 @@ def _exit(work: Callable[[], int]) -> None:
     try:
         code = work()
     except (InterruptedRunError, KeyboardInterrupt) as err:
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is kept; what is left is to exit
+            signal.signal(number, signal.SIG_IGN)
         is_told = isinstance(err, InterruptedRunError)
         typer.echo(f"\n{err}" if is_told else "\nStopped.", err=True)
         stopped_by = err.__cause__ if is_told else err

@@ -17,6 +17,7 @@ from compressor.errors import (
     EquivalenceError,
     ExportError,
     InterruptedRunError,
+    RunFolderError,
 )
 from compressor.evaluate import accuracy, check_agree
 from compressor.export import export_onnx
@@ -462,9 +463,11 @@ def _what_is_kept(folder: RunFolder) -> Iterator[None]:
     """Says, where a run is stopped or its device is gone, what is left of it."""
     try:
         yield
-    except (KeyboardInterrupt, DeviceError) as err:
+    except (KeyboardInterrupt, DeviceError, OSError, RunFolderError) as err:
         kept = f"All that was measured is kept; `compress resume {folder.path}` goes on"
         logger.warning("stopped: %r", err)
-        if isinstance(err, DeviceError):
+        if isinstance(err, (DeviceError, RunFolderError)):
             raise type(err)(f"{err} {kept}.") from err
+        if isinstance(err, OSError):
+            raise RunFolderError(f"{folder.path} cannot be written: {err}. {kept}.") from err
         raise InterruptedRunError(f"Stopped. {kept}.") from err

@@ -235,6 +235,7 @@ def check_free(wanted: Path) -> None:
 def logged(folder: RunFolder) -> Iterator[None]:
     """Everything compressor logs goes to the folder's `log.txt` meanwhile."""
     handler = logging.FileHandler(folder.path / LOG, encoding="utf-8")
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("compressor")
     level = package.level

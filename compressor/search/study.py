@@ -5,9 +5,10 @@ whatever the phase of the search, so nothing is lost at a rollback. Its two valu
 and speed-up, both larger is better.
 """
 
+import contextlib
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,13 @@ class Study:
     def create(cls, path: Path, space: SearchSpace) -> "Study":
         """A new study in a new file at `path`."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=_storage(path),
-            study_name=STUDY_NAME,
-            directions=["maximize", "maximize"],
-        )
-        with warnings.catch_warnings():
+        with _written(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(
+                storage=_storage(path),
+                study_name=STUDY_NAME,
+                directions=["maximize", "maximize"],
+            )
             study.set_metric_names(["accuracy", "speedup"])
         return cls(study, space)
 
@@ -69,23 +70,25 @@ class Study:
 
     def keep(self, problem: Problem) -> None:
         """Writes what was measured before the first trial: proposals follow from it too."""
-        self._study.set_user_attr(
-            BEFORE,
-            {
-                "original_accuracy": {
-                    "value": problem.original_accuracy.value,
-                    **_accuracy_on_disk(problem.original_accuracy),
-                },
-                "limits": dict(problem.objective.limits),
-                "damages": dict(problem.damages),
-                "harmed": [_harm_on_disk(each) for each in problem.harmed],
-                "path": [_harm_on_disk(each) for each in problem.path],
-                "timed": [
-                    {"widths": dict(t.widths), "speedup": t.speedup, "ci95": list(t.speedup_ci95)}
-                    for t in problem.timed
-                ],
+        with _written():
+            self._study.set_user_attr(BEFORE, self._on_disk(problem))
+
+    @staticmethod
+    def _on_disk(problem: Problem) -> dict[str, object]:
+        return {
+            "original_accuracy": {
+                "value": problem.original_accuracy.value,
+                **_accuracy_on_disk(problem.original_accuracy),
             },
-        )
+            "limits": dict(problem.objective.limits),
+            "damages": dict(problem.damages),
+            "harmed": [_harm_on_disk(each) for each in problem.harmed],
+            "path": [_harm_on_disk(each) for each in problem.path],
+            "timed": [
+                {"widths": dict(t.widths), "speedup": t.speedup, "ci95": list(t.speedup_ci95)}
+                for t in problem.timed
+            ],
+        }
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -116,16 +119,26 @@ class Study:
                     for p in latency.session_pairs
                 ],
             }
-        self._study.add_trial(
-            create_trial(
-                state=state,
-                values=values,
-                params={name: trial.widths[name] for name in self._space.names},
-                distributions=self._distributions,
-                user_attrs={MEASURED: measured},
-            )
+        finished = create_trial(
+            state=state,
+            values=values,
+            params={name: trial.widths[name] for name in self._space.names},
+            distributions=self._distributions,
+            user_attrs={MEASURED: measured},
         )
+        with _written():
+            self._study.add_trial(finished)
         self._trials.append(trial)
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    """Raises `RunFolderError` where SQLite cannot write."""
+    try:
+        yield
+    except (DatabaseError, optuna.exceptions.StorageInternalError) as err:
+        reason = str(err.__cause__ or err).splitlines()[0]
+        raise RunFolderError(f"The study cannot be written: {reason}.") from err
 
 
 def has_begun(path: Path) -> bool:

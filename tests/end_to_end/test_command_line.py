@@ -215,9 +215,20 @@ def test_a_latency_limit_in_milliseconds(project: Path) -> None:
     assert not (project / "lazy").exists()
 
 
-def test_ctrl_c_leaves_a_folder_that_can_be_read(project: Path) -> None:
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ((signal.SIGINT,), 130),
+        ((signal.SIGINT, signal.SIGINT, signal.SIGINT), 130),
+        ((signal.SIGTERM,), 143),
+    ],
+)
+def test_a_signal_leaves_a_folder_that_can_be_read_and_gone_on_with(
+    project: Path, signals: tuple[signal.Signals, ...], code: int
+) -> None:
+    name = f"stopped-by-{len(signals)}-{signals[0].name}"
     running = subprocess.Popen(
-        [*COMPRESS, "model.pt", "--speedup", "1.1", "--out", "stopped", "--trials", "10000"],
+        [*COMPRESS, "model.pt", "--speedup", "1.1", "--out", name, "--trials", "14"],
         cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         # A shell's background job, as these tests may be, hands on that Ctrl-C is ignored.
@@ -227,19 +238,26 @@ def test_ctrl_c_leaves_a_folder_that_can_be_read(project: Path) -> None:
     for line in running.stderr:
         if line.startswith("trial   4"):
             break
-    time.sleep(0.2)  # somewhere within the next trial
-    running.send_signal(signal.SIGINT)
+    time.sleep(0.1)  # somewhere within the next trial
+    for number in signals:
+        running.send_signal(number)
+        time.sleep(0.02)
     out, err = running.communicate(timeout=60)
-    assert running.returncode == 130, err
+    assert running.returncode == code, err
     assert out == ""
     assert "Stopped" in err
     assert "Traceback" not in err
-    assert not (project / "stopped" / "model.onnx").exists()
-    shown = compress("report", "stopped", cwd=project)
+    assert not (project / name / "model.onnx").exists()
+    shown = compress("report", name, cwd=project)
     assert shown.returncode == 0
     assert "was not finished" in shown.stdout
     n_shown = len([line for line in shown.stdout.splitlines() if line.endswith(" ms")])
     assert n_shown >= 4
+    if signals == (signal.SIGTERM,):
+        done = compress("resume", name, "--json", cwd=project)
+        assert done.returncode in (0, 3), done.stderr
+        assert json.loads(done.stdout)["search"]["n_trials"] == 14
+        assert "trial   4" not in done.stderr  # it was there
 
 
 @pytest.mark.parametrize(
