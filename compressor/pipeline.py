@@ -205,6 +205,7 @@ def finish_front(
         finalists = choose(job, band, bench, point, on_progress)
         winner = contest(job, finalists, bench, point, on_progress)
         results.append(build(job, searched, winner, bench, point, on_progress))
+    folder.forget_unfinished()
     return tuple(results)
 
 

@@ -29,7 +29,7 @@ VERSION = metadata.version("compressor")
 SCHEMA = 1
 RESULT, STUDY, CONFIG, LOG = "result.json", "study.db", "config.toml", "log.txt"
 MODEL_ONNX, ORIGINAL_ONNX, MODEL_PT = "model.onnx", "original.onnx", "model.pt"
-MANIFEST, LOCK, UNFINISHED = "manifest.json", ".lock", ".unfinished"
+MANIFEST, UNFINISHED, LOCK = "manifest.json", ".unfinished", "lock"
 # Of what a run follows from; with another one it would not be the same run.
 IDENTITIES = {
     "model_sha256": "the model file",
@@ -56,8 +56,8 @@ class RunFolder:
         Raises:
             RunFolderError: One does.
         """
-        lock = filelock.FileLock(self.path / LOCK, timeout=0)
         try:
+            lock = filelock.FileLock(self.unfinished / LOCK, timeout=0)
             lock.acquire()
         except filelock.Timeout as err:
             raise RunFolderError(

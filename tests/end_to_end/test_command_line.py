@@ -77,7 +77,7 @@ def test_the_folder_holds_what_was_promised(
     folder, _ = finished
     assert {p.name for p in folder.iterdir()} == {
         "model.onnx", "original.onnx", "model.pt", "result.json", "study.db", "config.toml",
-        "log.txt",
+        "log.txt", "manifest.json",
     }  # fmt: skip
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
     assert len(study.trials) == 8

@@ -96,7 +96,7 @@ def test_a_read_only_disk_is_named(trained: Path, blobs: Path, disk: Path) -> No
 
     with pytest.raises(InterruptedRunError):
         compressor.compress(config, on_trial=stop)
-    (disk / "run" / ".lock").unlink()
+    (disk / "run" / ".unfinished" / "lock").unlink()
     mount("-o", "remount,ro", str(disk))
     with pytest.raises(RunFolderError, match=r"cannot be locked: .*Read-only file system"):
         compressor.resume(disk / "run")

@@ -175,7 +175,7 @@ def test_two_processes_never_work_in_one_folder(flags: dict[str, object], tmp_pa
         other.join(60)
         assert other.exitcode == 1
         assert len(read_trials(out / "study.db")) == 2
-    assert (out / ".lock").exists()  # a file, held by nobody
+    assert (out / ".unfinished" / "lock").exists()  # a file, held by nobody
     result = compressor.resume(out)
     assert isinstance(result, compressor.Result)
 
