@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import compressor
-from compressor import evaluate, export, pipeline, prunable, surgery
+from compressor import evaluate, export, prunable, shipping, surgery
 from compressor.bench import Bench
 from compressor.config import Config
 from compressor.errors import (
@@ -32,12 +32,12 @@ from compressor.latency import onnxruntime as runtime
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, TRIAL, Effort
-from compressor.pipeline import judge
 from compressor.run_folder import RunFolder
 from compressor.search import STRATEGIES
 from compressor.search.objective import TIME, Objective, Problem
 from compressor.search.space import make_space
 from compressor.search.study import read_before, read_trials
+from compressor.shipping import judge
 from compressor.trials import TRIAL_PARTS, Searched
 from compressor.values import (
     Accuracy,
@@ -242,7 +242,7 @@ def test_an_engine_that_disagrees_is_not_used(
         return randomised(real(*args))  # type: ignore[arg-type]
 
     real = surgery.prune_with_nni
-    monkeypatch.setattr(pipeline, "prune_with_nni", wrong)
+    monkeypatch.setattr(shipping, "prune_with_nni", wrong)
     result = compressor.compress(make_config())
     engines = result.equivalence["engines"]
     assert isinstance(engines, dict)
@@ -258,8 +258,8 @@ def test_an_onnx_file_that_disagrees_is_removed(
     def wrong(model: nn.Module, *args: object, **options: object) -> Path:
         return real(randomised(model), *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "export_onnx", wrong)
-    monkeypatch.setattr(pipeline, "check_agree", _only_onnx(evaluate.check_agree))
+    monkeypatch.setattr(shipping, "export_onnx", wrong)
+    monkeypatch.setattr(shipping, "check_agree", _only_onnx(evaluate.check_agree))
     with pytest.raises(EquivalenceError, match="torch and ONNX Runtime disagree"):
         compressor.compress(make_config())
     assert_no_model(tmp_path / "run")
@@ -282,7 +282,7 @@ def test_a_failing_nni_is_recorded_and_own_surgery_used(
     def fails(*_args: object) -> nn.Module:
         raise EngineError("NNI cannot process it: no rule")
 
-    monkeypatch.setattr(pipeline, "prune_with_nni", fails)
+    monkeypatch.setattr(shipping, "prune_with_nni", fails)
     result = compressor.compress(make_config())
     engines = result.equivalence["engines"]
     assert isinstance(engines, dict)

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "job": BASE | STEPS | {"prunable", "bench"},
     "trials": BASE | STEPS | {"prunable", "bench", "job"},
     "finalists": BASE | STEPS | {"prunable", "bench", "job", "trials"},
-    "pipeline": BASE | STEPS | {"prunable", "bench", "job", "trials", "finalists"},
+    "shipping": BASE | STEPS | {"prunable", "bench", "job", "trials", "finalists"},
+    "pipeline": BASE | STEPS | {"prunable", "bench", "job", "trials", "finalists", "shipping"},
     "api": BASE | STEPS | {"prunable", "job"},
     "__init__": BASE | STEPS | {"prunable", "pipeline", "api"},
 }

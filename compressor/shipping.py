@@ -1,0 +1,297 @@
+"""From a plan to files: pruned for real, trained on, exported, proven, measured, and told."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from compressor import run_folder
+from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery, n_cores
+from compressor.errors import (
+    EngineError,
+    EquivalenceError,
+    ExportError,
+)
+from compressor.evaluate import accuracy, check_agree
+from compressor.export import export_onnx
+from compressor.files import write_whole
+from compressor.finalists import Winner, train
+from compressor.graph import cost
+from compressor.job import Job
+from compressor.latency.onnxruntime import predictor
+from compressor.latency.precision import half_onnx
+from compressor.latency.timing import is_win
+from compressor.prunable import MODULE, TRACED, Prunable
+from compressor.run_folder import RunFolder
+from compressor.surgery import check_dropped, groups_left, prune_with_nni, remove_branches
+from compressor.training import Tuned
+from compressor.trials import INHERENT_PARTS, TRIAL_PARTS, Searched
+from compressor.values import (
+    Basis,
+    Branch,
+    Latency,
+    PairedLatency,
+    Plan,
+    Progress,
+    ProgressCallback,
+    Result,
+    Side,
+    Verdict,
+)
+
+FP16 = "fp16"
+FP16_TOLERANCE = 3e-2  # of the largest output; each of some 50 layers rounds to 1 in 2,048
+
+logger = logging.getLogger(__name__)
+
+
+def build(
+    job: Job,
+    searched: Searched,
+    winner: Winner,
+    bench: Bench,
+    folder: RunFolder,
+    on_progress: ProgressCallback,
+) -> Result:
+    """Prunes for real, trains on, exports and proves."""
+    compact, engines = cut_out(job, winner.plan, on_progress)
+    recipe = job.recipe(winner.n_steps_left, job.config.seed)
+    stands = folder.unfinished / "training.pt"
+    tuned = train(job, winner.network, bench, recipe, on_progress, stands)
+    compact.load_state_dict(tuned.model.state_dict())
+    training = training_report(job, winner, tuned)
+    return finish(
+        job, searched, winner.plan, compact, engines, training, bench, folder, on_progress
+    )
+
+
+def cut_out(
+    job: Job, plan: Plan, on_progress: ProgressCallback
+) -> tuple[nn.Module, dict[str, object]]:
+    """The compact network, and how far each engine's outputs are from it on real images.
+
+    It is NNI's where NNI can process the network and answers the same, else that of our own
+    surgery; `engines` says which and why.
+
+    Raises:
+        EquivalenceError: The masked original answers differently.
+    """
+    on_progress(Progress("Pruning with NNI and checking", 0, 1))
+    images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
+    compact, error = check_surgery(job.prunable, plan, job.data)
+    engines: dict[str, object] = {"masked": error}
+    dropped = check_dropped(job.prunable.branches, plan)
+    network = remove_branches(job.model, dropped)
+    groups = groups_left(job.groups, dropped, network)
+    try:
+        by_nni = prune_with_nni(network, job.example, groups, plan)
+        engines["nni"] = check_agree("NNI and own surgery", compact, by_nni, images)
+    except (EngineError, EquivalenceError) as err:
+        logger.warning("%s Own surgery's model is used; it equals the masked original.", err)
+        engines["nni"] = str(err)
+        return compact, engines
+    return by_nni, engines
+
+
+def finish(
+    job: Job,
+    searched: Searched,
+    plan: Plan,
+    tuned: nn.Module,
+    engines: dict[str, object],
+    training: Mapping[str, object],
+    bench: Bench,
+    folder: RunFolder,
+    on_progress: ProgressCallback,
+) -> Result:
+    """Exports both models, proves and measures the files, and writes the result last."""
+    on_progress(Progress("Measuring the exported files", 0, 1))
+    images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
+    original_file = folder.original_onnx
+    with folder.unproven_onnx() as unproven:
+        engines = engines | export_both(job, tuned, (original_file, unproven), images, bench)
+        speedup = bench.compare(original_file, unproven)
+        before = measured_side(job, job.model, original_file, speedup.original, bench)
+        after = measured_side(job, tuned, unproven, speedup.candidate, bench, before.metric)
+        are_met = [c.is_met(speedup, before, after) for c in job.config.constraints]
+        verdict = judge(speedup, searched.noise_floor, are_met)
+        handed_back = verdict is not Verdict.NOT_FASTER
+        if handed_back:
+            folder.write_checkpoint(rebuildable(job, plan, tuned))
+            unproven.replace(folder.model_onnx)
+    errors = [e for e in engines.values() if isinstance(e, float)]
+    result = Result(
+        verdict=verdict,
+        target=job.target.name,
+        runtime=job.target.runtime,
+        basis=speedup.basis,
+        constraint=next(iter(job.config.constraints), None),
+        constraints=job.config.constraints,
+        branches=branches_table(job.prunable.branches, plan),
+        training=training,
+        original=before,
+        compressed=after if handed_back else None,
+        speedup=speedup,
+        accuracy_drop_points=100 * (before.accuracy - after.accuracy) if handed_back else None,
+        equivalence={
+            "engines": engines,
+            "n_inputs": len(images),
+            "max_abs_error": max(errors),
+        },
+        search=search_report(job, searched),
+        groups=groups_table(job.prunable, plan),
+        environment={
+            **run_folder.describe_environment(job.target, job.loaded, job.data),
+            "device": dict(bench.described),
+        },
+        out=folder.path,
+    )
+    folder.write_result(result)
+    folder.forget_unfinished()
+    return result
+
+
+def training_report(job: Job, winner: Winner, tuned: Tuned) -> dict[str, object]:
+    """How the shipped network was trained."""
+    if not job.data.is_trainable and job.config.fine_tune_epochs:
+        return {"skipped_because": "there is no fit split to learn from"}
+    if not job.n_steps:
+        return {}
+    return {
+        "steps": job.n_steps,
+        "batch_size": job.config.batch_size,
+        "finalists": [list(scores) for scores in winner.scores],
+        "distillation": job.distillation,
+        "augmentations": list(job.augmentations),
+        "search_accuracy": tuned.score,
+        "search_accuracy_before": (
+            tuned.score_before if winner.score_before is None else winner.score_before
+        ),
+        "stopped_because": winner.stopped_because or tuned.stopped_because,
+    }
+
+
+def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:
+    """The content of `model.pt`: tensors and plain values, read by `load_compressed`."""
+    return {
+        "state_dict": tuned.state_dict(),
+        "plan": {name: list(kept) for name, kept in plan.kept.items()},
+        "dropped": list(plan.dropped),
+        "arch": job.config.arch,
+        "arch_args": dict(job.config.arch_args),
+        "input_shape": list(job.data.input_shape),
+        "form": MODULE if job.prunable.form == TRACED and not plan.dropped else job.prunable.form,
+    }
+
+
+def export_both(
+    job: Job, tuned: nn.Module, files: tuple[Path, Path], images: Tensor, bench: Bench
+) -> dict[str, float]:
+    """Writes the original and the compressed network; how far the latter's answers are from torch.
+
+    For a target that runs FP16 both files are FP16, inputs and outputs aside. ONNX Runtime on a
+    CPU rounds to FP16 between operations, not within them: the device's own rounding may add to
+    that error.
+
+    Raises:
+        ExportError: A file cannot be written as the target needs it.
+        EquivalenceError: They do not agree, or FP16 has not the range for this network.
+    """
+    for network, file in zip((job.model, tuned), files, strict=True):
+        export_onnx(network, job.example, file, opset=job.target.opset, max_ir=job.target.max_ir)
+    open_file = partial(predictor, files[-1], n_threads=n_cores(), like=bench.like)
+    errors = {"onnxruntime": check_agree("torch and ONNX Runtime", tuned, open_file(), images)}
+    if job.target.precision != FP16:
+        return errors
+    for file in files:
+        try:
+            write_whole(file, half_onnx(file.read_bytes(), str(file)))
+        except ValueError as err:
+            raise ExportError(str(err)) from err
+    in_half = check_agree("torch and FP16", tuned, open_file(), images, tolerance=FP16_TOLERANCE)
+    return errors | {FP16: in_half}
+
+
+def measured_side(
+    job: Job,
+    model: nn.Module,
+    file: Path,
+    latency: Latency,
+    bench: Bench,
+    original: float | None = None,
+) -> Side:
+    """One model of the result: its test accuracy is that of the ONNX file.
+
+    `original` is the metric of the original, of a task that is no classification.
+    """
+    paper = cost(model, job.loaded.example_input)
+    predict = predictor(file, n_threads=n_cores(), like=bench.like)
+    measured = accuracy(
+        predict, job.data.test, batch_size=1, criterion=job.criterion, original=original
+    )
+    return Side(
+        accuracy=measured.value,
+        latency_ms=latency,
+        macs=paper.macs,
+        params=paper.params,
+        file_bytes=file.stat().st_size,
+        metric=measured.metric,
+    )
+
+
+def groups_table(prunable: Prunable, plan: Plan) -> list[dict[str, object]]:
+    """What became of every channel group; one that went with its branch keeps 0."""
+    gone = {name for b in prunable.branches if b.name in plan.dropped for name in b.groups}
+    return [
+        {
+            "name": group.name,
+            "channels": group.n_channels,
+            "unit": group.unit,
+            "kept": 0 if group.name in gone else plan.width(group),
+            "locked_because": group.locked_because,
+        }
+        for group in prunable.groups
+    ]
+
+
+def branches_table(branches: Sequence[Branch], plan: Plan) -> list[dict[str, object]]:
+    """What became of every residual branch."""
+    return [{"name": b.name, "kept": b.name not in plan.dropped, "macs": b.macs} for b in branches]
+
+
+def judge(speedup: PairedLatency, noise_floor: PairedLatency, are_met: Sequence[bool]) -> Verdict:
+    """Whether the limits are met; and what is no faster than noise can make it is no win.
+
+    An estimate has no noise, and its error is no interval: only its ratio is looked at, and the
+    result is labelled with its basis.
+    """
+    is_estimate = speedup.basis is Basis.ESTIMATE
+    if not (speedup.ratio > 1 if is_estimate else is_win(speedup, noise_floor)):
+        return Verdict.NOT_FASTER
+    return Verdict.MET if all(are_met) else Verdict.INFEASIBLE
+
+
+def search_report(job: Job, searched: Searched) -> dict[str, object]:
+    """How the plan was found, and what a trial cost: seconds a trial, part by part."""
+    trials = searched.trials
+    parts = {
+        part: sum(t.seconds.get(part, 0.0) for t in trials) / len(trials) for part in TRIAL_PARTS
+    }
+    wall = searched.seconds / len(trials)
+    floor = searched.noise_floor
+    return {
+        "strategy": job.config.search,
+        "n_trials": len(trials),
+        "n_failed": sum(trial.failed_because is not None for trial in trials),
+        "seconds": searched.seconds,
+        "seed": job.config.seed,
+        "task": job.criterion.name,
+        "limits": dict(searched.problem.objective.limits),
+        "front": job.config.pareto,
+        "n_timed_before": len(searched.problem.timed),
+        "noise_floor": {"ratio": floor.ratio, "ci95": list(floor.ci95)},
+        "seconds_per_trial": {**parts, "all": wall},
+        "overhead_seconds_per_trial": wall - sum(parts[part] for part in INHERENT_PARTS),
+    }
