@@ -52,7 +52,7 @@ def main() -> None:
         print("| way | test accuracy | of the seeds | seconds each |\n|---|--:|---|--:|")
         quiet = lambda _: None  # noqa: E731
         with searched_in(config, quiet, quiet) as (job, bench, run, searched):
-            plans = choose(job, searched, bench, run, quiet)
+            plans = choose(job, searched, bench, quiet)
             for name, flags in WAYS.items():
                 began = time.perf_counter()
                 found = []

@@ -29,7 +29,16 @@ import matplotlib.pyplot as plt
 
 import compressor
 from benchmarks.cifar import add_inputs, load_cifar, searched_resnet56
-from compressor.bench import ACCURACY, LATENCY, RECALIBRATION, Bench, Recovery, n_cores, timed
+from compressor.bench import (
+    ACCURACY,
+    LATENCY,
+    RECALIBRATION,
+    Bench,
+    Recovery,
+    features,
+    n_cores,
+    timed,
+)
 from compressor.graph.costs import layer_costs
 from compressor.run_folder import cpu_name
 from compressor.search import ASK_FOR_FEATURES, STRATEGIES
@@ -109,7 +118,7 @@ def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, 
         if not name.endswith("-no-damages"):
             problem = with_harm(problem, bench, lambda _progress: None)
     if name in ASK_FOR_FEATURES:
-        problem = replace(problem, features=bench.features())
+        problem = replace(problem, features=features(bench.prunable, bench.data))
     before = time.perf_counter() - began
     trials: list[Trial] = []
     rows: list[dict[str, object]] = []

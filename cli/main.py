@@ -37,6 +37,8 @@ compress probe              what each width costs on a device
 
 compress resume RUN         goes on with a run that was stopped, however that was
 
+compress replay RUN         does the plan follow from the measurements that were kept
+
 compress report RUN         the result of a run, or what an unfinished one has
 """
 
@@ -274,6 +276,26 @@ def resume(
                 on_trial=display.on_trial, on_progress=display.on_progress,
             )  # fmt: skip
         return _print_found(found, as_json)
+
+    _exit(work)
+
+
+@commands.command()
+def replay(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Searches again with the measurements that a run has kept: does the same plan come out?
+
+    Nothing is measured. Exit code 1 where another plan follows.
+
+    Example: compress replay runs/model-host-cpu
+    """
+
+    def work() -> int:
+        with ProgressDisplay() as display:
+            found = compressor.replay(run_folder, on_progress=display.on_progress)
+        _print(compressor.replay_report(run_folder, found))
+        return 0 if found.differs_at is None else EXIT_ERROR
 
     _exit(work)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compressor.graph import channel_groups, cost
     from compressor.latency.device import compare_latency, open_device
     from compressor.latency.targets import load_target, target_names
-    from compressor.pipeline import compress, compress_front, resume
+    from compressor.pipeline import compress, compress_front, replay, resume
     from compressor.prunable import load_model
     from compressor.report import (
         front_report,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         groups_report,
         latency_json,
         latency_report,
+        replay_report,
         staircase_json,
         staircase_report,
         target_report,
@@ -71,6 +72,8 @@ __all__ = [
     "probe_target",
     "prune",
     "read_result",
+    "replay",
+    "replay_report",
     "resume",
     "staircase_json",
     "staircase_report",
@@ -98,7 +101,7 @@ _HOMES = {
     "compressor.graph": ("channel_groups", "cost"),
     "compressor.latency.device": ("compare_latency", "open_device"),
     "compressor.latency.targets": ("load_target", "target_names"),
-    "compressor.pipeline": ("compress", "compress_front", "resume"),
+    "compressor.pipeline": ("compress", "compress_front", "replay", "resume"),
     "compressor.prunable": ("load_model",),
     "compressor.report": (
         "front_report",
@@ -106,6 +109,7 @@ _HOMES = {
         "groups_report",
         "latency_json",
         "latency_report",
+        "replay_report",
         "staircase_json",
         "staircase_report",
         "targets_json",

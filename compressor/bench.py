@@ -248,19 +248,6 @@ class Bench:
         answers = self._answers(self.refitted(self.space.plan(widths), {}))
         return float(self.criterion.distance(answers, self._whole))
 
-    def features(self) -> dict[str, GroupFeatures]:
-        """What the channels of every free group answer; see `features.channel_maps`."""
-        split = self.data.fit
-        rows = draw(split, N_FEATURE_IMAGES).split(self.batch_size)
-        batches = (split.batch(each) for each in rows)
-        maps = channel_maps(self.prunable.module, self.prunable.groups, batches)
-        return {
-            name: GroupFeatures(
-                means, fisher, tuple(n_distinct(means.reshape(len(means), -1), e) for e in EPS)
-            )
-            for name, (means, fisher) in maps.items()
-        }
-
     def _answers(self, model: nn.Module) -> Any:
         """To some images of the search split; batch-norms of `model` are changed."""
         for module in model.modules():
@@ -293,6 +280,18 @@ class Bench:
     def predictor_of(self, model: nn.Module) -> Predict:
         """The answers of a pruned version of the original, `batch_size` images at once."""
         return predictor(self._batched(model), n_threads=n_cores(), like=self.like)
+
+
+def features(prunable: Prunable, data: Data) -> dict[str, GroupFeatures]:
+    """What the channels of every free group answer; see `features.channel_maps`."""
+    rows = draw(data.fit, N_FEATURE_IMAGES).split(images_at_once(data.fit))
+    maps = channel_maps(prunable.module, prunable.groups, map(data.fit.batch, rows))
+    return {
+        name: GroupFeatures(
+            means, fisher, tuple(n_distinct(means.reshape(len(means), -1), e) for e in EPS)
+        )
+        for name, (means, fisher) in maps.items()
+    }
 
 
 def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:

@@ -49,7 +49,7 @@ def bands(searched: Searched) -> list[Searched]:
 
 
 def choose(
-    job: Job, searched: Searched, bench: Bench, folder: RunFolder, on_progress: ProgressCallback
+    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
 ) -> list[Plan]:
     """The best plans that meet the limits when they are measured again, with more effort.
 
@@ -73,7 +73,7 @@ def choose(
     for trial in finalists:
         on_progress(Progress("Measuring finalists", len(again), len(finalists)))
         plan = job.space.plan(job.space.from_names(trial.widths))
-        latency = folder.once(f"finalist-{trial.number}", partial(bench.remeasure, plan))
+        latency = searched.study.once(trial.number, partial(bench.remeasure, plan))
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
         again.append((plan, latency))
         if all(c.is_met_in_time(latency) for c in job.config.constraints):

@@ -13,10 +13,18 @@ from compressor.finalists import bands, choose, contest, fastest_within_drop
 from compressor.job import Job, prepare
 from compressor.latency.device import open_device
 from compressor.run_folder import RunFolder
-from compressor.search.study import Study, has_begun
-from compressor.shipping import build
-from compressor.trials import Searched, TrialCallback, pose, search
-from compressor.values import Progress, ProgressCallback, Result
+from compressor.search.study import Study, has_begun, read_trials
+from compressor.shipping import build, is_shipped
+from compressor.trials import (
+    Searched,
+    TrialCallback,
+    pose,
+    posed_before,
+    proposed,
+    search,
+    strategy_of,
+)
+from compressor.values import Progress, ProgressCallback, Replayed, Result
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +107,43 @@ def resume(
         return (finish_front if config.pareto else finish_one)(*run, on_progress)
 
 
+def replay(path: Path, *, on_progress: ProgressCallback = lambda _progress: None) -> Replayed:
+    """Searches again with the measurements that a run has kept; nothing is measured.
+
+    Args:
+        path: The run folder.
+        on_progress: Told how far it has come.
+
+    Returns:
+        Whether every proposal follows from the trials before it, and which trial was shipped.
+
+    Raises:
+        CompressorError: There is no run, or model, data or `config.toml` are others now.
+    """
+    folder = RunFolder(path)
+    config = make_config(run_folder.read_settings(path) | {"out": path})
+    job = prepare(config, is_new=False)
+    environment = run_folder.describe_environment(job.target, job.loaded, job.data)
+    folder.check(environment, force=False)
+    trials = read_trials(folder.study)
+    problem, strategy = posed_before(job, folder.study), strategy_of(config)
+    differs_at = None
+    for n, trial in enumerate(trials):
+        on_progress(Progress("Searching again", n, len(trials)))
+        proposal = proposed(strategy, problem, trials[:n])
+        if proposal is None or job.space.by_name(proposal.widths) != trial.widths:
+            differs_at = n
+            break
+    on_progress(Progress("Searching again", len(trials), len(trials)))
+    shipped = None
+    if (path / run_folder.RESULT).is_file():
+        result = run_folder.read_result(path)
+        plans = {t.number: job.space.plan(job.space.from_names(t.widths)) for t in trials}
+        same = [n for n, plan in plans.items() if is_shipped(job.prunable, plan, result)]
+        shipped = same[0] if same else None
+    return Replayed(len(trials), differs_at, shipped)
+
+
 @contextmanager
 def searched_in(
     config: Config,
@@ -128,10 +173,8 @@ def searched_in(
             job.prunable, job.space, job.data, job.target, device,
             recovery=job.recovery, on_progress=on_progress, criterion=job.criterion,
         )  # fmt: skip
-        known = None
-        if stopped is not None and has_begun(stopped.study):
-            known = stopped.study
-        problem = pose(job, bench, on_progress, known)
+        known = stopped.study if stopped is not None and has_begun(stopped.study) else None
+        problem = posed_before(job, known) if known else pose(job, bench, on_progress)
         default_name = f"{config.model.stem}-{job.target.name}"
         folder = stopped or run_folder.create(config.out, default_name, config.as_toml())
         with folder.locked(), run_folder.logged(folder), _what_is_kept(folder):
@@ -154,7 +197,7 @@ def finish_one(
     if searched.problem.objective.front and job.config.max_drop is not None:
         winner = fastest_within_drop(job, searched, bench, folder, on_progress)
     else:
-        finalists = choose(job, searched, bench, folder, on_progress)
+        finalists = choose(job, searched, bench, on_progress)
         winner = contest(job, finalists, bench, folder, on_progress)
     return build(job, searched, winner, bench, folder, on_progress)
 
@@ -169,7 +212,7 @@ def finish_front(
         if (point.path / run_folder.RESULT).is_file():
             results.append(run_folder.read_result(point.path))
             continue
-        finalists = choose(job, band, bench, point, on_progress)
+        finalists = choose(job, band, bench, on_progress)
         winner = contest(job, finalists, bench, point, on_progress)
         results.append(build(job, searched, winner, bench, point, on_progress))
     folder.forget_unfinished()

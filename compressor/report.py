@@ -13,6 +13,7 @@ from compressor.values import (
     ChannelGroup,
     Cost,
     PairedLatency,
+    Replayed,
     Result,
     Role,
     Side,
@@ -149,6 +150,22 @@ def _engines(result: Result) -> str:
     agreed = [name for name, error in engines.items() if isinstance(error, float)]
     silent = [f"NOT {name}: {why}" for name, why in engines.items() if isinstance(why, str)]
     return "; ".join([", ".join(agreed), *silent])
+
+
+def replay_report(path: Path, found: Replayed) -> str:
+    """Whether a search follows from what was measured."""
+    shipped = (
+        "no plan was shipped"
+        if found.shipped is None
+        else (f"the plan that was shipped is that of trial {found.shipped + 1}")
+    )
+    if found.differs_at is None:
+        return f"{path}: all {found.n_trials} plans follow from the measurements; {shipped}."
+    return (
+        f"{path}: DIFFERS from trial {found.differs_at + 1} of {found.n_trials} on: another plan "
+        f"follows from the measurements before it. Other versions of libraries search otherwise; "
+        f"the run's are in manifest.json. {shipped[0].upper()}{shipped[1:]}."
+    )
 
 
 def trials_report(folder: Path, trials: Sequence[Trial]) -> str:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, RunFolderError
 from compressor.files import write_whole
-from compressor.values import Data, LoadedModel, PairedLatency, Result, Target
+from compressor.values import Data, LoadedModel, Result, Target
 
 VERSION = metadata.version("compressor")
 SCHEMA = 1
@@ -38,7 +38,6 @@ IDENTITIES = {
 }
 
 _RESULT = TypeAdapter(Result)
-_PAIR = TypeAdapter(PairedLatency)
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +75,6 @@ class RunFolder:
         path = self.path / UNFINISHED
         path.mkdir(exist_ok=True)
         return path
-
-    def once(self, name: str, measure: Callable[[], PairedLatency]) -> PairedLatency:
-        """What `measure` returns, or returned when the run got here before it was stopped."""
-        file = self.unfinished / f"{name}.json"
-        if file.is_file():
-            return _PAIR.validate_json(file.read_bytes())
-        pair = measure()
-        write_whole(file, _PAIR.dump_json(pair))
-        return pair
 
     def forget_unfinished(self) -> None:
         """Removes what is only needed to go on."""

@@ -261,6 +261,12 @@ def branches_table(branches: Sequence[Branch], plan: Plan) -> list[dict[str, obj
     return [{"name": b.name, "kept": b.name not in plan.dropped, "macs": b.macs} for b in branches]
 
 
+def is_shipped(prunable: Prunable, plan: Plan, result: Result) -> bool:
+    """Whether `plan` is what `result` shipped."""
+    same_groups = groups_table(prunable, plan) == list(result.groups)
+    return same_groups and branches_table(prunable.branches, plan) == list(result.branches)
+
+
 def judge(speedup: PairedLatency, noise_floor: PairedLatency, are_met: Sequence[bool]) -> Verdict:
     """Whether the limits are met; and what is no faster than noise can make it is no win.
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from compressor.bench import (
     REPAIR,
     SURGERY,
     Bench,
+    features,
     timed,
 )
 from compressor.config import Config
@@ -31,6 +32,7 @@ from compressor.search.objective import (
     Objective,
     Problem,
     Proposal,
+    Strategy,
     is_hopeless,
 )
 from compressor.search.study import Study, read_before
@@ -38,6 +40,7 @@ from compressor.values import (
     MACS,
     MAX_DROP,
     PARAMS,
+    Accuracy,
     PairedLatency,
     Progress,
     ProgressCallback,
@@ -53,67 +56,73 @@ TrialCallback = Callable[[Trial], None]
 logger = logging.getLogger(__name__)
 
 
-def pose(
-    job: Job, bench: Bench, on_progress: ProgressCallback, known: Path | None = None
-) -> Problem:
+def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
     """Turns the user's limits into shares of the original's costs, and measures what it takes.
-
-    Args:
-        job: What is compressed for what.
-        bench: Measures.
-        on_progress: Told how far that has come.
-        known: The study of a run that goes on: what it measured then is taken from there.
 
     Raises:
         ConfigError: The original meets them already.
     """
     original_ms = bench.noise_floor.original.median_ms
-    original_accuracy = bench.original_accuracy
     limits: dict[str, float] = {}
-    min_accuracy = None
     for constraint in job.config.constraints:
         if constraint.kind in (MACS, PARAMS):
             limits[constraint.kind] = constraint.value
-        elif constraint.kind == MAX_DROP:
-            min_accuracy = original_accuracy.value - constraint.value / 100
-        else:
+        elif constraint.kind != MAX_DROP:
             limits[TIME] = 1 / constraint.min_speedup(original_ms)
-            if limits[TIME] >= 1 and known is None:
+            if limits[TIME] >= 1:
                 raise ConfigError(
                     f"The original already meets {constraint} on {job.target.name}: it takes "
                     f"{original_ms:.3g} ms. Lower --max-latency, or ship the original."
                 )
+    problem = _wanted(job, bench.original_accuracy, limits)
+    timed_plans = bench.timed_plans(problem.seed, at_most=problem.n_trials // 2)
+    problem = _with_features(job, replace(problem, timed=timed_plans))
+    if is_hopeless(problem) or not _is_informed(problem) or problem.features:
+        return problem
+    return with_harm(problem, bench, on_progress)
+
+
+def posed_before(job: Job, study: Path) -> Problem:
+    """The same, as it was posed before the first trial of the study in the file at `study`."""
+    before = read_before(study, _wanted(job, Accuracy(0.0, 1), {}))
+    posed = _wanted(job, before.original_accuracy, before.objective.limits)
+    return _with_features(job, replace(before, objective=posed.objective))
+
+
+def _wanted(job: Job, original: Accuracy, limits: Mapping[str, float]) -> Problem:
+    """What is asked for, with nothing measured but the original."""
+    min_accuracy = None
+    if job.config.max_drop is not None:
+        min_accuracy = original.value - job.config.max_drop / 100
     # How much is lost before training does not say how much is lost after it.
     is_drop_after_training = bool(min_accuracy is not None and not limits and job.n_steps)
-    if is_drop_after_training:
-        min_accuracy = None
-    seed = job.config.seed
-    problem = Problem(
+    return Problem(
         space=job.space,
         objective=Objective(
             limits,
-            min_accuracy,
+            None if is_drop_after_training else min_accuracy,
             {str(k): w for k, w in job.config.weight.items()} or None,
             front=job.config.pareto or is_drop_after_training,
         ),
-        original_accuracy=original_accuracy,
+        original_accuracy=original,
         n_trials=job.config.trials,
         n_clusters=job.config.clusters,
-        seed=seed,
+        seed=job.config.seed,
         layers=layer_costs(job.model, job.groups),
     )
-    if known is None:
-        timed_plans = bench.timed_plans(seed, at_most=job.config.trials // 2)
-        problem = replace(problem, timed=timed_plans)
-    else:
-        problem = read_before(known, problem)
-    if is_hopeless(problem) or job.config.trials < MIN_INFORMED:
+
+
+def _is_informed(problem: Problem) -> bool:
+    """Whether there are trials enough to look at every variable first."""
+    return problem.n_trials >= MIN_INFORMED
+
+
+def _with_features(job: Job, problem: Problem) -> Problem:
+    """`problem` with what its channels answer, where the strategy asks for it."""
+    asks = job.config.search in ASK_FOR_FEATURES
+    if not asks or is_hopeless(problem) or not _is_informed(problem):
         return problem
-    if job.config.search in ASK_FOR_FEATURES:
-        return replace(problem, features=bench.features())
-    if known is not None:
-        return problem
-    return with_harm(problem, bench, on_progress)
+    return replace(problem, features=features(job.prunable, job.data))
 
 
 def with_harm(problem: Problem, bench: Bench, on_progress: ProgressCallback) -> Problem:
@@ -139,10 +148,19 @@ def with_harm(problem: Problem, bench: Bench, on_progress: ProgressCallback) -> 
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """A search that has ended: its problem, its trials, the seconds and noise they had."""
+    """A search that has ended.
+
+    Attributes:
+        problem: What was asked.
+        trials: Those that count.
+        study: All of them, on disk.
+        seconds: That they took.
+        noise_floor: Of their measurements.
+    """
 
     problem: Problem
     trials: Sequence[Trial]
+    study: Study
     seconds: float
     noise_floor: PairedLatency
 
@@ -159,7 +177,7 @@ def search(
 
     The trials that `study` holds already count.
     """
-    strategy = make_strategy(job.config.search, **_search_options(job.config))
+    strategy = strategy_of(job.config)
     before = sum(sum(trial.seconds.values()) for trial in study.trials)
     started = time.perf_counter() - before
     budget = job.config.time_budget or float("inf")
@@ -169,11 +187,7 @@ def search(
         on_progress(Progress("Searching", len(study.trials), problem.n_trials))
         seconds: dict[str, float] = {}
         with timed(seconds, PROPOSAL):
-            proposal = (
-                Proposal(job.space.narrowest, START)
-                if hopeless
-                else strategy.propose(problem, study.trials)
-            )
+            proposal = proposed(strategy, problem, study.trials)
         if proposal is None:
             logger.info("every plan of the space was tried")
             break
@@ -185,17 +199,25 @@ def search(
         reasons = {trial.failed_because for trial in study.trials}
         raise SearchError(f"None of {len(study.trials)} trials could be measured: {reasons}.")
     seconds_spent = time.perf_counter() - started
-    return Searched(problem, study.trials, seconds_spent, bench.noise_floor)
+    return Searched(problem, study.trials, study, seconds_spent, bench.noise_floor)
 
 
-def _search_options(config: Config) -> dict[str, str]:
-    """Those of BOCR; the other strategies have none."""
-    return {
-        "distance": config.clustering,
-        "rollback": config.rollback,
-        "bounds": config.bounds,
-        "fit_to_limit": config.fit_to_limit,
-    }
+def proposed(strategy: Strategy, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
+    """The next plan: the fastest one where none can meet the limit; None where none is left."""
+    if is_hopeless(problem):
+        return Proposal(problem.space.narrowest, START)
+    return strategy.propose(problem, trials)
+
+
+def strategy_of(config: Config) -> Strategy:
+    """The strategy that was asked for; only BOCR has options."""
+    return make_strategy(
+        config.search,
+        distance=config.clustering,
+        rollback=config.rollback,
+        bounds=config.bounds,
+        fit_to_limit=config.fit_to_limit,
+    )
 
 
 def _run_trial(

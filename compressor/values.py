@@ -741,6 +741,22 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """A search that was made again from the measurements that were kept.
+
+    Attributes:
+        n_trials: That were kept.
+        differs_at: Number of the first trial that another plan was proposed for; None where all
+            are the same.
+        shipped: Number of the trial whose plan was shipped; None where the run has no result.
+    """
+
+    n_trials: int
+    differs_at: int | None
+    shipped: int | None
+
+
+@dataclass(frozen=True)
 class Result:
     """What a run found, and how sure it is; `result.json` is this, written down.
 

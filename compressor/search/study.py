@@ -8,7 +8,7 @@ and speed-up, both larger is better.
 import contextlib
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import TypeAdapter
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
@@ -26,7 +27,10 @@ from compressor.values import Accuracy, PairedLatency, Trial
 
 STUDY_NAME = "compress"
 MEASURED = "measured"  # the one user attribute of a trial
-BEFORE = "before"  # the one of the study
+BEFORE = "before"  # of the study
+AGAIN = "measured again, trial"  # of the study, with the trial's number
+
+_PAIR = TypeAdapter(PairedLatency)
 
 
 class Study:
@@ -89,6 +93,21 @@ class Study:
                 for t in problem.timed
             ],
         }
+
+    def once(self, number: int, measure: Callable[[], PairedLatency]) -> PairedLatency:
+        """The second measurement of a trial: what `measure` returns, or returned before.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        key = f"{AGAIN} {number}"
+        kept = self._study.user_attrs.get(key)
+        if kept is not None:
+            return _PAIR.validate_json(kept)
+        pair = measure()
+        with _written():
+            self._study.set_user_attr(key, _PAIR.dump_json(pair).decode())
+        return pair
 
     @property
     def trials(self) -> Sequence[Trial]:

@@ -32,11 +32,10 @@ from compressor.latency import onnxruntime as runtime
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, TRIAL, Effort
-from compressor.run_folder import RunFolder
 from compressor.search import STRATEGIES
 from compressor.search.objective import TIME, Objective, Problem
 from compressor.search.space import make_space
-from compressor.search.study import read_before, read_trials
+from compressor.search.study import Study, read_before, read_trials
 from compressor.shipping import judge
 from compressor.trials import TRIAL_PARTS, Searched
 from compressor.values import (
@@ -139,9 +138,10 @@ def chosen_widths(
     job = cast(Job, SimpleNamespace(config=make_config(speedup=2.0), space=space))
     wanted = Objective(limits={TIME: 0.5})
     problem = Problem(space, wanted, Accuracy(0.95, 1000), 10, 3, seed=0)
-    searched = Searched(problem, trials, 1.0, paired(1, 1, 1))
+    study = Study.create(Path(tempfile.mkdtemp()) / "study.db", space)
+    searched = Searched(problem, trials, study, 1.0, paired(1, 1, 1))
     bench = cast(Bench, FakeBench(*again))
-    plans = choose(job, searched, bench, RunFolder(Path(tempfile.mkdtemp())), lambda _p: None)
+    plans = choose(job, searched, bench, lambda _p: None)
     return [len(plan.kept["g"]) for plan in plans]
 
 

@@ -15,13 +15,9 @@ import torch
 
 import compressor
 from compressor.errors import ConfigError, DataError, ModelError, RunFolderError
-from compressor.graph.costs import layer_costs
-from compressor.job import prepare
 from compressor.run_folder import RunFolder, read_settings
-from compressor.search import STRATEGIES
-from compressor.search.objective import Objective, Problem
-from compressor.search.study import read_before, read_trials
-from compressor.values import Accuracy, Trial
+from compressor.search.study import read_trials
+from compressor.values import Trial
 from tests.end_to_end import killed
 
 FLAGS: dict[str, object] = {
@@ -78,17 +74,9 @@ def check_is_as_if_undisturbed(model: Path, flags: dict[str, object], out: Path)
     with sqlite3.connect(out / "study.db") as connection:
         states = [row[0] for row in connection.execute("select state from trials")]
     assert states == ["COMPLETE"] * len(trials)
-    config = compressor.load_config(model, flags | {"out": out.parent / "new"})
-    job = prepare(config)
-    posed = Problem(
-        job.space, Objective(), Accuracy(0.0, 1), config.trials, config.clusters, config.seed,
-        layer_costs(job.model, job.groups),
-    )  # fmt: skip
-    problem = read_before(out / "study.db", posed)
-    for n, trial in enumerate(trials):
-        proposal = STRATEGIES["bocr"].propose(problem, trials[:n])
-        assert proposal is not None
-        assert problem.space.by_name(proposal.widths) == trial.widths
+    found = compressor.replay(out)
+    assert (found.n_trials, found.differs_at) == (len(trials), None)
+    assert found.shipped is not None
 
     again = out.parent / "again"
     again.mkdir()
@@ -96,8 +84,8 @@ def check_is_as_if_undisturbed(model: Path, flags: dict[str, object], out: Path)
         shutil.copy(out / name, again / name)
     undisturbed = compressor.resume(again)
     assert isinstance(undisturbed, compressor.Result)
-    found = compressor.folder_report(out, as_json=True)
-    assert json.loads(found)["groups"] == list(undisturbed.groups)
+    shown = compressor.folder_report(out, as_json=True)
+    assert json.loads(shown)["groups"] == list(undisturbed.groups)
     mine, theirs = (
         torch.load(folder / "model.pt", weights_only=True)["state_dict"] for folder in (out, again)
     )
@@ -283,3 +271,18 @@ def test_time_spent_before_counts(flags: dict[str, object], tmp_path: Path) -> N
     seconds = result.search["seconds"]
     assert isinstance(seconds, float)
     assert before < seconds < before + spent
+
+
+def test_a_replay_that_differs_says_where(flags: dict[str, object], tmp_path: Path) -> None:
+    """Trial 5 of 12 is changed by hand."""
+    small = flags | {"trials": 12, "fine_tune_epochs": 0, "out": tmp_path / "run"}
+    compressor.compress(compressor.load_config(tmp_path / "model.pt", small))
+    with sqlite3.connect(tmp_path / "run" / "study.db") as connection:
+        for name, width in {"hidden": 24, "inner": 64, "last": 64}.items():
+            connection.execute(
+                "update trial_params set param_value = ? where param_name = ? and trial_id = "
+                "(select trial_id from trials where number = 4)", (width, name),
+            )  # fmt: skip
+    found = compressor.replay(tmp_path / "run")
+    assert found.differs_at == 4
+    assert "DIFFERS from trial 5 of 12 on" in compressor.replay_report(tmp_path, found)
