@@ -467,7 +467,11 @@ def make_written() -> nn.Module:
 def test_a_network_with_numbers_in_its_code_goes_all_the_way(
     make_config: Make, tmp_path: Path
 ) -> None:
-    result = compressor.compress(make_config(arch="tests.end_to_end.test_pipeline:make_written"))
+    config = make_config(
+        arch="tests.end_to_end.test_pipeline:make_written",
+        speedup=None, constraint={"params": 0.4}, depth=False,
+    )  # fmt: skip
+    result = compressor.compress(config)
     assert result.verdict is Verdict.MET
     (last,) = (g for g in result.groups if g["name"] == "last")
     assert last["kept"] != last["channels"]

@@ -1,12 +1,13 @@
 """Runs that are really killed go on as if nothing had been."""
 
+import contextlib
 import json
 import multiprocessing
 import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ FLAGS: dict[str, object] = {
     "target": "host-cpu", "arch": "tests.conftest:make_conv_net", "constraint": {"macs": 0.6},
     "trials": 14, "fine_tune_epochs": 6, "finalists": 2,
 }  # fmt: skip
+
+QUICK = FLAGS | {"trials": 3, "fine_tune_epochs": 0, "finalists": 1}
 
 
 @pytest.fixture
@@ -130,7 +133,7 @@ def stopped_run(model: Path, flags: dict[str, object], out: Path, after: int = 2
 
 
 def test_a_finished_run_is_shown(flags: dict[str, object], tmp_path: Path) -> None:
-    small = flags | {"trials": 2, "fine_tune_epochs": 0}
+    small = flags | QUICK
     config = compressor.load_config(tmp_path / "model.pt", small | {"out": tmp_path / "run"})
     result = compressor.compress(config)
     again = compressor.resume(tmp_path / "run")
@@ -155,7 +158,7 @@ def test_a_front_goes_on(flags: dict[str, object], tmp_path: Path) -> None:
 
 def test_two_processes_never_work_in_one_folder(flags: dict[str, object], tmp_path: Path) -> None:
     """A lock that a dead process left behind is none."""
-    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 3}, tmp_path / "run")
+    out = stopped_run(tmp_path / "model.pt", flags | QUICK, tmp_path / "run")
     with RunFolder(out).locked():
         server = multiprocessing.get_context("forkserver")
         other = server.Process(target=killed.run, args=(tmp_path / "model.pt", flags, out))
@@ -168,65 +171,83 @@ def test_two_processes_never_work_in_one_folder(flags: dict[str, object], tmp_pa
     assert isinstance(result, compressor.Result)
 
 
-def edit_config(out: Path) -> None:
+@pytest.fixture(scope="module")
+def stopped(trained: Path, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, and `run`, which ended after two of three trials."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copy(trained, folder / "model.pt")
+    shutil.copy(blobs, folder / "data.npz")
+    stopped_run(folder / "model.pt", QUICK | {"data": folder / "data.npz"}, folder / "run")
+    return folder
+
+
+@contextlib.contextmanager
+def changed(file: Path, content: bytes | None) -> Iterator[None]:
+    """The file holds something else meanwhile, or is gone."""
+    before = file.read_bytes()
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    yield
+    file.write_bytes(before)
+
+
+def test_another_model_is_not_taken_for_this_one(stopped: Path) -> None:
+    tensors = torch.load(stopped / "model.pt", weights_only=True)
+    tensors["head.bias"] += 0.01
+    torch.save(tensors, stopped / "other.pt")
+    with changed(stopped / "model.pt", (stopped / "other.pt").read_bytes()):
+        with pytest.raises(RunFolderError, match="the model file changed"):
+            compressor.resume(stopped / "run")
+        assert len(read_trials(stopped / "run" / "study.db")) == 2
+
+
+def test_an_edited_config_needs_force(stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped / "run", tmp_path / "run")
     file = out / "config.toml"
     file.write_text(file.read_text().replace("seed = 0", "seed = 1"))
+    with pytest.raises(RunFolderError, match=r"config.toml changed since the run in .* was begun"):
+        compressor.resume(out)
+    compressor.resume(out, force=True)
+    assert len(read_trials(out / "study.db")) == 3
 
 
-def change_model(out: Path) -> None:
-    model = out.parent / "model.pt"
-    tensors = torch.load(model, weights_only=True)
-    tensors["head.bias"] += 0.01
-    torch.save(tensors, model)
-
-
-def age_schema(out: Path) -> None:
+def test_another_version_of_the_folder_is_named(stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped / "run", tmp_path / "run")
     file = out / "manifest.json"
     file.write_text(file.read_text().replace('"schema": 1', '"schema": 0'))
-
-
-@pytest.mark.parametrize(
-    ("change", "message", "is_forcible"),
-    [
-        (edit_config, r"config.toml changed since the run in .* was begun", True),
-        (change_model, "the model file changed", True),
-        (age_schema, "has schema 0; this version goes on with 1 only", False),
-    ],
-)
-def test_another_run_is_not_taken_for_this_one(
-    flags: dict[str, object],
-    tmp_path: Path,
-    change: Callable[[Path], None],
-    message: str,
-    is_forcible: bool,
-) -> None:
-    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 3}, tmp_path / "run")
-    change(out)
-    with pytest.raises(RunFolderError, match=message):
+    with pytest.raises(RunFolderError, match="has schema 0; this version goes on with 1 only"):
         compressor.resume(out)
-    assert len(read_trials(out / "study.db")) == 2
-    if is_forcible:
-        compressor.resume(out, force=True)
-        assert len(read_trials(out / "study.db")) == 3
 
 
 @pytest.mark.parametrize(
     ("gone", "error", "message"),
     [
-        ("config.toml", RunFolderError, "has no config.toml: no run was begun there"),
-        ("manifest.json", RunFolderError, "has no manifest.json"),
-        ("../model.pt", ModelError, "model.pt"),
-        ("../data.npz", DataError, "No data at"),
+        ("run/config.toml", RunFolderError, "has no config.toml: no run was begun there"),
+        ("run/manifest.json", RunFolderError, "has no manifest.json"),
+        ("model.pt", ModelError, "model.pt"),
+        ("data.npz", DataError, "No data at"),
     ],
 )
 def test_what_is_missing_is_named(
-    flags: dict[str, object], tmp_path: Path, gone: str, error: type[Exception], message: str
+    stopped: Path, gone: str, error: type[Exception], message: str
 ) -> None:
-    shutil.copy(str(flags["data"]), tmp_path / "data.npz")
-    mine = flags | {"data": tmp_path / "data.npz", "trials": 3}
-    out = stopped_run(tmp_path / "model.pt", mine, tmp_path / "run")
-    (out / gone).unlink()
-    with pytest.raises(error, match=message):
+    with changed(stopped / gone, None), pytest.raises(error, match=message):
+        compressor.resume(stopped / "run")
+
+
+def test_a_lost_study_is_begun_anew(stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped / "run", tmp_path / "run")
+    (out / "study.db").write_bytes(b"SQLite format 3\0 and then the power went")
+    compressor.resume(out)
+    assert len(read_trials(out / "study.db")) == 3
+
+
+def test_settings_of_another_version_are_named(stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped / "run", tmp_path / "run")
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(f"no-such-flag = 1\n{text}")
+    with pytest.raises(ConfigError, match="no-such-flag"):
         compressor.resume(out)
 
 
@@ -235,7 +256,7 @@ def test_a_run_goes_on_from_another_folder(
 ) -> None:
     """Paths that were given relative to the one it was begun in."""
     monkeypatch.chdir(tmp_path)
-    out = stopped_run(Path("model.pt"), flags | {"trials": 3}, Path("run")).resolve()
+    out = stopped_run(Path("model.pt"), flags | QUICK, Path("run")).resolve()
     assert read_settings(out)["model"] == str(tmp_path / "model.pt")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -243,25 +264,8 @@ def test_a_run_goes_on_from_another_folder(
     assert len(read_trials(out / "study.db")) == 3
 
 
-def test_a_lost_study_is_begun_anew(flags: dict[str, object], tmp_path: Path) -> None:
-    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 3}, tmp_path / "run")
-    (out / "study.db").write_bytes(b"SQLite format 3\0 and then the power went")
-    compressor.resume(out)
-    assert len(read_trials(out / "study.db")) == 3
-
-
-def test_settings_of_another_version_are_named(flags: dict[str, object], tmp_path: Path) -> None:
-    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 3}, tmp_path / "run")
-    with (out / "config.toml").open("a") as file:
-        file.write("")
-    text = (out / "config.toml").read_text()
-    (out / "config.toml").write_text(f"no-such-flag = 1\n{text}")
-    with pytest.raises(ConfigError, match="no-such-flag"):
-        compressor.resume(out)
-
-
 def test_time_spent_before_counts(flags: dict[str, object], tmp_path: Path) -> None:
-    out = stopped_run(tmp_path / "model.pt", flags | {"trials": 6}, tmp_path / "run")
+    out = stopped_run(tmp_path / "model.pt", flags | QUICK, tmp_path / "run")
     began = time.perf_counter()
     result = compressor.resume(out)
     spent = time.perf_counter() - began

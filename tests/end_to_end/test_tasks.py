@@ -130,8 +130,10 @@ def test_a_regression_with_nested_outputs(make_config: Make, tmp_path: Path) -> 
     assert "kept of it        100.00%" in text
 
 
-@pytest.mark.parametrize("limit", [{"speedup": 1.05}, {"speedup": None, "max_drop": 60.0}])
-@pytest.mark.parametrize("learning_rate", [0.001, 1.0])
+@pytest.mark.parametrize(
+    ("learning_rate", "limit"),
+    [(0.001, {"speedup": 1.05}), (1.0, {"speedup": None, "max_drop": 60.0})],
+)
 def test_training_helps_a_task_or_says_that_it_did_not(
     make_config: Make, learning_rate: float, limit: dict[str, object]
 ) -> None:
