@@ -269,6 +269,8 @@ def test_ctrl_c_during_a_measurement_leaves_a_device_that_works(
     named: Target, exported: Path
 ) -> None:
     """The answer to the request that was given up is not taken for the next one's."""
+    # In a shell's background job, as these tests may be, Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open_device(named) as device:
         device.describe()
         long = Effort(min_pairs=4, max_pairs=4, budget_s=60, pair_s=3.0, max_rounds=10**6)

@@ -46,7 +46,7 @@ def kill_at_random(
     for _ in range(n_kills):
         process = server.Process(target=killed.run, args=(model, flags, out))
         process.start()
-        process.join(generator.uniform(0.3, 4.0))
+        process.join(generator.uniform(0.3, 2.5))
         if process.exitcode is None:
             process.kill()
             process.join()
