@@ -2,18 +2,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow lowest check docs clean
 
 demo: .venv/installed
 	$(BIN)/python samples/digits/train.py
 	$(BIN)/compress samples/digits/model.pt --target host-cpu --speedup 2
 
+# Two workers; a thread each, or those of torch would wait for one another.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The tests that take minutes each.
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# The tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --upgrade uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
+		-e '.[samples,test,tensorrt-check]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile
+
+# What is generated under docs/: the Python reference, the pictures, the tables of peers.
+docs: .venv/installed
+	$(BIN)/python -m docs.build
 
 # Style and types.
 check: .venv/installed
@@ -29,4 +42,5 @@ check: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info samples/*/model.pt samples/digits/data.npz
+	rm -rf .venv .venv-lowest build dist *.egg-info samples/*/model.pt samples/*/data.npz \
+		samples/resnet18/compress.toml samples/cifar10/download

@@ -1,4 +1,4 @@
-"""What do finalists and the original's answers gain over plain fine-tuning?
+"""What do finalists, the original's answers and its hints gain over plain fine-tuning?
 
 One search on ResNet-56, CIFAR-10, at a share of the original's time; then its plans are trained in
 several ways with the same number of steps in all, and the test accuracies are compared. "plain" is
@@ -24,12 +24,14 @@ from compressor.evaluate import accuracy
 from compressor.finalists import choose, contest, train
 from compressor.job import Job
 from compressor.pipeline import searched_in
+from compressor.training import halving
 
 WAYS: dict[str, dict[str, object]] = {
-    "plain": {"finalists": 1, "distillation": 0.0},
-    "distillation": {"finalists": 1},
-    "finalists": {"distillation": 0.0},
-    "both: the default": {},
+    "plain": {"finalists": 1, "distillation": 0.0, "hints": 0.0},
+    "distillation": {"finalists": 1, "hints": 0.0},
+    "distillation and hints": {"finalists": 1},
+    "finalists": {"distillation": 0.0, "hints": 0.0},  # these two where there are steps enough
+    "finalists, distillation and hints": {},
 }
 
 
@@ -54,6 +56,8 @@ def main() -> None:
         with searched_in(config, quiet, quiet) as (job, bench, run, searched):
             plans = choose(job, searched, bench, quiet)
             for name, flags in WAYS.items():
+                if "finalists" not in flags and not halving(len(plans), job.n_steps):
+                    continue
                 began = time.perf_counter()
                 found = []
                 for seed in range(args.seeds):
@@ -61,7 +65,8 @@ def main() -> None:
                     winner = contest(changed, plans, bench, run, quiet)
                     recipe = changed.recipe(winner.n_steps_left, seed)
                     stands = run.unfinished / "training.pt"
-                    tuned = train(changed, winner.network, bench, recipe, quiet, stands)
+                    plan, network = winner.plan, winner.network
+                    tuned = train(changed, plan, network, bench, recipe, quiet, stands)
                     run.forget_unfinished()  # the next way starts from nothing
                     found.append(accuracy(tuned.model, data.test, batch_size=BATCH_SIZE).value)
                 took = (time.perf_counter() - began) / args.seeds

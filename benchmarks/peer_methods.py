@@ -7,7 +7,6 @@ Peers are optional; those that are not installed are named and left out.
 
 import copy
 import importlib.util
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,26 +193,19 @@ def nni_l1(setting: Setting, strength: float) -> nn.Module:
 
 
 class GreedyBlocks:
-    """The residual branch whose loss costs least accuracy goes, one at a time, two thirds of all.
-
-    Attributes:
-        seconds: That the order took.
-    """
+    """The branch whose loss costs least accuracy goes, one at a time, two thirds of all."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
         self._prunable: Prunable | None = None
         self._order: list[str] = []
 
     def __call__(self, setting: Setting, strength: float) -> nn.Module:
         """Without so large a share of the branches, rounded down."""
         if self._prunable is None:
-            began = time.perf_counter()
             self._prunable = with_branches(
                 make_prunable(setting.base, setting.example), setting.example
             )
             self._find_order(setting, self._prunable)
-            self.seconds = time.perf_counter() - began
         n_gone = int(strength * len(self._prunable.branches))
         if not 0 < n_gone <= len(self._order):
             raise ValueError(f"{n_gone} branches are not to go")

@@ -4,32 +4,34 @@ Two networks on CIFAR-10, ResNet-56 and EfficientNet-Lite0 (`benchmarks/efficien
 to shares of their measured time (ONNX Runtime, one thread). Every peer's knob is turned to the
 setting of most MACs that was measured to reach the share; then all networks get their batch-norms
 recalibrated and the same fine-tuning (200 steps of 128 images, with the original's answers), and
-the files are measured beside the original.
+the files are measured beside the original. `ours` alone learns from the original's hints too:
+they need to know which channels are left, which the peers do not tell.
 
     python -m benchmarks.peers run --data cifar10-jpeg.zip --model resnet56.pt
     python -m benchmarks.peers run --data cifar10-jpeg.zip \
         --network efficientnet-lite0 --model efficientnet-lite0.pt
     python -m benchmarks.peers report
 
-Rows already in the CSV file are not measured again.
+Rows already in the CSV file are not measured again. Seconds are those of the CPU, with one thread
+(`OMP_NUM_THREADS=1 taskset -c 0`); nothing else may run on that core.
 """
 
 import argparse
-import csv
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
 import compressor
 from benchmarks.cifar import MEAN, STD, add_inputs, as_npz, load_cifar, load_resnet56
 from benchmarks.peer_methods import Prune, Setting, available
+from benchmarks.rows import append_rows, read_rows
 from compressor.bench import BATCH_SIZE
 from compressor.evaluate import accuracy
 from compressor.export import export_onnx
@@ -82,7 +84,7 @@ def main() -> None:
     add_inputs(runs)
     runs.add_argument("--network", choices=NETWORKS, default="resnet56")
     runs.add_argument("--levels", help="comma-separated shares of the time; default all")
-    runs.add_argument("--methods", help="comma-separated; default all")
+    runs.add_argument("--method", action="append", help="may be repeated; default all")
     runs.add_argument("--trials", type=int, default=60, help="of our searches")
     runs.add_argument("--csv", type=Path, default=RESULTS)
     commands.add_parser("report").add_argument("--csv", type=Path, default=RESULTS)
@@ -96,9 +98,9 @@ def main() -> None:
 def run_all(args: argparse.Namespace) -> None:
     """Every row that the CSV file lacks."""
     peers = available()
-    wanted = args.methods.split(",") if args.methods else [*peers, "random", "ours"]
+    wanted = args.method or ["ours", *peers, "random"]
     levels = tuple(map(float, args.levels.split(","))) if args.levels else LEVELS
-    known = {(row["network"], row["method"], float(row["level"])) for row in read(args.csv)}
+    known = {(row["network"], row["method"], float(row["level"])) for row in read_rows(args.csv)}
     with setting_of(args) as setting:
         for name in wanted:
             left = [level for level in levels if (args.network, name, level) not in known]
@@ -109,7 +111,7 @@ def run_all(args: argparse.Namespace) -> None:
             else:
                 rows = by_strength(setting, name, left, peers[name])
             for row in rows:
-                write(args.csv, {"network": args.network, "method": name} | row)
+                append_rows(args.csv, [{"network": args.network, "method": name} | row], FIELDS)
                 print(row, flush=True)
 
 
@@ -138,7 +140,7 @@ def by_strength(
     prune: Prune,
 ) -> Iterator[dict[str, object]]:
     """For every level, the setting of most MACs among those measured to reach it."""
-    began = time.perf_counter()
+    began = cpu_seconds()
     measured: list[tuple[float, int, float]] = []  # strength, MACs, share of the time
     for strength in STRENGTHS:
         try:
@@ -148,15 +150,15 @@ def by_strength(
             continue
         macs = cost(network, setting.example).macs
         measured.append((strength, macs, 1 / setting.compare(network, TRIAL).ratio))
-    spent = time.perf_counter() - began
+    spent = cpu_seconds() - began
     for level in levels:
         reaching = [m for m in measured if m[2] <= level]
         if reaching:
             strength = max(reaching, key=lambda m: m[1])[0]
-            began = time.perf_counter()
+            began = cpu_seconds()
             row = finished(setting, prune(setting, strength))
             yield row | {"level": level, "setting": strength,
-                         "seconds": round(spent + time.perf_counter() - began)}  # fmt: skip
+                         "seconds": round(spent + cpu_seconds() - began)}  # fmt: skip
         else:
             print(f"{name}: no setting reaches {level}", flush=True)
 
@@ -196,7 +198,7 @@ def by_compress(
     weights = setting.folder / "model.pt"
     torch.save(setting.base.state_dict(), weights)
     for level in levels:
-        began = time.perf_counter()
+        began = cpu_seconds()
         config = compressor.load_config(weights, {
             "target": "host-cpu", "arch": network.arch, "arch_args": network.arch_args,
             "data": images, "mean": MEAN, "std": STD,
@@ -207,7 +209,7 @@ def by_compress(
             **({"search": "random", "finalists": 1} if name == "random" else {}),
         })  # fmt: skip
         result = compressor.compress(config)
-        seconds = time.perf_counter() - began
+        seconds = cpu_seconds() - began
         if result.compressed is None:
             print(f"{name} at {level}: {result.verdict}", flush=True)
             continue
@@ -219,33 +221,20 @@ def by_compress(
         }  # fmt: skip
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """All rows so far."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, row: dict[str, object]) -> None:
-    """Appends a row."""
-    is_new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+def cpu_seconds() -> float:
+    """Of this process and its children since they began."""
+    here = psutil.Process()
+    return sum(sum(process.cpu_times()[:4]) for process in (here, *here.children(recursive=True)))
 
 
 def report(path: Path) -> str:
     """A table a network and level, best accuracy first."""
     lines: list[str] = []
-    rows = read(path)
+    rows = read_rows(path)
     for network in NETWORKS:
-        for level in LEVELS:
-            found = [r for r in rows if r["network"] == network and float(r["level"]) == level]
-            if not found:
-                continue
+        of_it = [row for row in rows if row["network"] == network]
+        for level in sorted({float(row["level"]) for row in of_it}, reverse=True):
+            found = [row for row in of_it if float(row["level"]) == level]
             lines += [
                 "", f"## {network}, at most {level} of the time", "",
                 "| method | knob | measured | MACs | params | before training | after | seconds |",

@@ -14,13 +14,11 @@ Rows already in the CSV file are not measured again.
 """
 
 import argparse
-import csv
 import math
 import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +27,7 @@ import matplotlib.pyplot as plt
 
 import compressor
 from benchmarks.cifar import add_inputs, load_cifar, searched_resnet56
+from benchmarks.rows import append_rows, read_rows
 from compressor.bench import (
     ACCURACY,
     LATENCY,
@@ -90,7 +89,7 @@ def run_all(args: argparse.Namespace) -> None:
     example = data.fit.model_input(slice(0, 1))
     target = compressor.load_target("host-cpu")
     prunable, space = searched_resnet56(args.model, example, target.step)
-    known = {(r["task"], r["trials"], r["strategy"], r["seed"]) for r in read(args.csv)}
+    known = {(r["task"], r["trials"], r["strategy"], r["seed"]) for r in read_rows(args.csv)}
     with compressor.open_device(target) as device:
         bench = Bench(
             prunable, space, data, target, device,
@@ -105,7 +104,8 @@ def run_all(args: argparse.Namespace) -> None:
             for name in args.strategies.split(","):
                 if (args.task, str(args.trials), name, str(seed)) not in known:
                     rows = run(name, replace(problem, seed=1000 * seed), bench, args.task)
-                    write(args.csv, [{**r, "seed": seed, "trials": args.trials} for r in rows])
+                    numbered = [{**r, "seed": seed, "trials": args.trials} for r in rows]
+                    append_rows(args.csv, numbered, FIELDS)
 
 
 def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, object]]:
@@ -116,7 +116,7 @@ def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, 
         if task == "time":
             problem = replace(problem, timed=bench.timed_plans(problem.seed, at_most=24))
         if not name.endswith("-no-damages"):
-            problem = with_harm(problem, bench, lambda _progress: None)
+            problem = with_harm(problem, bench.harm, lambda _progress: None)
     if name in ASK_FOR_FEATURES:
         problem = replace(problem, features=features(bench.prunable, bench.data))
     before = time.perf_counter() - began
@@ -199,24 +199,6 @@ def strategy_of(name: str) -> Strategy:
     return variants.get(name) or STRATEGIES[name]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """All rows so far."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Appends rows of a finished search."""
-    is_new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 Curve = list[tuple[int, float]]  # trial, best so far
 Key = tuple[str, int]  # task, budget
 
@@ -225,7 +207,7 @@ def report(path: Path) -> None:
     """Writes a table and a picture beside the CSV file."""
     curves: dict[Key, dict[str, dict[str, Curve]]] = defaultdict(lambda: defaultdict(dict))
     seconds: dict[Key, dict[str, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
-    for row in read(path):
+    for row in read_rows(path):
         key, name = (row["task"], int(row["trials"])), row["strategy"]
         curves[key][name].setdefault(row["seed"], []).append(
             (int(row["trial"]), float(row["best"]))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from compressor.api import (
+        dashboard,
+        explain,
         folder_report,
         inspect_model,
         load_compressed,
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
         prune,
         who_answers,
     )
-    from compressor.config import Config, load_config
+    from compressor.config import Config, commented_toml, load_config
     from compressor.errors import CompressorError
     from compressor.export import export_onnx
     from compressor.graph import channel_groups, cost
     from compressor.latency.device import compare_latency, open_device
-    from compressor.latency.targets import load_target, target_names
+    from compressor.latency.profiles import target_names
+    from compressor.latency.targets import load_target
     from compressor.pipeline import compress, compress_front, replay, resume
     from compressor.prunable import load_model
     from compressor.report import (
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
         targets_report,
         text_report,
     )
+    from compressor.report.explained import explain_json, explain_report
     from compressor.run_folder import read_result, to_json
     from compressor.values import Plan, Progress, Result, Trial, Verdict
 
@@ -52,10 +56,15 @@ __all__ = [
     "Trial",
     "Verdict",
     "channel_groups",
+    "commented_toml",
     "compare_latency",
     "compress",
     "compress_front",
     "cost",
+    "dashboard",
+    "explain",
+    "explain_json",
+    "explain_report",
     "export_onnx",
     "folder_report",
     "front_report",
@@ -88,6 +97,8 @@ __all__ = [
 
 _HOMES = {
     "compressor.api": (
+        "dashboard",
+        "explain",
         "folder_report",
         "inspect_model",
         "load_compressed",
@@ -95,12 +106,13 @@ _HOMES = {
         "prune",
         "who_answers",
     ),
-    "compressor.config": ("Config", "load_config"),
+    "compressor.config": ("Config", "commented_toml", "load_config"),
     "compressor.errors": ("CompressorError",),
     "compressor.export": ("export_onnx",),
     "compressor.graph": ("channel_groups", "cost"),
     "compressor.latency.device": ("compare_latency", "open_device"),
-    "compressor.latency.targets": ("load_target", "target_names"),
+    "compressor.latency.profiles": ("target_names",),
+    "compressor.latency.targets": ("load_target",),
     "compressor.pipeline": ("compress", "compress_front", "replay", "resume"),
     "compressor.prunable": ("load_model",),
     "compressor.report": (
@@ -117,6 +129,7 @@ _HOMES = {
         "targets_report",
         "text_report",
     ),
+    "compressor.report.explained": ("explain_json", "explain_report"),
     "compressor.run_folder": ("read_result", "to_json"),
     "compressor.values": ("Plan", "Progress", "Result", "Trial", "Verdict"),
 }

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -18,14 +20,19 @@ from compressor.errors import (
     EquivalenceError,
     ModelError,
     PlanError,
+    RunFolderError,
     unknown_name,
 )
+from compressor.export import export_onnx
 from compressor.graph import channel_groups
 from compressor.graph.branches import residual_branches, traced
+from compressor.graph.costs import ran
 from compressor.importance import IMPORTANCES
 from compressor.job import read_data, read_model
 from compressor.latency.device import open_device
+from compressor.latency.layers import layer_rows, profiled
 from compressor.latency.probe import probe, save
+from compressor.latency.targets import load_target
 from compressor.model_io import load_weights, read_checkpoint
 from compressor.model_io.architectures import build
 from compressor.program import export_program
@@ -38,16 +45,22 @@ from compressor.prunable import (
     with_branches,
 )
 from compressor.report import text_report, trials_json, trials_report
+from compressor.report.html import html_report
+from compressor.search.dashboard import Dashboard, dashboard_of
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
 from compressor.surgery import check_plan, cut, remove_channels
 from compressor.values import (
+    TIMING_LAYERS,
     Basis,
     Branch,
     Example,
+    Explained,
     LoadedModel,
     Plan,
+    Progress,
     ProgressCallback,
+    Role,
     Staircase,
     Target,
 )
@@ -184,6 +197,55 @@ def inspect_model(config: Config) -> tuple[LoadedModel, Prunable]:
     return replace(loaded, module=prunable.module), prunable
 
 
+def explain(
+    config: Config, *, on_progress: ProgressCallback = lambda _progress: None
+) -> Explained:
+    """Where the time of `config`'s model goes on its target, without a search.
+
+    The narrowest plan of the search space is timed: no search can come out faster. Images are
+    needed for the shape of the input only.
+
+    Raises:
+        CompressorError: As for `compress`.
+    """
+    target = load_target(
+        config.target, device=config.device, precision=config.precision, estimate=config.estimate
+    )
+    on_progress(Progress("Reading the model", 0, 1))
+    loaded, prunable = inspect_model(config)
+    example, groups = loaded.example_input, prunable.groups
+    scores = IMPORTANCES["l1"].scores(prunable.module, groups, lambda _network: iter(()))
+    space = make_space(
+        groups, {name: score.numpy() for name, score in scores.items()},
+        step=target.step, min_keep_ratio=config.min_keep_ratio, branches=prunable.branches,
+    )  # fmt: skip
+    narrow = prunable.without(space.plan(space.narrowest))
+    models = []
+    with TemporaryDirectory() as folder, open_device(target) as device:
+        files = []
+        for i, network in enumerate((prunable.module, narrow)):
+            on_progress(Progress(TIMING_LAYERS, i, 2))
+            file = Path(folder) / f"{i}.onnx"
+            export_onnx(network, example, file, opset=target.opset, max_ir=target.max_ir)
+            files.append(file)
+            models.append(profiled(device, file, ran(network, example)))
+        on_progress(Progress("Timing both networks", 0, 1))
+        at_most = device.compare(*files)
+    return Explained(
+        target=target,
+        layers=layer_rows(*models),
+        freedom={
+            name: group.name if group.locked_because is None else f"locked: {group.locked_because}"
+            for group in groups
+            for name in group.modules(Role.PRODUCER)
+        },
+        at_most=at_most,
+        n_free=sum(group.locked_because is None for group in groups),
+        n_groups=len(groups),
+        n_branches=len(prunable.branches),
+    )
+
+
 def probe_target(
     target: Target, *, on_progress: ProgressCallback = lambda _progress: None
 ) -> tuple[Staircase, Path]:
@@ -218,14 +280,40 @@ def who_answers(targets: Sequence[Target]) -> dict[str, str]:
     return answers
 
 
+@contextmanager
+def dashboard(path: Path, *, port: int = 8080) -> Iterator[Dashboard]:
+    """The trials of the run in the folder `path`, for a browser on this machine.
+
+    The run may be going on; nothing in its study can be changed from there.
+
+    Args:
+        path: The run folder.
+        port: Where it is asked for; 0 for any port that is free.
+
+    Raises:
+        CompressorError: There is no study, the port cannot be had, or optuna-dashboard is not
+            installed.
+    """
+    with dashboard_of(path / run_folder.STUDY, port) as server:
+        yield server
+
+
 def folder_report(path: Path, *, as_json: bool = False) -> str:
     """The result of the run in the folder `path`, or the trials of one that was not finished.
 
+    Where there is a result, `report.html` is made anew too.
+
     Raises:
-        RunFolderError: There is neither.
+        RunFolderError: There is neither; or the page cannot be written.
     """
     if (path / run_folder.RESULT).is_file():
         result = run_folder.read_result(path)
+        study = path / run_folder.STUDY
+        page = html_report(result, read_trials(study) if study.is_file() else ())
+        try:
+            run_folder.RunFolder(path).write_report(page)
+        except OSError as err:
+            raise RunFolderError(f"{path} cannot be written: {err}.") from err
         return json.dumps(run_folder.to_json(result), indent=2) if as_json else text_report(result)
     trials = read_trials(path / run_folder.STUDY)
     return trials_json(trials) if as_json else trials_report(path, trials)

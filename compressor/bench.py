@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from compressor.evaluate import Predict, accuracy, check_agree, judgements, memo
 from compressor.export import candidate_writer
 from compressor.features import channel_maps
 from compressor.graph import outputs
+from compressor.graph.costs import ran
 from compressor.latency.device import Device, patiently
+from compressor.latency.layers import layer_rows, profiled
 from compressor.latency.machine import Model
 from compressor.latency.onnxruntime import predictor
 from compressor.latency.timing import FINAL, TRIAL, Effort
@@ -35,9 +38,11 @@ from compressor.search.space import SearchSpace, Widths
 from compressor.tasks import CLASSIFICATION, Criterion
 from compressor.values import (
     BATCH_NORMS,
+    TIMING_LAYERS,
     Accuracy,
     Data,
     GroupFeatures,
+    LayerRow,
     PairedLatency,
     Plan,
     Progress,
@@ -61,6 +66,8 @@ MIN_DESIGN, MAX_DESIGN = 8, 24  # plans that are timed before the search
 SURGERY, REPAIR, RECALIBRATION = "surgery", "least squares", "recalibration"
 EXPORT, LATENCY, ACCURACY = "export", "latency", "accuracy"
 
+_T = TypeVar("_T")
+
 logger = logging.getLogger(__name__)
 
 
@@ -77,6 +84,13 @@ class Recovery:
     n_recalibration_images: int = 256
 
 
+Once = Callable[[str, Callable[[], PairedLatency]], PairedLatency]
+
+
+def _always(_what: str, measure: Callable[[], PairedLatency]) -> PairedLatency:
+    return measure()
+
+
 class Bench:
     """Measures plans.
 
@@ -85,6 +99,7 @@ class Bench:
         noise_floor: The original against itself; what differs from 1 in it is noise.
         like: What the original returns for one image.
         batch_size: Images that are answered at once.
+        seconds: Part of a trial -> what it took of the original.
         memory_format: In which torch answers images soonest.
     """
 
@@ -117,11 +132,14 @@ class Bench:
         self._single = write(example, pruned)
         self._batched = write(batch, pruned)
         self._check_template(space.plan(space.narrowest), batch)
-        self._original_onnx = self._single(prunable.module)
+        self.seconds: dict[str, float] = {}
+        with timed(self.seconds, EXPORT):
+            self._original_onnx = self._single(prunable.module)
         self.memory_format = memory_format(prunable.module, batch)
         self._fitted: LeastSquares | None = None
         self._whole: Any = None  # the original's answers
-        self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
+        with timed(self.seconds, LATENCY):
+            self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
 
     def _check_template(self, plan: Plan, batch: Tensor) -> None:
         """Candidates without branches come from an edited graph: it must answer like torch."""
@@ -135,7 +153,8 @@ class Bench:
     @cached_property
     def original_accuracy(self) -> Accuracy:
         """Of the original on the search split."""
-        return self._accuracy(self.prunable.module, None)
+        with timed(self.seconds, ACCURACY):
+            return self._accuracy(self.prunable.module, None)
 
     def repaired(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
         """The network without what `plan` leaves out, after recovery."""
@@ -198,13 +217,33 @@ class Bench:
         self, original: Model, candidate: Model, effort: Effort = FINAL, seed: int = 0
     ) -> PairedLatency:
         """Both models on the device; waits for one that went away."""
+        return self._patiently(
+            lambda: self._device.compare(original, candidate, effort=effort, seed=seed)
+        )
+
+    def _patiently(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns; waits for a device that went away."""
         return patiently(
             self._device,
-            lambda: self._device.compare(original, candidate, effort=effort, seed=seed),
+            work,
             on_wait=lambda why: self._on_progress(Progress("Waiting for the device", 0, 1, why)),
         )
 
-    def timed_plans(self, seed: int, *, at_most: int) -> list[TimedPlan]:
+    def layers(self, original: Path, candidate: Path, compact: nn.Module) -> tuple[LayerRow, ...]:
+        """What every layer takes on the device; empty where it does not tell."""
+        example = self.data.fit.model_input(slice(0, 1))
+        networks = (original, self.prunable.module), (candidate, compact)
+        try:
+            before, after = (
+                self._patiently(partial(profiled, self._device, file, ran(network, example)))
+                for file, network in networks
+            )
+            return layer_rows(before, after)
+        except MeasurementError as err:
+            logger.warning("the layers could not be timed one by one: %s", err)
+            return ()
+
+    def timed_plans(self, seed: int, *, at_most: int, once: Once = _always) -> list[TimedPlan]:
         """Plans timed before the search: the fastest one, and some that differ in everything.
 
         What they cost tells what each layer costs; see `search.costs.LatencyTable`.
@@ -212,30 +251,24 @@ class Bench:
         Args:
             seed: Decides which.
             at_most: So many beside the fastest one.
+            once: Measures what was not measured before; see `Study.once`.
         """
         plans = design(self.space, seed)[: at_most + 1]
         found = []
         for i, widths in enumerate(plans):
-            self._on_progress(Progress("Timing the layers", i, len(plans)))
+            self._on_progress(Progress(TIMING_LAYERS, i, len(plans)))
             try:
-                candidate = self._single(self.prunable.without(self.space.plan(widths)))
-                pair = self.compare(self._original_onnx, candidate, DESIGN, seed + i)
+                pair = once(f"timed before, {i}", partial(self._timed_plan, widths, seed + i))
             except MeasurementError as err:
                 logger.warning("a plan of the latency table could not be timed: %s", err)
                 continue
             found.append(TimedPlan(self.space.by_name(widths), pair.ratio, pair.ranking_ci95))
-        self._on_progress(Progress("Timing the layers", len(plans), len(plans)))
+        self._on_progress(Progress(TIMING_LAYERS, len(plans), len(plans)))
         return found
 
-    def damages(self) -> dict[str, float]:
-        """Variable -> harm of the plan in which it alone is at its least."""
-        found = {}
-        n = len(self.space.names)
-        for i, widths in enumerate(self.space.each_alone()):
-            self._on_progress(Progress("Trying every group and branch", i, n))
-            found[self.space.names[i]] = self.harm(widths)
-        self._on_progress(Progress("Trying every group and branch", n, n))
-        return found
+    def _timed_plan(self, widths: Widths, seed: int) -> PairedLatency:
+        candidate = self._single(self.prunable.without(self.space.plan(widths)))
+        return self.compare(self._original_onnx, candidate, DESIGN, seed)
 
     def harm(self, widths: Widths) -> float:
         """How far the answers of a plan go from the original's, on few images.

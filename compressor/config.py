@@ -4,12 +4,14 @@
 own name; a flag on the command line wins. Paths in the file are relative to the file.
 """
 
+import inspect
 import re
-import tomllib
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
+import tomli_w
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,12 +23,22 @@ from pydantic import (
 )
 
 from compressor.errors import ConfigError, unknown_name
+from compressor.files import parsed_toml, read_text
 from compressor.values import MACS, MAX_DROP, MAX_LATENCY, PARAMS, SPEEDUP, Constraint
 
 AUTO: Literal["auto"] = "auto"
 CONFIG_FILE = "compress.toml"
 PATH_KEYS = ("data", "out")
-LOOK_AT_CLASSES = ("genetic", "swarm")  # strategies
+MODEL, TRUST = "model", "trust"
+TABLES = ("arch_args", "constraint", "weight")
+EXAMPLES: dict[str, object] = {  # of settings that have no default
+    "target": "host-cpu", "device": "ssh://user@host", "precision": "fp16", "data": "images",
+    "task": "my_module:MyTask", "arch": "torchvision:resnet18", "arch_args": {"num_classes": 10},
+    "input_shape": [3, 224, 224], "image_size": 224, "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225], "speedup": 2.0, "max_latency": "12ms", "max_drop": 1.0,
+    "constraint": {"macs": 0.5}, "weight": {"accuracy": 1.0, "time": 0.5}, "time_budget": "30m",
+    "out": "runs/mine",
+}  # fmt: skip
 GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight", "pareto")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
@@ -74,7 +86,8 @@ class Config(BaseModel):
         arch: What builds the network of a state_dict: `torchvision:NAME`, `timm:NAME`, or
             "package.module:factory".
         arch_args: Keyword arguments of the factory.
-        trust: Read pickles in the model file although that runs code from it.
+        trust: Read pickles in the model file although that runs code from it. Whoever runs
+            compress says so, each time; no file may.
         input_shape: `(c, h, w)`; only needed where there is no data to take it from.
         image_size: Side in pixels that image files are resized and cropped to.
         mean: Per channel, subtracted after scaling uint8 to [0, 1].
@@ -103,9 +116,10 @@ class Config(BaseModel):
         fine_tune_epochs: Passes over the fit split at the end.
         learning_rate: Peak rate of fine-tuning.
         batch_size: Images per step of fine-tuning.
-        finalists: Plans that are trained a little before one of them gets the rest; 1 trains the
-            best plan of the search alone.
+        finalists: Plans that are trained a little, for a fifth of all steps, before one of them
+            gets the rest; fewer where that would be too little, 1 for the search's best alone.
         distillation: Weight of the original's answers beside the labels, from 0 to 1.
+        hints: Weight of what the original's layers read, beside what the pruned ones do.
         temperature: Of both answers in distillation.
         label_smoothing: Share of every label that goes to the other classes.
         ema: Decay of the average of weights that is kept in place of the last; 0 for none.
@@ -161,6 +175,7 @@ class Config(BaseModel):
     batch_size: int = Field(default=64, ge=2)
     finalists: int = Field(default=4, ge=1, le=16)
     distillation: float = Field(default=0.7, ge=0, le=1)
+    hints: float = Field(default=10.0, ge=0, le=1000)
     temperature: float = Field(default=4.0, gt=0, le=100)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema: float = Field(default=0.0, ge=0, lt=1)
@@ -193,8 +208,6 @@ class Config(BaseModel):
             given.append("augment")
         if given:
             raise ValueError(f"a task brings its own data; leave {', '.join(given)} away")
-        if self.search in LOOK_AT_CLASSES:
-            raise ValueError(f"search {self.search} looks at classes, which a task has not")
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -214,8 +227,8 @@ class Config(BaseModel):
             )
 
     def as_toml(self) -> dict[str, object]:
-        """Every setting that is not None, under its flag's name, for `config.toml`."""
-        settings = self.model_dump(mode="json", exclude_none=True)
+        """Every setting but trust that is not None, under its flag's name, for `config.toml`."""
+        settings = self.model_dump(mode="json", exclude_none=True, exclude={TRUST})
         for key in ("model", *PATH_KEYS):  # the run may go on from another folder
             if key in settings:
                 settings[key] = str(Path(settings[key]).resolve())
@@ -270,12 +283,48 @@ def make_config(settings: Mapping[str, object], read_from: Path | None = None) -
         raise ConfigError(f"{faults}{where}.") from err
 
 
+def commented_toml() -> str:
+    """A `compress.toml` in which every setting stands with its meaning and default, commented out.
+
+    What has no default shows an example of what it takes.
+    """
+    meanings = _meanings(inspect.getdoc(Config) or "")
+    lines = ["# Any flag of `compress` may stand here under its own name; a flag on the command",
+             "# line wins. Paths are relative to this file."]  # fmt: skip
+    for name, field in Config.model_fields.items():
+        if name not in (MODEL, TRUST, *TABLES):
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            one_of = f" One of {', '.join(choices)}." if choices else ""
+            lines += _commented(
+                name, EXAMPLES.get(name, field.default), f"{meanings[name]}{one_of}"
+            )
+    for name in TABLES:  # a table ends the settings above it
+        lines += _commented(name, EXAMPLES[name], meanings[name])
+    return "\n".join([*lines, ""])
+
+
+def _commented(name: str, value: object, meaning: str) -> list[str]:
+    written = tomli_w.dumps({name.replace("_", "-"): value}).strip()
+    text = re.sub(r"\[\n\s+(.*?),\n\]", r"[\1]", written.replace(",\n    ", ", "))  # one line
+    wrapped = textwrap.wrap(f"{meaning[0].upper()}{meaning[1:]}", 86)
+    return ["", *(f"# {line}" for line in [*wrapped, *text.splitlines()])]
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """Attribute -> what the docstring says of it."""
+    _, _, attributes = docstring.partition("Attributes:\n")
+    found = re.findall(r"^    (\w+): ((?:.+\n?)(?:^        .+\n?)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
 def _read(path: Path) -> dict[str, object]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as err:
+        content = parsed_toml(read_text(path))
+    except (ValueError, OSError) as err:
         raise ConfigError(f"{path} cannot be read: {err}.") from err
     settings: dict[str, object] = {key.replace("-", "_"): v for key, v in content.items()}
+    if TRUST in settings:
+        raise ConfigError(f"{path}: a file cannot ask to be trusted; give --trust by hand.")
     for key in PATH_KEYS:
         value = settings.get(key)
         if isinstance(value, str):
@@ -293,4 +342,8 @@ def _fault(fault: dict[str, object]) -> str:
     if not location:
         return message
     flag = str(location[0]).replace("_", "-")
+    if fault["type"] == "literal_error":
+        assert isinstance(fault["ctx"], dict)
+        names = re.findall(r"'([^']+)'", str(fault["ctx"]["expected"]))
+        return unknown_name(f"--{flag}", str(fault["input"]), names).removesuffix(".")
     return f"--{flag}: {message} (got {fault['input']!r})"

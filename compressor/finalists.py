@@ -11,12 +11,21 @@ from torch import nn
 
 from compressor.bench import Bench
 from compressor.evaluate import drop_of
+from compressor.hints import NO_HINTS, choose_hints
 from compressor.job import Job
 from compressor.run_folder import RunFolder
 from compressor.search.objective import TIME, Objective, best_first, feasible_first
 from compressor.training import Recipe, Tuned, fine_tune, halving
 from compressor.trials import Searched
-from compressor.values import PairedLatency, Plan, Progress, ProgressCallback
+from compressor.values import (
+    MEASURING_FINALISTS,
+    TRAINING_FINALISTS,
+    TRAINING_FRONT,
+    PairedLatency,
+    Plan,
+    Progress,
+    ProgressCallback,
+)
 
 FRONT_TIMES = (0.9, 0.75, 0.6, 0.45, 0.3)  # shares of the original's, between which bands lie
 N_FINALISTS = 5  # plans measured again, at most, before one is chosen
@@ -71,9 +80,11 @@ def choose(
     met: list[Plan] = []
     surely: list[Plan] = []
     for trial in finalists:
-        on_progress(Progress("Measuring finalists", len(again), len(finalists)))
+        on_progress(Progress(MEASURING_FINALISTS, len(again), len(finalists)))
         plan = job.space.plan(job.space.from_names(trial.widths))
-        latency = searched.study.once(trial.number, partial(bench.remeasure, plan))
+        latency = searched.study.once(
+            f"measured again, trial {trial.number}", partial(bench.remeasure, plan)
+        )
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
         again.append((plan, latency))
         if all(c.is_met_in_time(latency) for c in job.config.constraints):
@@ -82,7 +93,7 @@ def choose(
                 surely.append(plan)
         if len(surely) == job.config.finalists:
             break
-    on_progress(Progress("Measuring finalists", len(finalists), len(finalists)))
+    on_progress(Progress(MEASURING_FINALISTS, len(finalists), len(finalists)))
     if met:
         return surely or met
     return [max(again, key=lambda pair: pair[1].ratio)[0]]
@@ -125,28 +136,30 @@ def contest(
         Plan, network, and the steps that are left.
     """
     n_left = job.n_steps
-    finalists = finalists[: job.config.finalists if n_left else 1]
-    networks = [(plan, bench.repaired(plan, {})) for plan in finalists]
-    numbers = {id(plan): number for number, plan in enumerate(finalists)}
-    scores: dict[int, list[float]] = {id(plan): [] for plan in finalists}
+    rounds = halving(min(job.config.finalists, len(finalists)), n_left)
+    finalists = finalists[: rounds[0][0] if rounds else 1]
+    networks = {number: bench.repaired(plan, {}) for number, plan in enumerate(finalists)}
+    scores: list[list[float]] = [[] for _ in finalists]
     before: dict[int, float] = {}
-    for n_plans, n_steps in halving(len(finalists), n_left):
-        rivals: list[tuple[Plan, Tuned]] = []
-        for plan, network in networks:
-            on_progress(Progress("Training finalists", len(rivals), n_plans))
+    for n_plans, n_steps in rounds:
+        rivals: list[tuple[int, Tuned]] = []
+        for number, network in networks.items():
+            on_progress(Progress(TRAINING_FINALISTS, len(rivals), n_plans))
             recipe = job.recipe(n_steps, job.config.seed + 1 + n_plans)  # other images each round
-            stands = folder.unfinished / f"finalist-{numbers[id(plan)]}-of-{n_plans}.pt"
-            rivals.append((plan, train(job, network, bench, recipe, _in_silence, stands)))
+            stands = folder.unfinished / f"finalist-{number}-of-{n_plans}.pt"
+            plan = finalists[number]
+            tuned = train(job, plan, network, bench, recipe, _in_silence, stands)
+            rivals.append((number, tuned))
             n_left -= n_steps
-        on_progress(Progress("Training finalists", n_plans, n_plans))
+        on_progress(Progress(TRAINING_FINALISTS, n_plans, n_plans))
         rivals.sort(key=lambda pair: pair[1].score, reverse=True)
-        for plan, tuned in rivals:
-            scores[id(plan)].append(tuned.score)
-            before.setdefault(id(plan), tuned.score_before)
-        networks = [(plan, tuned.model) for plan, tuned in rivals[: (n_plans + 1) // 2]]
-    plan, network = networks[0]
-    rounds = tuple(tuple(s) for s in scores.values())
-    return Winner(plan, network, n_left, rounds, before.get(id(plan)))
+        for number, tuned in rivals:
+            scores[number].append(tuned.score)
+            before.setdefault(number, tuned.score_before)
+        networks = {number: tuned.model for number, tuned in rivals[: (n_plans + 1) // 2]}
+    best = next(iter(networks))
+    every = tuple(map(tuple, scores))
+    return Winner(finalists[best], networks[best], n_left, every, before.get(best))
 
 
 def fastest_within_drop(
@@ -165,11 +178,11 @@ def fastest_within_drop(
     low, high, n_trained = 0, len(plans) - 1, 0
     while low <= high:
         middle = (low + high) // 2
-        on_progress(Progress("Training along the front", n_trained, len(plans).bit_length()))
+        on_progress(Progress(TRAINING_FRONT, n_trained, len(plans).bit_length()))
         network = bench.repaired(plans[middle], {})
         recipe = job.recipe(job.n_steps, job.config.seed)
         stands = folder.unfinished / f"front-{middle}.pt"
-        tuned = train(job, network, bench, recipe, _in_silence, stands)
+        tuned = train(job, plans[middle], network, bench, recipe, _in_silence, stands)
         n_trained += 1
         drop, error = drop_of(original, bench.judgements(tuned.model), bench.criterion)
         logger.info("plan %d of %d: drop %.4f +- %.4f", middle, len(plans), drop, error)
@@ -181,7 +194,7 @@ def fastest_within_drop(
             within, low = trained, middle + 1
         else:
             high = middle - 1
-    on_progress(Progress("Training along the front", n_trained, n_trained))
+    on_progress(Progress(TRAINING_FRONT, n_trained, n_trained))
     winner = within or trained  # without one within it, the slowest was trained last
     assert winner is not None
     return winner
@@ -206,19 +219,25 @@ def _in_silence(_progress: Progress) -> None:
 
 def train(
     job: Job,
+    plan: Plan,
     network: nn.Module,
     bench: Bench,
     recipe: Recipe,
     on_progress: ProgressCallback,
     checkpoint: Path,
 ) -> Tuned:
-    """Fine-tuning; never worse on the search split than before."""
+    """Fine-tuning of `network`, pruned by `plan`; never worse on the search split than before."""
+    hints = NO_HINTS
+    if recipe.hints and recipe.n_steps:
+        kept = job.prunable.kept_positions(plan)
+        hints = choose_hints(job.model, network, kept, job.example)
     return fine_tune(
         network,
         job.data.fit,
         recipe,
         criterion=job.lesson,
         teacher=job.model,
+        hints=hints,
         score=lambda model: bench.accuracy(model).value,
         on_progress=on_progress,
         checkpoint=checkpoint,

@@ -17,6 +17,7 @@ from compressor.importance import IMPORTANCES
 from compressor.latency.ssh import find_device
 from compressor.latency.targets import load_target
 from compressor.prunable import Prunable, load_model, make_prunable, with_branches
+from compressor.search import ASK_FOR_FEATURES
 from compressor.search.space import SearchSpace, make_space
 from compressor.tasks import (
     CLASSIFICATION,
@@ -71,6 +72,7 @@ class Job:
             learning_rate=config.learning_rate,
             batch_size=config.batch_size,
             distillation=self.distillation,
+            hints=config.hints,
             ema_decay=config.ema,
             augmentations=self.augmentations,
             is_compiled=config.compile,
@@ -208,6 +210,8 @@ def _check_task(model: nn.Module, split: Split, task: OwnTask) -> None:
 def read_task(config: Config) -> tuple[Criterion, Data]:
     """What the network is for, and its images."""
     if config.task is not None:
+        if config.search in ASK_FOR_FEATURES:
+            raise ConfigError(f"--search {config.search} looks at classes; a task has none.")
         task = load_task(config.task, beside=config.model.parent)
         return task, task_data(task)
     if config.data is None:

@@ -14,14 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.values import ChannelGroup, Role
-
-Kept = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
+from compressor.values import ChannelGroup, Kept, Role
 
 N_POSITIONS = 10  # of every batch, the same ones for all its images, as in the released code
 RIDGE = 1e-9  # of the mean diagonal; channels that are always 0 need some

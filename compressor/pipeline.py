@@ -1,8 +1,8 @@
 """The whole method: trained model in, measured-faster ONNX out."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from compressor import run_folder
@@ -10,6 +10,7 @@ from compressor.bench import Bench
 from compressor.config import Config, make_config
 from compressor.errors import DeviceError, InterruptedRunError, RunFolderError
 from compressor.finalists import bands, choose, contest, fastest_within_drop
+from compressor.forecast import forecast
 from compressor.job import Job, prepare
 from compressor.latency.device import open_device
 from compressor.run_folder import RunFolder
@@ -18,6 +19,7 @@ from compressor.shipping import build, is_shipped
 from compressor.trials import (
     Searched,
     TrialCallback,
+    informed,
     pose,
     posed_before,
     proposed,
@@ -79,6 +81,7 @@ def resume(
     path: Path,
     *,
     force: bool = False,
+    trust: bool = False,
     on_trial: TrialCallback = lambda _trial: None,
     on_progress: ProgressCallback = lambda _progress: None,
 ) -> Result | tuple[Result, ...]:
@@ -90,6 +93,7 @@ def resume(
     Args:
         path: The run folder.
         force: Go on although the model, the data or `config.toml` is another one now.
+        trust: Read pickles in the model file, as it was said to when the run was begun.
         on_trial: Told of every new trial as it ends.
         on_progress: Told how far long work has come.
 
@@ -100,18 +104,24 @@ def resume(
         CompressorError: As for `compress`; or there is nothing to go on with.
     """
     folder = RunFolder(path)
-    config = make_config(run_folder.read_settings(path) | {"out": path})
+    config = _config_of(path, trust=trust)
     if (path / run_folder.RESULT).is_file():
         return run_folder.read_result(path)
     with searched_in(config, on_trial, on_progress, folder, force=force) as run:
         return (finish_front if config.pareto else finish_one)(*run, on_progress)
 
 
-def replay(path: Path, *, on_progress: ProgressCallback = lambda _progress: None) -> Replayed:
+def replay(
+    path: Path,
+    *,
+    trust: bool = False,
+    on_progress: ProgressCallback = lambda _progress: None,
+) -> Replayed:
     """Searches again with the measurements that a run has kept; nothing is measured.
 
     Args:
         path: The run folder.
+        trust: Read pickles in the model file, as it was said to when the run was begun.
         on_progress: Told how far it has come.
 
     Returns:
@@ -121,7 +131,7 @@ def replay(path: Path, *, on_progress: ProgressCallback = lambda _progress: None
         CompressorError: There is no run, or model, data or `config.toml` are others now.
     """
     folder = RunFolder(path)
-    config = make_config(run_folder.read_settings(path) | {"out": path})
+    config = _config_of(path, trust=trust)
     job = prepare(config, is_new=False)
     environment = run_folder.describe_environment(job.target, job.loaded, job.data)
     folder.check(environment, force=False)
@@ -144,6 +154,11 @@ def replay(path: Path, *, on_progress: ProgressCallback = lambda _progress: None
     return Replayed(len(trials), differs_at, shipped)
 
 
+def _config_of(path: Path, *, trust: bool) -> Config:
+    """What the run in the folder `path` was asked for; trust is not kept there."""
+    return make_config(run_folder.read_settings(path) | {"out": path, "trust": trust})
+
+
 @contextmanager
 def searched_in(
     config: Config,
@@ -163,31 +178,33 @@ def searched_in(
         force: See `resume`.
     """
     on_progress(Progress("Reading model and data", 0, 1))
-    job = prepare(config, is_new=stopped is None)
-    environment = run_folder.describe_environment(job.target, job.loaded, job.data)
-    if stopped is not None:
-        stopped.check(environment, force=force)
-    with open_device(job.target) as device:
+    with ExitStack() as stack:
+        if stopped is not None:
+            stack.enter_context(_worked_in(stopped))
+        job = prepare(config, is_new=stopped is None)
+        environment = run_folder.describe_environment(job.target, job.loaded, job.data)
+        if stopped is not None:
+            stopped.check(environment, force=force)
+        device = stack.enter_context(open_device(job.target))
         on_progress(Progress("Measuring the original", 0, 1))
         bench = Bench(
             job.prunable, job.space, job.data, job.target, device,
             recovery=job.recovery, on_progress=on_progress, criterion=job.criterion,
         )  # fmt: skip
-        known = stopped.study if stopped is not None and has_begun(stopped.study) else None
-        problem = posed_before(job, known) if known else pose(job, bench, on_progress)
-        default_name = f"{config.model.stem}-{job.target.name}"
-        folder = stopped or run_folder.create(config.out, default_name, config.as_toml())
-        with folder.locked(), run_folder.logged(folder), _what_is_kept(folder):
-            if stopped is None:
-                folder.write_manifest(environment)
-            if known is None:
-                folder.study.unlink(missing_ok=True)
-                study = Study.create(folder.study, job.space)
-                study.keep(problem)
-            else:
-                study = Study.open(folder.study, job.space)
-            searched = search(job, problem, bench, study, on_trial, on_progress)
-            yield job, bench, folder, searched
+        if stopped is not None and has_begun(stopped.study):
+            folder, study = stopped, Study.open(stopped.study, job.space)
+            problem = posed_before(job, stopped.study)
+            expected = forecast(job, bench, problem, n_trials_done=len(study.trials))
+            on_progress(Progress("Measuring the original", 1, 1, expected=expected))
+        else:
+            problem = pose(job, bench)  # the last thing that bad input can break
+            expected = forecast(job, bench, problem)
+            on_progress(Progress("Measuring the original", 1, 1, expected=expected))
+            folder = stopped or stack.enter_context(_new_folder(job, environment, bench))
+            study = Study.begin(folder.study, job.space)
+            problem = informed(job, problem, bench, study, on_progress)
+            study.keep(problem)
+        yield job, bench, folder, search(job, problem, bench, study, on_trial, on_progress)
 
 
 def finish_one(
@@ -217,6 +234,24 @@ def finish_front(
         results.append(build(job, searched, winner, bench, point, on_progress))
     folder.forget_unfinished()
     return tuple(results)
+
+
+@contextmanager
+def _new_folder(job: Job, environment: Mapping[str, object], bench: Bench) -> Iterator[RunFolder]:
+    """A folder of its own for the run, which works in it meanwhile."""
+    name = f"{job.config.model.stem}-{job.target.name}"
+    folder = run_folder.create(job.config.out, name, job.config.as_toml())
+    with _worked_in(folder):
+        device = {"seed": job.config.seed, "device": dict(bench.described)}
+        folder.write_manifest({**environment, **device})
+        yield folder
+
+
+@contextmanager
+def _worked_in(folder: RunFolder) -> Iterator[None]:
+    """No other process works there meanwhile; whatever ends this one is told, and logged."""
+    with folder.locked(), run_folder.logged(folder), _what_is_kept(folder):
+        yield
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from compressor.values import (
     Branch,
     ChannelGroup,
     Example,
+    Kept,
     LoadedModel,
     Plan,
     call,
@@ -69,8 +70,8 @@ class Prunable:
         """
         return cut(self.module, self.groups, plan, self.branches)
 
-    def kept_positions(self, plan: Plan) -> Mapping[tuple[str, int], NDArray[np.bool_]]:
-        """(tensor, dimension) -> which positions stay, of all that loses some."""
+    def kept_positions(self, plan: Plan) -> Kept:
+        """Which positions of which tensors stay under `plan`."""
         return kept_positions(self.module, self.groups, plan)
 
     def masked(self, plan: Plan) -> nn.Module:
@@ -88,8 +89,19 @@ def load_model(
 ) -> LoadedModel:
     """The trained network in eval mode on the CPU, and an input to trace it with.
 
-    See `model_io.load_model` for the arguments and errors. A `.pt2` program comes back with nn
-    modules for its layers, and for any batch size.
+    Args:
+        path: A state_dict or a checkpoint holding one; a `.pt2` program, which comes back with nn
+            modules for its layers, and for any batch size; or a pickled module, with `trust`.
+        arch: `torchvision:NAME`, `timm:NAME`, or "package.module:factory", which is called with
+            `arch_args` and returns the module. Modules beside the model file and in the current
+            folder are found too. A checkpoint may name one of the first two itself.
+        arch_args: Keyword arguments of the factory.
+        input_shape: `(c, h, w)` of one input; None takes the architecture's or program's own.
+        trust: Read pickles in the file although that runs code from it.
+
+    Raises:
+        ModelError: The file, the architecture or the weights cannot be used.
+        UntrustedModelError: The file is a pickle that holds more than tensors.
     """
     loaded = read_file(path, arch=arch, arch_args=arch_args, input_shape=input_shape, trust=trust)
     if path.suffix != PROGRAM_SUFFIX:

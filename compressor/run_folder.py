@@ -9,7 +9,6 @@ import logging
 import platform
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,13 +21,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, RunFolderError
-from compressor.files import write_whole
-from compressor.values import Data, LoadedModel, Result, Target
+from compressor.files import parsed_json, parsed_toml, read_text, write_whole
+from compressor.values import MAX_LATENCY, Data, LoadedModel, Result, Side, Target
 
 VERSION = metadata.version("compressor")
 SCHEMA = 1
 RESULT, STUDY, CONFIG, LOG = "result.json", "study.db", "config.toml", "log.txt"
 MODEL_ONNX, ORIGINAL_ONNX, MODEL_PT = "model.onnx", "original.onnx", "model.pt"
+REPORT = "report.html"
 MANIFEST, UNFINISHED, LOCK = "manifest.json", ".unfinished", "lock"
 # Of what a run follows from; with another one it would not be the same run.
 IDENTITIES = {
@@ -53,8 +53,13 @@ class RunFolder:
         """No other process works in the folder meanwhile; a process that died holds no lock.
 
         Raises:
-            RunFolderError: One does.
+            RunFolderError: One does; or there are links in it, that lead out of it perhaps.
         """
+        links = [found for found in self.path.rglob("*") if found.is_symlink()]
+        if links:
+            raise RunFolderError(
+                f"{links[0]} is a link; what is written there could go anywhere. Remove it."
+            )
         try:
             lock = filelock.FileLock(self.unfinished / LOCK, timeout=0)
             lock.acquire()
@@ -82,8 +87,7 @@ class RunFolder:
 
     def write_manifest(self, environment: Mapping[str, object]) -> None:
         """What the run follows from, so that `check` can tell whether it still does."""
-        config = hashlib.sha256((self.path / CONFIG).read_bytes()).hexdigest()
-        content = {"schema": SCHEMA, "config_sha256": config, **environment}
+        content = {"schema": SCHEMA, **self._with_config(environment)}
         write_whole(self.path / MANIFEST, json.dumps(content, indent=2) + "\n")
 
     def check(self, environment: Mapping[str, object], *, force: bool) -> None:
@@ -94,16 +98,25 @@ class RunFolder:
                 is not set.
         """
         begun = self.read_manifest()
-        config = hashlib.sha256((self.path / CONFIG).read_bytes()).hexdigest()
-        now = {"config_sha256": config, **environment}
+        now = self._with_config(environment)
         changed = [what for key, what in IDENTITIES.items() if begun.get(key) != now.get(key)]
         if changed and not force:
             raise RunFolderError(
                 f"{' and '.join(changed)} changed since the run in {self.path} was begun; its "
                 f"trials say nothing of the new one. Start a new run, or give --force."
             )
+        if changed:
+            for file in self.unfinished.iterdir():
+                if file.name != LOCK:  # half-trained networks of what it was
+                    file.unlink()
         if begun.get("versions") != now.get("versions"):
-            logger.warning("begun with %s, goes on with %s", begun["versions"], now["versions"])
+            logger.warning(
+                "begun with %s, goes on with %s", begun.get("versions"), now.get("versions")
+            )
+
+    def _with_config(self, environment: Mapping[str, object]) -> dict[str, object]:
+        config = hashlib.sha256((self.path / CONFIG).read_bytes()).hexdigest()
+        return {"config_sha256": config, **environment}
 
     def read_manifest(self) -> dict[str, Any]:
         """What `write_manifest` wrote.
@@ -113,7 +126,7 @@ class RunFolder:
         """
         file = self.path / MANIFEST
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parsed_json(read_text(file))
         except FileNotFoundError as err:
             raise RunFolderError(
                 f"{self.path} has no {MANIFEST}: no run was begun there, or it was stopped before "
@@ -164,6 +177,10 @@ class RunFolder:
         torch.save(dict(content), buffer)
         write_whole(self.path / MODEL_PT, buffer.getvalue())
 
+    def write_report(self, page: str) -> None:
+        """`report.html`."""
+        write_whole(self.path / REPORT, page)
+
     def write_result(self, result: Result) -> None:
         """`result.json`; written last, so a folder that has one is complete."""
         text = json.dumps(to_json(result), indent=2, allow_nan=False) + "\n"
@@ -204,10 +221,10 @@ def read_settings(path: Path) -> dict[str, object]:
     """
     file = path / CONFIG
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = parsed_toml(read_text(file))
     except FileNotFoundError as err:
         raise RunFolderError(f"{path} has no {CONFIG}: no run was begun there.") from err
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (OSError, ValueError) as err:
         raise RunFolderError(f"{file} cannot be read: {err}.") from err
     return {key.replace("-", "_"): value for key, value in content.items()}
 
@@ -249,17 +266,34 @@ def read_result(path: Path) -> Result:
     if not file.is_file():
         raise RunFolderError(f"{path} has no {RESULT}: no run there, or one that is not finished.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parsed_json(read_text(file))
         found = content.pop("schema", None) if isinstance(content, dict) else None
         if found != SCHEMA:
             raise RunFolderError(f"{file} has schema {found}; this version reads {SCHEMA}.")
-        return _RESULT.validate_python(content | {"out": path})
+        result = _RESULT.validate_python(content | {"out": path})
+        if not all(_are_positive(side) for side in (result.original, result.compressed) if side):
+            raise ValueError("a network of no size, or of no time")
+        if result.compressed and (result.original.metric is None) != (
+            result.compressed.metric is None
+        ):
+            raise ValueError("one network has a metric of a task, the other has none")
+        if any(c.value < 0 or (c.kind == MAX_LATENCY and not c.value) for c in result.constraints):
+            raise ValueError("a limit below zero, or of no time")
+        if result.speedup.ratio <= 0:
+            raise ValueError(f"a speed-up of {result.speedup.ratio}")
+        return result
+    except OSError as err:
+        raise RunFolderError(f"{file} cannot be read: {err}.") from err
     except ValidationError as err:
         fault = err.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         raise RunFolderError(f"{file} is not a result of compress: {key}: {fault['msg']}") from err
     except ValueError as err:
-        raise RunFolderError(f"{file} is not JSON: {err}") from err
+        raise RunFolderError(f"{file} is not a result of compress: {err}.") from err
+
+
+def _are_positive(side: Side) -> bool:
+    return min(side.macs, side.params, side.file_bytes, side.latency_ms.median_ms) > 0
 
 
 def describe_environment(target: Target, loaded: LoadedModel, data: Data) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """From a plan to files: pruned for real, trained on, exported, proven, measured, and told."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from compressor import run_folder
 from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery, n_cores
-from compressor.errors import (
-    EngineError,
-    EquivalenceError,
-    ExportError,
-)
+from compressor.errors import EngineError, EquivalenceError, ExportError
 from compressor.evaluate import accuracy, check_agree
 from compressor.export import export_onnx
 from compressor.files import write_whole
@@ -21,27 +17,36 @@ from compressor.finalists import Winner, train
 from compressor.graph import cost
 from compressor.job import Job
 from compressor.latency.onnxruntime import predictor
-from compressor.latency.precision import half_onnx
+from compressor.latency.precision import FP16, half_onnx
 from compressor.latency.timing import is_win
 from compressor.prunable import MODULE, TRACED, Prunable
+from compressor.report.html import html_report
 from compressor.run_folder import RunFolder
+from compressor.search.clustering import importance_tree
 from compressor.surgery import check_dropped, groups_left, prune_with_nni, remove_branches
 from compressor.training import Tuned
 from compressor.trials import INHERENT_PARTS, TRIAL_PARTS, Searched
 from compressor.values import (
+    MEASURING_FILES,
+    PRUNING,
     Basis,
     Branch,
+    BranchRow,
+    GroupRow,
     Latency,
     PairedLatency,
     Plan,
     Progress,
     ProgressCallback,
     Result,
+    SearchCost,
     Side,
+    Trained,
+    Tree,
+    Untrained,
     Verdict,
 )
 
-FP16 = "fp16"
 FP16_TOLERANCE = 3e-2  # of the largest output; each of some 50 layers rounds to 1 in 2,048
 
 logger = logging.getLogger(__name__)
@@ -59,7 +64,7 @@ def build(
     compact, engines = cut_out(job, winner.plan, on_progress)
     recipe = job.recipe(winner.n_steps_left, job.config.seed)
     stands = folder.unfinished / "training.pt"
-    tuned = train(job, winner.network, bench, recipe, on_progress, stands)
+    tuned = train(job, winner.plan, winner.network, bench, recipe, on_progress, stands)
     compact.load_state_dict(tuned.model.state_dict())
     training = training_report(job, winner, tuned)
     return finish(
@@ -69,7 +74,7 @@ def build(
 
 def cut_out(
     job: Job, plan: Plan, on_progress: ProgressCallback
-) -> tuple[nn.Module, dict[str, object]]:
+) -> tuple[nn.Module, dict[str, float | str]]:
     """The compact network, and how far each engine's outputs are from it on real images.
 
     It is NNI's where NNI can process the network and answers the same, else that of our own
@@ -78,10 +83,10 @@ def cut_out(
     Raises:
         EquivalenceError: The masked original answers differently.
     """
-    on_progress(Progress("Pruning with NNI and checking", 0, 1))
+    on_progress(Progress(PRUNING, 0, 1))
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
     compact, error = check_surgery(job.prunable, plan, job.data)
-    engines: dict[str, object] = {"masked": error}
+    engines: dict[str, float | str] = {"masked": error}
     dropped = check_dropped(job.prunable.branches, plan)
     network = remove_branches(job.model, dropped)
     groups = groups_left(job.groups, dropped, network)
@@ -100,19 +105,22 @@ def finish(
     searched: Searched,
     plan: Plan,
     tuned: nn.Module,
-    engines: dict[str, object],
-    training: Mapping[str, object],
+    engines: dict[str, float | str],
+    training: Trained | Untrained | None,
     bench: Bench,
     folder: RunFolder,
     on_progress: ProgressCallback,
 ) -> Result:
     """Exports both models, proves and measures the files, and writes the result last."""
-    on_progress(Progress("Measuring the exported files", 0, 1))
+    on_progress(Progress(MEASURING_FILES, 0, 1))
     images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
     original_file = folder.original_onnx
     with folder.unproven_onnx() as unproven:
-        engines = engines | export_both(job, tuned, (original_file, unproven), images, bench)
+        engines = {
+            **engines, **export_both(job, tuned, (original_file, unproven), images, bench)
+        }  # fmt: skip
         speedup = bench.compare(original_file, unproven)
+        layers = bench.layers(original_file, unproven, tuned)
         before = measured_side(job, job.model, original_file, speedup.original, bench)
         after = measured_side(job, tuned, unproven, speedup.candidate, bench, before.metric)
         are_met = [c.is_met(speedup, before, after) for c in job.config.constraints]
@@ -131,6 +139,7 @@ def finish(
         constraints=job.config.constraints,
         branches=branches_table(job.prunable.branches, plan),
         training=training,
+        layers=list(layers),
         original=before,
         compressed=after if handed_back else None,
         speedup=speedup,
@@ -148,22 +157,24 @@ def finish(
         },
         out=folder.path,
     )
+    folder.write_report(html_report(result, searched.study.trials))
     folder.write_result(result)
     folder.forget_unfinished()
     return result
 
 
-def training_report(job: Job, winner: Winner, tuned: Tuned) -> dict[str, object]:
+def training_report(job: Job, winner: Winner, tuned: Tuned) -> Trained | Untrained | None:
     """How the shipped network was trained."""
     if not job.data.is_trainable and job.config.fine_tune_epochs:
         return {"skipped_because": "there is no fit split to learn from"}
     if not job.n_steps:
-        return {}
+        return None
     return {
         "steps": job.n_steps,
         "batch_size": job.config.batch_size,
         "finalists": [list(scores) for scores in winner.scores],
         "distillation": job.distillation,
+        "hints": job.config.hints,
         "augmentations": list(job.augmentations),
         "search_accuracy": tuned.score,
         "search_accuracy_before": (
@@ -241,8 +252,8 @@ def measured_side(
     )
 
 
-def groups_table(prunable: Prunable, plan: Plan) -> list[dict[str, object]]:
-    """What became of every channel group; one that went with its branch keeps 0."""
+def groups_table(prunable: Prunable, plan: Plan) -> list[GroupRow]:
+    """What became of every channel group."""
     gone = {name for b in prunable.branches if b.name in plan.dropped for name in b.groups}
     return [
         {
@@ -256,7 +267,7 @@ def groups_table(prunable: Prunable, plan: Plan) -> list[dict[str, object]]:
     ]
 
 
-def branches_table(branches: Sequence[Branch], plan: Plan) -> list[dict[str, object]]:
+def branches_table(branches: Sequence[Branch], plan: Plan) -> list[BranchRow]:
     """What became of every residual branch."""
     return [{"name": b.name, "kept": b.name not in plan.dropped, "macs": b.macs} for b in branches]
 
@@ -279,7 +290,7 @@ def judge(speedup: PairedLatency, noise_floor: PairedLatency, are_met: Sequence[
     return Verdict.MET if all(are_met) else Verdict.INFEASIBLE
 
 
-def search_report(job: Job, searched: Searched) -> dict[str, object]:
+def search_report(job: Job, searched: Searched) -> SearchCost:
     """How the plan was found, and what a trial cost: seconds a trial, part by part."""
     trials = searched.trials
     parts = {
@@ -287,6 +298,10 @@ def search_report(job: Job, searched: Searched) -> dict[str, object]:
     }
     wall = searched.seconds / len(trials)
     floor = searched.noise_floor
+    tree: Tree = {"names": [group.name for group in job.space.groups], "linkage": []}
+    if len(job.space.groups) > 1:
+        rows = importance_tree(job.space.scores).tolist()
+        tree["linkage"] = [(one, other, height, n) for one, other, height, n in rows]
     return {
         "strategy": job.config.search,
         "n_trials": len(trials),
@@ -297,7 +312,8 @@ def search_report(job: Job, searched: Searched) -> dict[str, object]:
         "limits": dict(searched.problem.objective.limits),
         "front": job.config.pareto,
         "n_timed_before": len(searched.problem.timed),
-        "noise_floor": {"ratio": floor.ratio, "ci95": list(floor.ci95)},
+        "noise_floor": {"ratio": floor.ratio, "ci95": floor.ci95},
         "seconds_per_trial": {**parts, "all": wall},
+        "tree": tree,
         "overhead_seconds_per_trial": wall - sum(parts[part] for part in INHERENT_PARTS),
     }

@@ -1,12 +1,13 @@
 """What a network is for: it decides what is learned, and what counts as right.
 
 Classification needs nothing but labelled images. Everything else is a `Task` of the user's own,
-named by `--task package.module:object`; `samples/denoising` has one.
+named by `--task package.module:object`; `samples/segmentation` has one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,10 +161,7 @@ class OwnTask:
 
     def loss(self, outputs: Any, targets: list[Any]) -> Tensor:
         """See `Task`."""
-        value = self._ask("loss", outputs, targets)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise self._wrong("loss", value, "a tensor of one number")
-        return value.reshape(())
+        return self._number("loss", outputs, targets)
 
     def judge(self, outputs: Any, targets: list[Any]) -> Sequence[Any]:
         """See `Task`."""
@@ -182,7 +180,7 @@ class OwnTask:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as err:
             raise self._wrong("metric", value, "a number") from err
-        if not torch.isfinite(torch.tensor(number)):
+        if not math.isfinite(number):
             raise MeasurementError(
                 f"--task {self.reference}: the metric of {len(judged)} images is {number}."
             )
@@ -191,10 +189,7 @@ class OwnTask:
     def distance(self, outputs: Any, wanted: Any) -> Tensor:
         """The task's own, or the mean squared difference as a share of the answers' variance."""
         if self.has_distance:
-            value = self._ask("distance", outputs, wanted)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                raise self._wrong("distance", value, "a tensor of one number")
-            return value.reshape(())
+            return self._number("distance", outputs, wanted)
         pairs = zip(_floats(outputs), _floats(wanted), strict=True)
         parts = [F.mse_loss(a, b) / b.var().clamp_min(1e-12) for a, b in pairs if b.numel() > 1]
         return torch.stack(parts).mean()
@@ -209,6 +204,13 @@ class OwnTask:
             return getattr(self.task, part)(*args)
         except USER_CODE_FAILURES as err:
             raise TaskError(f"--task {self.reference}: {part} failed: {told(err)}.") from err
+
+    def _number(self, part: str, *args: Any) -> Tensor:
+        """What can be learned from."""
+        value = self._ask(part, *args)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise self._wrong(part, value, "a tensor of one number")
+        return value.reshape(())
 
     def _wrong(self, part: str, value: object, expected: str) -> TaskError:
         what = f"{type(value).__name__}{tuple(getattr(value, 'shape', ()))}"

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,18 @@ from compressor.search.objective import (
     Problem,
     Proposal,
     Strategy,
+    best_first,
     is_hopeless,
 )
+from compressor.search.space import Widths
 from compressor.search.study import Study, read_before
 from compressor.values import (
+    FIRST_PLAN,
     MACS,
     MAX_DROP,
     PARAMS,
+    SEARCHING,
+    TRYING_EACH,
     Accuracy,
     PairedLatency,
     Progress,
@@ -56,8 +62,8 @@ TrialCallback = Callable[[Trial], None]
 logger = logging.getLogger(__name__)
 
 
-def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
-    """Turns the user's limits into shares of the original's costs, and measures what it takes.
+def pose(job: Job, bench: Bench) -> Problem:
+    """Turns the user's limits into shares of the original's costs.
 
     Raises:
         ConfigError: The original meets them already.
@@ -74,19 +80,35 @@ def pose(job: Job, bench: Bench, on_progress: ProgressCallback) -> Problem:
                     f"The original already meets {constraint} on {job.target.name}: it takes "
                     f"{original_ms:.3g} ms. Lower --max-latency, or ship the original."
                 )
-    problem = _wanted(job, bench.original_accuracy, limits)
-    timed_plans = bench.timed_plans(problem.seed, at_most=problem.n_trials // 2)
-    problem = _with_features(job, replace(problem, timed=timed_plans))
-    if is_hopeless(problem) or not _is_informed(problem) or problem.features:
+    return _wanted(job, bench.original_accuracy, limits)
+
+
+def informed(
+    job: Job, problem: Problem, bench: Bench, study: Study, on_progress: ProgressCallback
+) -> Problem:
+    """`problem` with what is measured before the first trial; what `study` has of it stays."""
+    problem = replace(
+        problem,
+        timed=bench.timed_plans(problem.seed, at_most=problem.n_trials // 2, once=study.once),
+    )
+    if not is_looked_into(problem):
         return problem
-    return with_harm(problem, bench, on_progress)
+    if job.config.search in ASK_FOR_FEATURES:
+        return _with_features(job, problem)
+
+    def harm(widths: Widths) -> float:
+        return study.number_once(f"harm of {widths}", partial(bench.harm, widths))
+
+    return with_harm(problem, harm, on_progress)
 
 
 def posed_before(job: Job, study: Path) -> Problem:
     """The same, as it was posed before the first trial of the study in the file at `study`."""
     before = read_before(study, _wanted(job, Accuracy(0.0, 1), {}))
     posed = _wanted(job, before.original_accuracy, before.objective.limits)
-    return _with_features(job, replace(before, objective=posed.objective))
+    problem = replace(before, objective=posed.objective)
+    asks = job.config.search in ASK_FOR_FEATURES and is_looked_into(problem)
+    return _with_features(job, problem) if asks else problem
 
 
 def _wanted(job: Job, original: Accuracy, limits: Mapping[str, float]) -> Problem:
@@ -112,33 +134,36 @@ def _wanted(job: Job, original: Accuracy, limits: Mapping[str, float]) -> Proble
     )
 
 
-def _is_informed(problem: Problem) -> bool:
-    """Whether there are trials enough to look at every variable first."""
-    return problem.n_trials >= MIN_INFORMED
+def is_looked_into(problem: Problem) -> bool:
+    """Whether it pays to look at every variable before the first trial."""
+    return not is_hopeless(problem) and problem.n_trials >= MIN_INFORMED
 
 
 def _with_features(job: Job, problem: Problem) -> Problem:
-    """`problem` with what its channels answer, where the strategy asks for it."""
-    asks = job.config.search in ASK_FOR_FEATURES
-    if not asks or is_hopeless(problem) or not _is_informed(problem):
-        return problem
+    """`problem` with what its channels answer."""
     return replace(problem, features=features(job.prunable, job.data))
 
 
-def with_harm(problem: Problem, bench: Bench, on_progress: ProgressCallback) -> Problem:
+def with_harm(
+    problem: Problem, harm: Callable[[Widths], float], on_progress: ProgressCallback
+) -> Problem:
     """`problem` with what every variable costs alone, and the greedy path to the limit.
 
     Together they look at no more images than a quarter of the search's trials do.
     """
-    problem = replace(problem, damages=bench.damages())
+    space = problem.space
+    damages: dict[str, float] = {}
+    for name, widths in zip(space.names, space.each_alone(), strict=True):
+        on_progress(Progress(TRYING_EACH, len(damages), len(space.names)))
+        damages[name] = harm(widths)
+    problem = replace(problem, damages=damages)
     n_images = problem.n_trials * problem.original_accuracy.n // 4
     at_most = max(0, n_images // N_HARM_IMAGES - len(problem.damages))
 
     def on_step(share: float) -> None:
-        on_progress(Progress("Finding a first plan", round(100 * share), 100))
+        on_progress(Progress(FIRST_PLAN, round(100 * share), 100))
 
-    path, measured = lazy_greedy(problem, bench.harm, at_most=at_most, on_step=on_step)
-    space = problem.space
+    path, measured = lazy_greedy(problem, harm, at_most=at_most, on_step=on_step)
     alone = [
         Harmed(space.by_name(widths), problem.damages[name])
         for name, widths in zip(space.names, space.each_alone(), strict=True)
@@ -183,8 +208,13 @@ def search(
     budget = job.config.time_budget or float("inf")
     hopeless = is_hopeless(problem)
     n_trials = 1 if hopeless else problem.n_trials
+
+    def tell(n_total: int) -> None:
+        best = next(iter(best_first(study.trials, problem)), None)
+        on_progress(Progress(SEARCHING, len(study.trials), n_total, best=best))
+
     while len(study.trials) < n_trials and time.perf_counter() - started < budget:
-        on_progress(Progress("Searching", len(study.trials), problem.n_trials))
+        tell(problem.n_trials)
         seconds: dict[str, float] = {}
         with timed(seconds, PROPOSAL):
             proposal = proposed(strategy, problem, study.trials)
@@ -194,7 +224,7 @@ def search(
         on_trial(_run_trial(job, study, proposal, bench, seconds))
     if hopeless:
         logger.info("the fastest plan stays far beyond the limit; no need to go on")
-    on_progress(Progress("Searching", len(study.trials), len(study.trials)))
+    tell(len(study.trials))
     if not any(trial.accuracy for trial in study.trials):
         reasons = {trial.failed_because for trial in study.trials}
         raise SearchError(f"None of {len(study.trials)} trials could be measured: {reasons}.")

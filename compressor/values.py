@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 IndexArray = npt.NDArray[np.int64]
+# (tensor, dimension) -> which positions of the original's tensor are left, of all that lose some.
+Kept = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
 
 # What code that is not ours may raise while it runs.
 FORWARD_FAILURES = (
@@ -487,6 +490,29 @@ class Staircase:
     costs: Mapping[str, Mapping[int, float]]
 
 
+@dataclass(frozen=True)
+class Explained:
+    """Where a network's time goes on a target, and how far it could fall.
+
+    Attributes:
+        target: The target.
+        layers: Beside them the narrowest network that a search could try.
+        freedom: Layer -> the channel group that it writes, or why that is locked.
+        at_most: The narrowest network against the original; its accuracy is beside the point.
+        n_free: Groups that can be pruned, of all.
+        n_groups: All groups.
+        n_branches: Residual branches that can be left out.
+    """
+
+    target: Target
+    layers: Sequence["LayerRow"]
+    freedom: Mapping[str, str]
+    at_most: "PairedLatency"
+    n_free: int
+    n_groups: int
+    n_branches: int
+
+
 SPEEDUP = "speedup"
 MAX_LATENCY = "max-latency"
 MAX_DROP = "max-drop"
@@ -536,6 +562,13 @@ class Constraint:
             return f"a drop of at most {self.value:g} points"
         return f"{self.value:.0%} of the {'MACs' if self.kind == MACS else 'parameters'}"
 
+    @property
+    def flag(self) -> str:
+        """As `compress` takes it."""
+        if self.kind in (MACS, PARAMS):
+            return f"--constraint {self.kind}={self.value:g}"
+        return f"--{self.kind} {self.value:g}{'ms' if self.kind == MAX_LATENCY else ''}"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -573,12 +606,29 @@ class Progress:
         n_done: Units finished.
         n_total: Units in all.
         note: The latest figure worth showing.
+        best: Of a search, the best trial so far.
+        expected: Phase to come -> seconds it may take; told once, before anything long is begun.
     """
 
     phase: str
     n_done: int
     n_total: int
     note: str = ""
+    best: Trial | None = None
+    expected: Mapping[str, float] = field(default_factory=dict)
+
+
+# Phases of a run that take long enough to be forecast, in the order they come in.
+TIMING_LAYERS = "Timing the layers"
+TRYING_EACH = "Trying every group and branch"
+FIRST_PLAN = "Finding a first plan"
+SEARCHING = "Searching"
+MEASURING_FINALISTS = "Measuring finalists"
+TRAINING_FINALISTS = "Training finalists"
+TRAINING_FRONT = "Training along the front"
+PRUNING = "Pruning with NNI and checking"
+FINE_TUNING = "Fine-tuning"
+MEASURING_FILES = "Measuring the exported files"
 
 
 class ProgressCallback(Protocol):
@@ -757,6 +807,115 @@ class Replayed:
 
 
 @dataclass(frozen=True)
+class KernelTime:
+    """What one node of a graph takes, as a runtime runs it.
+
+    Attributes:
+        name: Of the tensor or node that it makes.
+        kind: The runtime's name of the operation.
+        ms: Median.
+    """
+
+    name: str
+    kind: str
+    ms: float
+
+
+class LayerRow(TypedDict):
+    """A layer before and after; what is gone has no time after it.
+
+    MACs are those of the ONNX graph: what lies between two layers has none.
+    """
+
+    name: str
+    kind: str
+    original_ms: float
+    compressed_ms: float | None
+    original_macs: int
+    compressed_macs: int
+
+
+class Equivalence(TypedDict):
+    """Which engines answered alike: name -> largest error, or why it could not be asked."""
+
+    engines: dict[str, float | str]
+    n_inputs: int
+    max_abs_error: float
+
+
+class Interval(TypedDict):
+    """A speed-up and its 95 % interval."""
+
+    ratio: float
+    ci95: tuple[float, float]
+
+
+class Tree(TypedDict):
+    """Which groups are alike, as `scipy.cluster.hierarchy.linkage` writes it."""
+
+    names: list[str]
+    linkage: list[tuple[float, float, float, float]]
+
+
+class SearchCost(TypedDict):
+    """How a plan was found, and what a trial cost."""
+
+    strategy: str
+    n_trials: int
+    n_failed: int
+    seconds: float
+    seed: int
+    overhead_seconds_per_trial: float
+    task: NotRequired[str]
+    limits: NotRequired[dict[str, float]]
+    front: NotRequired[bool]
+    n_timed_before: NotRequired[int]
+    noise_floor: NotRequired[Interval]
+    seconds_per_trial: NotRequired[dict[str, float]]
+    tree: NotRequired[Tree]
+
+
+class GroupRow(TypedDict):
+    """What became of a channel group; one that went with its branch keeps 0."""
+
+    name: str
+    channels: int
+    kept: int
+    locked_because: str | None
+    unit: NotRequired[int]
+
+
+class BranchRow(TypedDict):
+    """What became of a residual branch."""
+
+    name: str
+    kept: bool
+    macs: int
+
+
+@final
+class Trained(TypedDict):
+    """Steps, what was learned from, and how the finalists did."""
+
+    steps: int
+    batch_size: int
+    finalists: list[list[float]]
+    distillation: float
+    hints: NotRequired[float]
+    augmentations: list[str]
+    search_accuracy: float
+    search_accuracy_before: float
+    stopped_because: str | None
+
+
+@final
+class Untrained(TypedDict):
+    """Why nothing was trained although it was to be."""
+
+    skipped_because: str
+
+
+@dataclass(frozen=True)
 class Result:
     """What a run found, and how sure it is; `result.json` is this, written down.
 
@@ -764,14 +923,15 @@ class Result:
         constraint: What was asked for first; None where a weighted sum was.
         compressed: None where nothing was measured to be faster, so nothing is handed back.
         accuracy_drop_points: Percentage points on the test split; None with `compressed`.
-        equivalence: Which engines were compared on how many inputs, and the largest error.
-        search: How the plan was found, and what a trial cost.
-        groups: name, channels, unit, kept, locked_because of every channel group.
+        equivalence: Which engines were compared.
+        search: How the plan was found.
+        groups: Every channel group.
         environment: Versions, machine, and hashes of model and data.
         out: The run folder.
         constraints: All that was asked for.
-        branches: name, kept, macs of every residual branch that could be left out.
-        training: Steps, what was learned from, and how the finalists did.
+        branches: Every residual branch that could be left out.
+        training: None where none was asked for.
+        layers: What each layer took; empty where the runtime does not tell.
     """
 
     verdict: Verdict
@@ -783,11 +943,12 @@ class Result:
     compressed: Side | None
     speedup: PairedLatency
     accuracy_drop_points: float | None
-    equivalence: Mapping[str, object]
-    search: Mapping[str, object]
-    groups: Sequence[Mapping[str, object]]
+    equivalence: Equivalence
+    search: SearchCost
+    groups: Sequence[GroupRow]
     environment: Mapping[str, object]
     out: Path
     constraints: Sequence[Constraint] = ()
-    branches: Sequence[Mapping[str, object]] = ()
-    training: Mapping[str, object] = field(default_factory=dict)
+    branches: Sequence[BranchRow] = ()
+    training: Trained | Untrained | None = None
+    layers: Sequence[LayerRow] = field(default_factory=list)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.graph import channel_groups
-from compressor.values import ChannelGroup, LabelledImages, Plan, Split
+from compressor.values import ChannelGroup, LabelledImages, Plan, Result, Split, Trained
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -63,6 +63,13 @@ class ConvNet(nn.Module):
 INPUT_SHAPE = (1, 8, 8)
 
 
+def training_of(result: Result) -> Trained:
+    """How it was trained, which it is known to be."""
+    assert result.training is not None
+    assert "steps" in result.training
+    return result.training
+
+
 def labelled(split: Split) -> LabelledImages:
     """The split, which is known to hold images and labels."""
     assert isinstance(split, LabelledImages)
@@ -72,6 +79,17 @@ def labelled(split: Split) -> LabelledImages:
 def make_conv_net(width: int = 32) -> ConvNet:
     """A factory that tests name with --arch."""
     return ConvNet(width)
+
+
+@pytest.fixture(autouse=True)
+def _counted(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    """What `benchmarks.reliability` makes its table of."""
+    for kind in ("fault", "bad_input"):
+        for mark in request.node.iter_markers(kind):
+            record_property(kind, mark.args[0])
+            record_property("n", mark.kwargs.get("n", 1))
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from compressor.datasets.files import ImageFiles, Read, reader
 from compressor.errors import DataError
+from compressor.files import UNREADABLE, check_size
 from compressor.values import SPLITS, Data, Images, LabelledImages
 
 ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
@@ -103,9 +103,10 @@ def load_data(
 
 def _read_npz(source: Path) -> tuple[_Arrays, tuple[str, ...]]:
     try:
+        check_size(source)
         with np.load(source, allow_pickle=False) as archive:
-            found = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, BadZipFile, EOFError) as err:
+            found = {key: np.asarray(archive[key]) for key in archive.files}
+    except UNREADABLE as err:
         raise DataError(f"{source} cannot be read as .npz: {err}.") from err
     arrays: _Arrays = {}
     for key, images in found.items():
@@ -120,8 +121,8 @@ def _read_npz(source: Path) -> tuple[_Arrays, tuple[str, ...]]:
             f"{source} needs the arrays images and labels, or fit_images and fit_labels, or at "
             f"least search_images and search_labels; it has {sorted(found) or 'none'}."
         )
-    _, labels = arrays.get("fit") or arrays["search"]
-    n_classes = int(labels.max()) + 1 if len(labels) else 0
+    _, of_most = arrays.get("fit") or arrays["search"]
+    n_classes = int(of_most.max()) + 1 if len(of_most) else 0
     return arrays, tuple(str(label) for label in range(n_classes))
 
 

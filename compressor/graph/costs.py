@@ -5,7 +5,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from compressor.values import ChannelGroup, ChannelSlice, LayerCost
+from compressor.graph import outputs
+from compressor.values import ChannelGroup, ChannelSlice, Example, LayerCost
+
+WITH_WEIGHTS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear,
+)  # fmt: skip
 
 
 def layer_costs(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[LayerCost, ...]:
@@ -39,3 +45,17 @@ def layer_costs(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[Layer
             )
         )
     return tuple(costs)
+
+
+def ran(network: nn.Module, example: Example) -> list[str]:
+    """Names of the convolutions and linear layers of `network`, in the order they run in."""
+    names: list[str] = []
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: names.append(name))
+        for name, layer in network.named_modules()
+        if isinstance(layer, WITH_WEIGHTS)
+    ]
+    outputs(network, example)
+    for hook in hooks:
+        hook.remove()
+    return names

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from compressor.errors import DeviceLostError, MeasurementError, UnreachableError
 from compressor.latency import runner, timing
 from compressor.latency.host import Host, LocalHost
@@ -14,10 +16,13 @@ from compressor.latency.process import Runner
 from compressor.latency.ssh import SshHost
 from compressor.latency.targets import TENSORRT
 from compressor.latency.timing import FINAL, Effort
-from compressor.values import PairedLatency, SessionPair, Target
+from compressor.values import KernelTime, PairedLatency, SessionPair, Target
 
+N_PROFILED = 50  # runs; the profiler slows each node by microseconds
 N_WARMUP_GPU = 50  # a GPU's clocks take longer to rise than a CPU's caches to fill
 START_S = 30.0  # of small requests, which may find the runner not yet started
+
+_KERNELS = TypeAdapter(tuple[KernelTime, ...])
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +69,27 @@ class RunnerDevice:
             if files[1] != files[0]:
                 self._forget(files[1])
         return timing.with_conditions(pair, timing.state_changes(before, after))
+
+    def profile(self, model: Model) -> tuple[KernelTime, ...]:
+        """See `Device.profile`; of ONNX Runtime only."""
+        if self._is_tensorrt:
+            return ()
+        file = self._host.put(content_of(model), "model.onnx")
+        request = {
+            "do": "profile",
+            "model": file,
+            "options": self._options(),
+            "n_runs": N_PROFILED,
+        }
+        try:
+            answer = self._runner.ask(request, limit_s=self._target.run_limit_s)
+            return _KERNELS.validate_python(
+                [{"name": name, "kind": kind, "ms": ms} for name, kind, ms in answer["nodes"]]
+            )
+        except (KeyError, TypeError, ValueError) as err:
+            raise MeasurementError(f"{self._host.label} answered without a profile.") from err
+        finally:
+            self._forget(file)
 
     def reconnect(self) -> None:
         """See `Device.reconnect`."""

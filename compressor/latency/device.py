@@ -23,7 +23,7 @@ from compressor.latency.ssh import SshHost, find_device
 from compressor.latency.targets import TENSORRT, TRTEXEC
 from compressor.latency.timing import FINAL, Effort
 from compressor.latency.trtexec import TrtexecRunner
-from compressor.values import Basis, PairedLatency, Target
+from compressor.values import Basis, KernelTime, PairedLatency, Target
 
 PATIENCE_S = 600.0  # a board reboots in one or two minutes; a person comes back in ten
 RETRY_S = (5.0, 10.0, 20.0, 30.0)  # pauses between tries; the last one is repeated
@@ -56,6 +56,14 @@ class Device(Protocol):
 
         Raises:
             MeasurementError: One of the models is at fault.
+            DeviceError: The device is.
+        """
+
+    def profile(self, model: Model) -> tuple[KernelTime, ...]:
+        """What every node of the ONNX model takes there, in order; none where nothing tells.
+
+        Raises:
+            MeasurementError: The model is at fault.
             DeviceError: The device is.
         """
 
@@ -94,11 +102,16 @@ def compare_latency(
 ) -> PairedLatency:
     """Both ONNX models timed in the same rounds on the target's device.
 
-    See `Device.compare` for arguments and errors; `Device.compare` takes models of other inputs
-    too, which this does not.
+    Args:
+        original: ONNX file or its content, with static input shapes.
+        candidate: ONNX file or its content, which takes the same inputs.
+        target: Where, and by which runtime; see `load_target`.
+        effort: `timing.TRIAL` or `timing.FINAL`.
+        seed: Decides the order of runs.
 
     Raises:
-        MeasurementError: The models take other inputs.
+        MeasurementError: One of the models is at fault, or they take other inputs.
+        DeviceError: The device does not answer, has not the runtime, or is in use.
     """
     contents = content_of(original), content_of(candidate)
     check_same_inputs(*contents)
@@ -167,6 +180,11 @@ class EstimateDevice:
         """See `Device.compare`; nothing is run, so `effort` and `seed` change nothing."""
         del effort, seed
         return estimate.estimate_pair(content_of(original), content_of(candidate), self._target)
+
+    def profile(self, model: Model) -> tuple[KernelTime, ...]:
+        """See `Device.profile`; nothing is run."""
+        del model
+        return ()
 
     def reconnect(self) -> None:
         """See `Device.reconnect`."""

@@ -187,6 +187,20 @@ def _constants_folded(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(options.optimized_model_filepath)
 
 
+def macs_by_node(model: bytes) -> dict[str, int]:
+    """Multiply-accumulates of every convolution and product, by the name of what it makes.
+
+    Raises:
+        MeasurementError: See `estimate_ms`.
+    """
+    graph = _read(model, step=1)
+    return {
+        node.output[0]: (_product if node.op_type in PRODUCTS else _convolution)(node, graph)[0]
+        for node in graph.nodes
+        if node.op_type in CONVOLUTIONS + PRODUCTS
+    }
+
+
 def _works(graph: _Graph) -> list[tuple[int, int]]:
     """Multiply-accumulates, and numbers moved, of every node that takes time, in graph order."""
     works = []

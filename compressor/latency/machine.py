@@ -11,12 +11,14 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from compressor.errors import MeasurementError, UnreachableError, UnsupportedModelError
+from compressor.files import check_size
 from compressor.latency import runner
 from compressor.latency.host import Host, LocalHost
 from compressor.latency.targets import TENSORRT
 from compressor.values import Target
 
 Model = bytes | Path
+MAX_ONNX_BYTES = 2 * 2**30  # of one message of protobuf
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +97,9 @@ def content_of(model: Model) -> bytes:
     if isinstance(model, bytes):
         return model
     try:
+        check_size(model, MAX_ONNX_BYTES)
         return model.read_bytes()
-    except OSError as err:
+    except (OSError, ValueError) as err:
         raise MeasurementError(f"{model} cannot be read: {err}.") from err
 
 

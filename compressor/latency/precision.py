@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 
+FP32, FP16 = "fp32", "fp16"
 TAKEN_IN_HALF = {"Max", "Min"}  # onnxruntime's converter would put casts around them
 
 # "Half" (TensorRT-RTX, 11), "Row major linear FP16 format" (8, 10); BF16 before the FP16 in it.

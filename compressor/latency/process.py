@@ -27,6 +27,7 @@ from compressor.errors import (
     UnstableClockError,
     UnsupportedModelError,
 )
+from compressor.files import parsed_json
 from compressor.latency import runner
 from compressor.latency.host import end_group
 
@@ -151,7 +152,7 @@ class Runner:
         if not line.endswith(b"\n"):
             raise self._death(what, line)
         try:
-            content = json.loads(line)
+            content = parsed_json(line)
             if not isinstance(content, dict):
                 raise ValueError("not an object")
             error = content.get("error")

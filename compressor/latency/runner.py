@@ -21,11 +21,13 @@ import os
 import platform
 import random
 import select
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from typing import IO, Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import IO, Any, Callable, Dict, List, Optional, Tuple
 
 PROTOCOL = 1
 
@@ -161,8 +163,42 @@ class OnnxRuntime:
         The graph is optimised anew for this CPU each time; a file that ONNX Runtime has
         optimised elsewhere may hold that CPU's layout.
         """
+        session = self._session(path, options, self._settings(options))
+        run = self._runs(session, options)
+        return timed(run)
+
+    def profile(self, path: str, options: Dict[str, Any], n_runs: int) -> List[List[Any]]:
+        """[name, kind, milliseconds] of every node as it runs, in order; medians of `n_runs`.
+
+        A node of the optimised graph is called after the tensor or node that it makes.
+        """
+        folder = tempfile.mkdtemp()
+        try:
+            settings = self._settings(options)
+            settings.enable_profiling = True
+            settings.profile_file_prefix = os.path.join(folder, "nodes")
+            session = self._session(path, options, settings)
+            run = self._runs(session, options)
+            for _ in range(n_runs):
+                run()
+            with open(session.end_profiling()) as file:
+                events = json.load(file)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        times: Dict[Tuple[str, str], List[float]] = {}
+        suffix = "_kernel_time"
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(suffix):
+                key = event["name"][: -len(suffix)], event["args"].get("op_name", "")
+                times.setdefault(key, []).append(event["dur"] / 1000.0)
+        medians = []
+        for (name, kind), each in times.items():
+            last = sorted(each[-n_runs:])  # the first run is a warm-up
+            medians.append([name, kind, last[len(last) // 2]])
+        return medians
+
+    def _settings(self, options: Dict[str, Any]) -> Any:
         provider = options.get("provider", CPU)
-        self._check_provider(provider)
         settings = self.ort.SessionOptions()
         settings.intra_op_num_threads = int(options.get("n_threads", 1))
         settings.inter_op_num_threads = 1
@@ -174,6 +210,11 @@ class OnnxRuntime:
             add("session.set_denormal_as_zero", "1")  # both models alike
             if provider != CPU and provider not in TAKES_PARTS:
                 add("session.disable_cpu_ep_fallback", "1")
+        return settings
+
+    def _session(self, path: str, options: Dict[str, Any], settings: Any) -> Any:
+        provider = options.get("provider", CPU)
+        self._check_provider(provider)
         try:
             session = self.ort.InferenceSession(path, settings, providers=[provider])
         except Exception as err:  # each of its errors is one by itself
@@ -184,12 +225,17 @@ class OnnxRuntime:
                 f"ONNX Runtime fell back to {', '.join(session.get_providers())}; {provider} was "
                 f"asked.",
             )
-        run = self._bound(session, self._inputs(session), BOUND_DEVICES.get(provider))
+        return session
+
+    def _runs(self, session: Any, options: Dict[str, Any]) -> Callable[[], object]:
+        """What runs `session` once; it has done so once."""
+        bound_to = BOUND_DEVICES.get(options.get("provider", CPU))
+        run = self._bound(session, self._inputs(session), bound_to)
         try:
             run()
         except Exception as err:
             raise RunnerError(kind_of(err), f"ONNX Runtime cannot run the model: {err}") from err
-        return timed(run)
+        return run
 
     def _check_provider(self, provider: str) -> None:
         available = self.ort.get_available_providers()
@@ -278,14 +324,18 @@ def instruction_set() -> str:
     """Widest vector instructions of this CPU: "AVX512", "AVX2", "NEON" or "OTHER"."""
     if platform.machine().lower() in ("arm64", "aarch64"):
         return "NEON"
-    flags: Set[str] = set()
-    for line in _read("/proc/cpuinfo").splitlines():
-        if line.startswith("flags"):
-            flags = set(line.split())
-            break
+    flags = set(cpu_flags().split())
     if set(["avx512f", "avx512bw", "avx512vl"]) <= flags:
         return "AVX512"
     return "AVX2" if "avx2" in flags else "OTHER"
+
+
+def cpu_flags() -> str:
+    """What the kernel says that this CPU can do; empty where it says nothing."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith(("flags", "Features")):
+            return line.partition(":")[2].strip()
+    return ""
 
 
 def describe() -> Dict[str, Any]:
@@ -303,6 +353,7 @@ def describe() -> Dict[str, Any]:
         "machine": platform.machine(),
         "model": _read("/proc/device-tree/model") or cpu or platform.processor(),
         "instruction_set": instruction_set(),
+        "cpu_flags": cpu_flags(),
         "n_cores": os.cpu_count(),
         "memory_mib": memory_mib,
         "boot_id": _read("/proc/sys/kernel/random/boot_id"),
@@ -365,10 +416,10 @@ def serve(make_backend: Callable[[], Any], arguments: Optional[List[str]] = None
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     answer(hello)
     for line in sys.stdin:
-        began = time.time()
+        began = time.monotonic()
         try:
             reply = _reply(backend, line)
-            reply["seconds"] = time.time() - began
+            reply["seconds"] = time.monotonic() - began
             answer(reply)
         except RunnerError as err:
             answer({"error": {"kind": err.kind, "message": str(err)}})
@@ -398,6 +449,9 @@ def _reply(backend: Any, line: str) -> Dict[str, Any]:
             request["n_warmup"],
         )
         return {"original_ms": original_ms, "candidate_ms": candidate_ms}
+    if what == "profile" and hasattr(backend, "profile"):
+        options = request.get("options", {})
+        return {"nodes": backend.profile(request["model"], options, request["n_runs"])}
     if what == "build" and hasattr(backend, "build"):
         built = backend.build(request["model"], request["engine"], request.get("options", {}))
         return dict(built)
@@ -412,13 +466,13 @@ def _locked(path: str) -> "IO[str]":
     if folder and not os.path.isdir(folder):
         os.makedirs(folder)
     file = open(path, "a+")  # noqa: SIM115  the lock lives as long as it is open
-    deadline = time.time() + LOCK_WAIT_S
+    deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as err:
-            if time.time() < deadline:
+            if time.monotonic() < deadline:
                 time.sleep(0.1)
                 continue
             file.seek(0)

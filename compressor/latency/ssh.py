@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,9 @@ from compressor.errors import (
     UnreachableError,
     unknown_name,
 )
+from compressor.files import parsed_toml, read_text
 from compressor.latency.host import Done, end_group
-from compressor.latency.targets import user_profiles
+from compressor.latency.profiles import user_profiles
 
 SCHEME = "ssh://"
 CONNECTION_FAILED = 255  # ssh's own exit status; the remote command's otherwise
@@ -92,8 +92,8 @@ def find_device(device: str) -> Address:
         return parse_address(device)
     path = devices_file()
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        table = parsed_toml(read_text(path)) if path.is_file() else {}
+    except (OSError, ValueError) as err:
         raise ConfigError(f"{path} cannot be read: {err}.") from err
     if device not in table:
         raise ConfigError(

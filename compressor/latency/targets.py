@@ -1,22 +1,19 @@
 """Device profile -> Target. A profile is a TOML file; adding a device is adding a file.
 
-Profiles come with the package (`hardware_profiles`), lie in the user's own folder
-(`~/.config/compressor/profiles`), or are named by path.
+`profiles` says where they lie.
 """
 
 import hashlib
-import json
-import os
-import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import ConfigError, unknown_name
+from compressor.files import parsed_json, parsed_toml, read_text
 from compressor.latency import runner
 from compressor.latency.host import local_cache
+from compressor.latency.profiles import profile_text
 from compressor.values import Basis, Figure, Roofline, Target
 
 AUTO = "auto"
@@ -121,17 +118,6 @@ class _Profile(_Section):
     sources: dict[str, str] = Field(default_factory=dict)
 
 
-def user_profiles() -> Path:
-    """Where users keep profiles of their own."""
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(home) / "compressor" / "profiles"
-
-
-def target_names() -> tuple[str, ...]:
-    """Names of the profiles that come with the package and of the user's own, sorted."""
-    return tuple(sorted(_profiles()))
-
-
 def load_target(
     name: str,
     *,
@@ -151,10 +137,10 @@ def load_target(
         ConfigError: No such profile, or it is broken (the message names file, key and what is
             allowed); or the device cannot do `precision`, or has no figures to estimate from.
     """
-    text, name, where = _read(name)
+    text, name, where = profile_text(name)
     try:
-        profile = _Profile.model_validate(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, ValidationError) as err:
+        profile = _Profile.model_validate(parsed_toml(text))
+    except ValueError as err:
         raise ConfigError(f"Profile {where} is broken: {_first_fault(err)}.") from err
     chosen = _precision(name, profile, precision)
     roofline = _roofline(profile, chosen)
@@ -163,7 +149,7 @@ def load_target(
             f"Profile {name} has no figures to estimate from ([precision.{chosen}], [memory]); "
             f"measure on the device instead."
         )
-    step, step_source = _probed(probe_file(name, device, chosen)) or _step(name, profile.channels)
+    step, step_source = probed(probe_file(name, device, chosen)) or _step(name, profile.channels)
     return Target(
         name=name,
         description=profile.description,
@@ -193,41 +179,6 @@ def load_target(
 
 def _provider(runtime: _Runtime) -> str:
     return (runtime.provider or runner.CPU) if runtime.kind == ONNXRUNTIME else ""
-
-
-def _profiles() -> dict[str, str]:
-    """Name -> text of every profile that has a name; the user's own win."""
-    texts = {}
-    for file in resources.files("compressor.hardware_profiles").iterdir():
-        if file.name.endswith(".toml"):
-            texts[file.name.removesuffix(".toml")] = file.read_text(encoding="utf-8")
-    folder = user_profiles()
-    if folder.is_dir():
-        texts |= {path.stem: _text(path) for path in folder.glob("*.toml")}
-    return texts
-
-
-def _read(name: str) -> tuple[str, str, str]:
-    """(text, name, what to call it in a message) of the profile."""
-    if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"No device profile at {path}.")
-        return _text(path), path.stem, str(path)
-    known = _profiles()
-    if name not in known:
-        raise ConfigError(
-            f"{unknown_name('target', name, known)} A path to your own profile (.toml) works "
-            f"too, and so does a file in {user_profiles()}."
-        )
-    return known[name], name, name
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"Profile {path} cannot be read: {err}.") from err
 
 
 def _precision(name: str, profile: _Profile, wanted: str | None) -> Precision:
@@ -267,8 +218,8 @@ def probe_file(name: str, device: str | None, precision: str) -> Path:
     return local_cache() / "probes" / f"{name}-{digest}.json"
 
 
-def _probed(path: Path) -> tuple[int, str] | None:
-    """(step, why) where the device was probed.
+def probed(path: Path) -> tuple[int, str] | None:
+    """(step, why) where the device was probed and the file at `path` says so.
 
     Raises:
         ConfigError: The file is there but says nothing that can be used.
@@ -276,7 +227,7 @@ def _probed(path: Path) -> tuple[int, str] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed_json(read_text(path))
         step, date = content["step"], content["date"]
         if content["schema"] != PROBE_SCHEMA or not isinstance(step, int) or not 1 <= step <= 1024:
             raise ValueError(f"schema {content['schema']!r}, step {step!r}")
@@ -298,8 +249,8 @@ def _step(name: str, channels: _Channels) -> tuple[int, str]:
     return step, f"{found} on this CPU"
 
 
-def _first_fault(err: tomllib.TOMLDecodeError | ValidationError) -> str:
-    if isinstance(err, tomllib.TOMLDecodeError):
+def _first_fault(err: ValueError) -> str:
+    if not isinstance(err, ValidationError):
         return str(err)
     fault = err.errors()[0]
     message = fault["msg"].removeprefix("Value error, ")

@@ -29,7 +29,13 @@ from typing import Any
 import numpy as np
 
 from compressor.latency.cuda import Cuda, find_cuda
-from compressor.latency.precision import count_logged_precisions, count_precisions, half_onnx
+from compressor.latency.precision import (
+    FP16,
+    FP32,
+    count_logged_precisions,
+    count_precisions,
+    half_onnx,
+)
 from compressor.latency.runner import (
     FAILED,
     OUT_OF_MEMORY,
@@ -41,7 +47,6 @@ from compressor.latency.runner import (
 )  # fmt: skip
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")  # the first that imports
-FP32, FP16 = "fp32", "fp16"
 BY_FLAG, BY_ONNX = "flag", "onnx"
 NEW, KEPT, REFUSED, NO_CACHES = "new", "kept", "refused", "unsupported"  # timing caches
 INPUT_TYPES = {"FLOAT": np.float32, "HALF": np.float16}

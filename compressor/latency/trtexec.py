@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,13 @@ from compressor.latency.trtexec_text import (
     classify,
     conditions,
     needs_half_onnx,
+    profile_command,
+    read_profile,
     read_state,
     read_times,
     run_command,
 )
-from compressor.values import PairedLatency, SessionPair, Target
+from compressor.values import KernelTime, PairedLatency, SessionPair, Target
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +154,10 @@ class TrtexecRunner:
 
         pair = timing.compare(time_pair, slower, seed=seed)
         return timing.with_conditions(pair, self._program.take_conditions())
+
+    def profile(self, model: Model) -> tuple[KernelTime, ...]:
+        """See `Device.profile`."""
+        return self._program.profile(content_of(model))
 
     def reconnect(self) -> None:
         """See `Device.reconnect`."""
@@ -298,24 +304,39 @@ class TrtexecDevice:
         self._note(changes(before, self.state()))
         return SessionPair(times_ms[ORIGINAL], times_ms[CANDIDATE], interleaved=False)
 
+    def profile(self, model: bytes) -> tuple[KernelTime, ...]:
+        """What every layer of an ONNX file takes, as TensorRT has fused them.
+
+        Raises:
+            MeasurementError: See `build` and `read_profile`.
+        """
+        engine = self.build(model)
+        command = partial(profile_command, self.path, engine=engine, seconds=MIN_RUN_S)
+        return read_profile(self._written(lambda file: command(profile=file), engine)[0])
+
     def _times(self, engine: str, effort: Effort) -> tuple[float, ...]:
-        times = f"{self._host.cache}/times-{uuid.uuid4().hex}.json"
-        command = run_command(
-            self.path, engine=engine, times=times,
+        command = partial(
+            run_command, self.path, engine=engine,
             seconds=max(MIN_RUN_S, math.ceil(effort.pair_s)),
             min_iterations=max(MIN_ITERATIONS, effort.min_rounds),
         )  # fmt: skip
+        written, said = self._written(lambda file: command(times=file), engine)
+        self._note(conditions(said))
+        return read_times(written, WARM_UP_MS)
+
+    def _written(self, command: Callable[[str], list[str]], engine: str) -> tuple[str, str]:
+        """What a run of `engine` writes into the file that `command` names, and its log."""
+        file = f"{self._host.cache}/written-{uuid.uuid4().hex}.json"
         try:
-            done = self._trtexec(command, self._target.run_limit_s / 2, "run_s")
-            self._note(conditions(done.text))
-            written = self._must(["cat", times]).stdout.decode("utf-8", "replace")
+            done = self._trtexec(command(file), self._target.run_limit_s / 2, "run_s")
+            written = self._must(["cat", file]).stdout.decode("utf-8", "replace")
         except MeasurementError as err:
             if BROKEN_ENGINE.search(str(err)):  # the next try builds anew
                 self._host.run(["rm", "-f", engine], limit_s=SHORT_S)
             raise
         finally:
-            self._host.run(["rm", "-f", times], limit_s=SHORT_S)
-        return read_times(written, WARM_UP_MS)
+            self._host.run(["rm", "-f", file], limit_s=SHORT_S)
+        return written, done.text
 
     def _build_command(self, onnx: str, engine: str) -> list[str]:
         digest = hashlib.sha256(self._machine.encode()).hexdigest()[:8]

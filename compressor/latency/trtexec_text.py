@@ -18,11 +18,13 @@ from compressor.errors import (
     UnstableClockError,
     UnsupportedModelError,
 )
+from compressor.files import parsed_json
+from compressor.latency.precision import FP16
+from compressor.values import KernelTime
 
 WARM_UP_MS = 500
 MIN_ITERATIONS = 10
 MAX_CLOCK_CHANGE, MAX_WARMING_C = 0.05, 10.0
-FP16 = "fp16"
 
 BANNER = re.compile(r"\[TensorRT v(\d{4,6})\]")
 LEVEL = re.compile(r"^(\[[\d/:-]+\] )?\[(?P<level>[A-Z])\] (\[TRT\] )?(ModelImporter\.cpp:\d+: )?")
@@ -34,7 +36,7 @@ OUT_OF_MEMORY = re.compile(
 NO_TACTIC = re.compile(r"could not find any implementation|insufficient workspace", re.I)
 NOT_PARSED = re.compile(r"failed to parse|parsing model failed|unsupported onnx", re.I)
 UNSTABLE = re.compile(r"GPU compute time is unstable.*", re.I)
-NO_GRAPH = re.compile(r".*(graph capture failed|not permitted under CUDA graph).*", re.I)
+NO_GRAPH = re.compile(r"graph capture failed|not permitted under CUDA graph", re.I)
 CAPTURING = re.compile(r"capturing CUDA graph", re.I)
 CAPTURED = re.compile(r"successfully captured CUDA ?graph", re.I)
 GPU_CLOCK = re.compile(r"gpu|\bg[pvab]\d+b", re.I)  # 57000000.gpu, 17000000.gp10b, .gv11b, .ga10b
@@ -66,7 +68,7 @@ class Capabilities:
     @classmethod
     def of_help(cls, text: str) -> "Capabilities":
         """Read from the help text and the banner above it."""
-        flags = set(re.findall(r"^\s*(--\w+)", text, re.MULTILINE))
+        flags = set(re.findall(r"^[ \t]*(--\w+)", text, re.MULTILINE))
         return cls(
             decode_version(text), "--memPoolSize" in flags, "--workspace" in flags,
             "--skipInference" in flags, "--buildOnly" in flags, "--fp16" in flags,
@@ -174,6 +176,41 @@ def run_command(
     ]  # fmt: skip
 
 
+def profile_command(path: str, *, engine: str, profile: str, seconds: int) -> list[str]:
+    """The command that runs `engine` once more with a profiler and writes the file `profile`.
+
+    A profiler rules out CUDA graphs, so these times add up to more than an inference takes.
+    """
+    return [
+        path, f"--loadEngine={engine}", "--separateProfileRun", "--noDataTransfers",
+        f"--warmUp={WARM_UP_MS}", f"--duration={seconds}", f"--iterations={MIN_ITERATIONS}",
+        f"--exportProfile={profile}",
+    ]  # fmt: skip
+
+
+def read_profile(text: str) -> tuple[KernelTime, ...]:
+    """The layers in the file that `--exportProfile` writes, in the order they run in.
+
+    Before 8.5 it holds no medians, and means are taken.
+
+    Raises:
+        MeasurementError: The file is cut off, or is something else.
+    """
+    try:
+        rows = parsed_json(text)
+    except ValueError as err:
+        raise MeasurementError(f"trtexec's profile is no JSON: {err}.") from err
+    if not isinstance(rows, list):
+        raise MeasurementError(f"trtexec's profile is {type(rows).__name__}; expected a list.")
+    found = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            continue  # the first one only counts runs
+        ms = _number(row, "medianMs" if "medianMs" in row else "averageMs", number)
+        found.append(KernelTime(row["name"], "", max(0.0, ms)))
+    return tuple(found)
+
+
 def read_times(text: str, warm_up_ms: float) -> tuple[float, ...]:
     """Milliseconds of each inference in the file that `--exportTimes` writes.
 
@@ -185,7 +222,7 @@ def read_times(text: str, warm_up_ms: float) -> tuple[float, ...]:
         UnstableClockError: A time is not above zero, or the rows run backwards.
     """
     try:
-        rows = json.loads(text)
+        rows = parsed_json(text)
     except ValueError as err:
         raise MeasurementError(
             f"trtexec's times are no JSON, or were cut off after {len(text)} characters: {err}."
@@ -273,7 +310,7 @@ def conditions(log: str) -> tuple[str, ...]:
     Many versions are silent about a CUDA graph unless its capture fails.
     """
     found = [match[0].strip() for match in [UNSTABLE.search(log)] if match]
-    refused = NO_GRAPH.search(log)
+    refused = [line for line in log.splitlines() if NO_GRAPH.search(line)]
     if refused or (CAPTURING.search(log) and not CAPTURED.search(log)):
         why = f": {LEVEL.sub('', refused[0].strip())}" if refused else ""
         found.append(f"it ran without a CUDA graph{why}")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, UntrustedModelError
+from compressor.files import UNREADABLE, check_size
 from compressor.model_io.architectures import LIBRARIES, build, own_input_shape
 from compressor.model_io.programs import PROGRAM_SUFFIX, read_program
-from compressor.user_code import USER_CODE_FAILURES, importable, told
+from compressor.user_code import importable, told
 from compressor.values import BATCH_NORMS, Example, LoadedModel
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -180,16 +181,16 @@ def sha256(path: Path) -> str:
 
 
 def _read(path: Path, *, trust: bool) -> object:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(
-                "/code/" in name or name.endswith("constants.pkl") for name in archive.namelist()
-            ):
+    try:
+        check_size(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+            if any("/code/" in name or name.endswith("constants.pkl") for name in names):
                 raise ModelError(
                     f"{path} is a TorchScript archive; give the state_dict of the module that it "
                     f"was scripted from, with --arch."
                 )
-    try:
         content: object = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         if "weights_only" not in str(err) and "WeightsUnpickler" not in str(err):
@@ -200,14 +201,14 @@ def _read(path: Path, *, trust: bool) -> object:
                 f"from the file. Save the weights alone with torch.save(model.state_dict(), "
                 f"'weights.pt') and give --arch, or give --trust if you wrote the file."
             ) from err
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as err:
-        raise ModelError(f"{path} is not a file that torch.save wrote.") from err
+    except UNREADABLE as err:
+        raise ModelError(f"{path} is not a file that torch.save wrote: {err}.") from err
     else:
         return content
     try:
         with importable(path.parent):
             return torch.load(path, map_location="cpu", weights_only=False)
-    except (*USER_CODE_FAILURES, EOFError, pickle.UnpicklingError) as err:
+    except UNREADABLE as err:
         raise ModelError(f"{path} cannot be unpickled: {told(err)}.") from err
 
 

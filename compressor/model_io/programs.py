@@ -1,7 +1,6 @@
 """`.pt2` files: torch.export programs, read without running code from them."""
 
 import io
-import json
 import pickle
 import warnings
 import zipfile
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch._export.verifier import SpecViolationError
 
 from compressor.errors import ModelError, UntrustedModelError
-from compressor.user_code import USER_CODE_FAILURES
+from compressor.files import UNREADABLE, check_size, parsed_json
 from compressor.values import Example
 
 PROGRAM_SUFFIX = ".pt2"
@@ -27,15 +26,16 @@ def read_program(path: Path, *, trust: bool) -> tuple[nn.Module, Example]:
         ModelError: It is none, or calls something that is not an operation on tensors.
         UntrustedModelError: There are pickles in it that hold more than tensors.
     """
-    if not trust:
-        _refuse_pickles(path)
     try:
+        check_size(path)
+        if not trust:
+            _refuse_pickles(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(path)
     except SpecViolationError as err:
         raise ModelError(f"{path} calls something that is no operation on tensors.") from err
-    except (*USER_CODE_FAILURES, EOFError, pickle.UnpicklingError) as err:
+    except UNREADABLE as err:
         raise ModelError(f"{path} is not a program that torch.export.save wrote: {err}.") from err
     args: tuple[Any, ...]
     args, kwargs = program.example_inputs or ((), {})
@@ -71,12 +71,10 @@ def _refuse_pickles(path: Path) -> None:
                 if Path(name).name.startswith(_OBJECT_PREFIXES):
                     raise UntrustedModelError(f"{path}: {name} {reason}.")
                 if name.endswith("config.json"):
-                    payloads = json.loads(archive.read(name)).get("config", {}).values()
+                    payloads = parsed_json(archive.read(name)).get("config", {}).values()
                     used = {str(p["path_name"]) for p in payloads if p.get("use_pickle")}
                     pickled |= {n for n in names if Path(n).name in used}
             for name in sorted(pickled):
                 torch.load(io.BytesIO(archive.read(name)), weights_only=True)
     except pickle.UnpicklingError as err:
         raise UntrustedModelError(f"{path}: {name} {reason}.") from err
-    except (zipfile.BadZipFile, *USER_CODE_FAILURES, EOFError) as err:
-        raise ModelError(f"{path} is not a program that torch.export.save wrote: {err}.") from err

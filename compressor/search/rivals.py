@@ -6,6 +6,7 @@ beyond a limit is worth less than any within it, the less the further. None of t
 than the trials so far, so every search can be repeated from its log.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,9 @@ class Tpe:
         space = problem.space
         seed = problem.seed + len(trials)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
+        with warnings.catch_warnings():  # before 5, Optuna called it experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         ranges: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.IntDistribution(0, len(choice) - 1)

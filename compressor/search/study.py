@@ -6,12 +6,13 @@ and speed-up, both larger is better.
 """
 
 import contextlib
+import logging
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -28,9 +29,13 @@ from compressor.values import Accuracy, PairedLatency, Trial
 STUDY_NAME = "compress"
 MEASURED = "measured"  # the one user attribute of a trial
 BEFORE = "before"  # of the study
-AGAIN = "measured again, trial"  # of the study, with the trial's number
 
-_PAIR = TypeAdapter(PairedLatency)
+_PAIR, _NUMBER, _TRIAL = TypeAdapter(PairedLatency), TypeAdapter(float), TypeAdapter(Trial)
+_SHARES, _TIMED = TypeAdapter(dict[str, float]), TypeAdapter(TimedPlan)
+_HARMED = TypeAdapter(tuple[Harmed, ...])
+_T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
 
 
 class Study:
@@ -44,6 +49,7 @@ class Study:
         }
         self._space = space
         self._trials: list[Trial] = []
+        self._kept: dict[str, Any] = dict(study.user_attrs)
 
     @classmethod
     def create(cls, path: Path, space: SearchSpace) -> "Study":
@@ -58,6 +64,18 @@ class Study:
             )
             study.set_metric_names(["accuracy", "speedup"])
         return cls(study, space)
+
+    @classmethod
+    def begin(cls, path: Path, space: SearchSpace) -> "Study":
+        """The study in the file at `path`, or a new one where there is none that can be used."""
+        if path.exists():
+            try:
+                return cls.open(path, space)
+            except RunFolderError as err:
+                aside = path.with_name(f"{path.name}.broken")
+                logger.warning("%s It is kept as %s; a new one is begun.", err, aside.name)
+                path.replace(aside)
+        return cls.create(path, space)
 
     @classmethod
     def open(cls, path: Path, space: SearchSpace) -> "Study":
@@ -94,20 +112,30 @@ class Study:
             ],
         }
 
-    def once(self, number: int, measure: Callable[[], PairedLatency]) -> PairedLatency:
-        """The second measurement of a trial: what `measure` returns, or returned before.
+    def once(self, what: str, measure: Callable[[], PairedLatency]) -> PairedLatency:
+        """What `measure` returns, or returned before this study was stopped.
+
+        Args:
+            what: Is measured; a name of its own.
+            measure: Measures it.
 
         Raises:
             RunFolderError: It cannot be written.
         """
-        key = f"{AGAIN} {number}"
-        kept = self._study.user_attrs.get(key)
-        if kept is not None:
-            return _PAIR.validate_json(kept)
-        pair = measure()
-        with _written():
-            self._study.set_user_attr(key, _PAIR.dump_json(pair).decode())
-        return pair
+        return self._once(what, measure, _PAIR)
+
+    def number_once(self, what: str, compute: Callable[[], float]) -> float:
+        """The same of a number."""
+        return self._once(what, compute, _NUMBER)
+
+    def _once(self, key: str, make: Callable[[], _T], kind: TypeAdapter[_T]) -> _T:
+        if key not in self._kept:
+            made = kind.dump_json(make()).decode()
+            with _written():
+                self._study.set_user_attr(key, made)
+            self._kept[key] = made
+        with _read("was measured before"):
+            return kind.validate_json(self._kept[key])
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -151,6 +179,19 @@ class Study:
 
 
 @contextlib.contextmanager
+def _read(what: Path | str) -> Iterator[None]:
+    """Raises `RunFolderError` where a study says something that none of ours says."""
+    try:
+        yield
+    except (DatabaseError, optuna.exceptions.StorageInternalError) as err:
+        raise RunFolderError(f"{what} is broken: {str(err).splitlines()[0]}") from err
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as err:
+        raise RunFolderError(
+            f"{what} says what no study of compress says: {type(err).__name__}: {err}."
+        ) from err
+
+
+@contextlib.contextmanager
 def _written() -> Iterator[None]:
     """Raises `RunFolderError` where SQLite cannot write."""
     try:
@@ -175,7 +216,8 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
         RunFolderError: There is no study in it.
     """
     states = (TrialState.COMPLETE, TrialState.FAIL)
-    return tuple(_trial(t) for t in _load(path).get_trials(deepcopy=False, states=states))
+    with _read(path):
+        return tuple(_trial(t) for t in _load(path).get_trials(deepcopy=False, states=states))
 
 
 def read_before(path: Path, problem: Problem) -> Problem:
@@ -187,19 +229,19 @@ def read_before(path: Path, problem: Problem) -> Problem:
     before = _load(path).user_attrs.get(BEFORE)
     if before is None:
         raise RunFolderError(f"{path} was written by an older version; it cannot be repeated.")
-    accuracy = before["original_accuracy"]
-    return replace(
-        problem,
-        original_accuracy=_accuracy(accuracy["value"], accuracy),
-        objective=replace(problem.objective, limits=before["limits"]),
-        damages=before["damages"],
-        harmed=tuple(Harmed(each["widths"], each["harm"]) for each in before["harmed"]),
-        path=tuple(Harmed(each["widths"], each["harm"]) for each in before["path"]),
-        timed=tuple(
-            TimedPlan(t["widths"], t["speedup"], (t["ci95"][0], t["ci95"][1]))
-            for t in before["timed"]
-        ),
-    )
+    with _read(path):
+        accuracy = before["original_accuracy"]
+        return replace(
+            problem,
+            original_accuracy=_accuracy(accuracy["value"], accuracy),
+            objective=replace(problem.objective, limits=_SHARES.validate_python(before["limits"])),
+            damages=_SHARES.validate_python(before["damages"]),
+            harmed=_HARMED.validate_python(before["harmed"]),
+            path=_HARMED.validate_python(before["path"]),
+            timed=tuple(
+                _TIMED.validate_python({**t, "speedup_ci95": t["ci95"]}) for t in before["timed"]
+            ),
+        )
 
 
 def _accuracy_on_disk(accuracy: Accuracy) -> dict[str, object]:
@@ -234,13 +276,26 @@ def _load(path: Path) -> optuna.Study:
         raise RunFolderError(f"{path} holds no study of compress: {err}") from err
 
 
-def _storage(path: Path) -> optuna.storages.RDBStorage:
-    """By a connection, not a URL: a path may hold `?`, `%` or `#`."""
-    file = str(path.resolve())
+def reading_storage(path: Path) -> optuna.storages.RDBStorage:
+    """Of the study in the file at `path`, in which nothing can be changed.
+
+    Raises:
+        RunFolderError: There is no study in it.
+    """
+    _load(path)
+    return _storage(path, mode="ro")
+
+
+def _storage(path: Path, mode: str = "rwc") -> optuna.storages.RDBStorage:
+    """By a connection, not a URL of SQLAlchemy's: a path may hold `?`, `%` or `#`."""
+    url = f"{path.resolve().as_uri()}?mode={mode}"
     return optuna.storages.RDBStorage(
         "sqlite://",
-        engine_kwargs={"creator": lambda: sqlite3.connect(file), "poolclass": NullPool},
-    )
+        engine_kwargs={
+            "creator": lambda: sqlite3.connect(url, uri=True), "poolclass": NullPool
+        },
+        skip_table_creation=mode == "ro",
+    )  # fmt: skip
 
 
 def _trial(frozen: FrozenTrial) -> Trial:
@@ -252,12 +307,12 @@ def _trial(frozen: FrozenTrial) -> Trial:
         "seconds": measured["seconds"],
     }
     if frozen.state is TrialState.FAIL:
-        return Trial(**common, failed_because=measured["failed_because"])
-    low, high = measured["speedup_ci95"]
-    return Trial(
-        **common,
-        accuracy=_accuracy(frozen.values[0], measured),
-        speedup=frozen.values[1],
-        speedup_ci95=(low, high),
-        latency_ms=measured["latency_ms"],
-    )
+        found = {"failed_because": measured["failed_because"]}
+    else:
+        found = {
+            "accuracy": _accuracy(frozen.values[0], measured),
+            "speedup": frozen.values[1],
+            "speedup_ci95": measured["speedup_ci95"],
+            "latency_ms": measured["latency_ms"],
+        }
+    return _TRIAL.validate_python({**common, **found})

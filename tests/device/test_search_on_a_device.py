@@ -75,6 +75,7 @@ def test_a_search_measures_on_its_device(make_config: Make, board: Board, named:
     assert len(left) <= 2  # a board has no room for every candidate of a search
 
 
+@pytest.mark.fault("sshd goes away in a search and comes back")
 @needs_sshd
 def test_a_board_that_reboots_costs_a_search_no_trial(
     make_config: Make, board: Board, named: str, monkeypatch: pytest.MonkeyPatch
@@ -106,6 +107,7 @@ def test_a_board_that_reboots_costs_a_search_no_trial(
     assert result.verdict is Verdict.MET
 
 
+@pytest.mark.fault("sshd goes away for good")
 @needs_sshd
 def test_a_board_that_stays_away_leaves_the_trials_that_were_measured(
     make_config: Make, board: Board, named: str, monkeypatch: pytest.MonkeyPatch

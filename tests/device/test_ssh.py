@@ -129,6 +129,7 @@ def test_a_lock_outlives_no_process(named: Target) -> None:
             second.describe()
 
 
+@pytest.mark.fault("sshd goes away in a search and comes back")
 def test_a_board_that_reboots_is_waited_for(named: Target, exported: Path, board: Board) -> None:
     waits: list[str] = []
 
@@ -202,6 +203,7 @@ def test_a_runtime_that_is_not_there(board: Board, named: Target, tmp_path: Path
         device.describe()
 
 
+@pytest.mark.bad_input("a device that answers garbage")
 @pytest.mark.parametrize(
     ("line", "error"),
     [
@@ -226,6 +228,7 @@ def test_a_board_that_answers_garbage(
         device.describe()
 
 
+@pytest.mark.bad_input("addresses of devices")
 @pytest.mark.parametrize(
     "url",
     [
@@ -265,6 +268,7 @@ def test_broken_device_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             find_device("nano")
 
 
+@pytest.mark.fault("Ctrl-C while a device measures")
 def test_ctrl_c_during_a_measurement_leaves_a_device_that_works(
     named: Target, exported: Path
 ) -> None:

@@ -1,12 +1,18 @@
 """The real command in a real process: results, files, exit codes, bad input, Ctrl-C."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +25,7 @@ import torch
 from compressor.cli import main
 
 import compressor
+from tests.command import compress
 from tests.conftest import make_conv_net
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +44,6 @@ def project(trained: Path, blobs: Path, tmp_path_factory: pytest.TempPathFactory
         "trials = 8\nfine-tune-epochs = 2\nclusters = 2\n"
     )
     return folder
-
-
-def compress(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*COMPRESS, *map(str, args)],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=250,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_the_folder_holds_what_was_promised(
     folder, _ = finished
     assert {p.name for p in folder.iterdir()} == {
         "model.onnx", "original.onnx", "model.pt", "result.json", "study.db", "config.toml",
-        "log.txt", "manifest.json",
+        "log.txt", "manifest.json", "report.html",
     }  # fmt: skip
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
     assert len(study.trials) == 8
@@ -112,14 +111,27 @@ def test_the_figures_are_those_of_the_files(
 
 
 def test_a_front_is_a_table_of_folders(project: Path) -> None:
-    done = compress(
-        "model.pt", "--pareto", "--trials", "6", "--fine-tune-epochs", "0", "--augment", "none",
-        "--out", "front", cwd=project,
+    """And stderr, which is a terminal here, a live table."""
+    terminal, stderr = pty.openpty()
+    running = subprocess.Popen(
+        [*COMPRESS, "model.pt", "--pareto", "--trials", "6", "--fine-tune-epochs", "0",
+         "--augment", "none", "--out", "front"],
+        cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        stdout=subprocess.PIPE, stderr=stderr, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    os.close(stderr)
+    drawn = b""
+    with contextlib.suppress(OSError):  # Linux says so where the other side is closed
+        while chunk := os.read(terminal, 65536):
+            drawn += chunk
+    os.close(terminal)
+    stdout, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, drawn
+    for shown in (b"best so far", b"Searching", b"6/6", b"left in all"):
+        assert shown in drawn
     folders = sorted(path.name for path in (project / "front").iterdir() if path.is_dir())
     assert folders == [f"point-{i + 1}" for i in range(len(folders))]
-    head, _, *rows = done.stdout.strip().splitlines()
+    head, _, *rows = stdout.strip().splitlines()
     assert head.split()[:2] == ["model", "speed-up"]
     assert [row.split()[0] for row in rows] == [f"front/{name}" for name in folders]
     both = compress("model.pt", "--pareto", "--speedup", "2", cwd=project)
@@ -157,6 +169,31 @@ def test_report_shows_the_run_again(
     assert json.loads(again.stdout) == json.loads(done.stdout)
 
 
+def test_a_dashboard_shows_a_study_and_cannot_change_it(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    before = (folder / "study.db").read_bytes()
+    with compressor.dashboard(folder, port=0) as server:
+        threading.Thread(target=server.serve, daemon=True).start()
+        with urllib.request.urlopen(server.address) as page:
+            assert b"Optuna Dashboard" in page.read()
+        host = server.address.removesuffix("/dashboard")
+        with urllib.request.urlopen(f"{host}/api/studies") as reply:
+            studies = json.loads(reply.read())
+        assert studies["study_summaries"][0]["study_name"] == "compress"
+        remove = urllib.request.Request(f"{host}/api/studies/1", method="DELETE")
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(remove)
+        taken = int(host.rpartition(":")[2])
+        with (
+            pytest.raises(compressor.CompressorError, match="--port"),
+            compressor.dashboard(folder, port=taken),
+        ):
+            pass
+    assert (folder / "study.db").read_bytes() == before
+
+
 def test_the_pair_can_be_measured_again(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -173,6 +210,20 @@ def test_the_pair_can_be_measured_again(
     assert (missing.returncode, missing.stderr) == (2, "error: No ONNX file at none.onnx.\n")
 
 
+def test_a_release_that_got_slower_is_stopped(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    """The original in the place of the new model; the limit is far from what noise can reach."""
+    folder, _ = finished
+    slower = ("original.onnx", "--against", "model.onnx", "--target", "host-cpu")
+    stopped = compress("measure", *slower, "--fail-below", "5", cwd=folder)
+    assert stopped.returncode == 3
+    assert "5 was asked" in stopped.stderr
+    assert compress("measure", *slower, "--fail-below", "0.01", cwd=folder).returncode == 0
+    alone = ("measure", "model.onnx", "--target", "host-cpu", "--fail-below", "1")
+    assert compress(*alone, cwd=folder).returncode == 2
+
+
 def test_a_folder_with_a_run_is_not_touched(
     finished: tuple[Path, subprocess.CompletedProcess[str]], project: Path
 ) -> None:
@@ -185,8 +236,14 @@ def test_a_folder_with_a_run_is_not_touched(
 
 
 def test_an_unreachable_limit_ends_with_3_and_the_best_plan(project: Path) -> None:
-    done = compress("model.pt", "--speedup", "500", "--out", "far", "--trials", "30", cwd=project)
+    done = compress(
+        "model.pt", "--speedup", "500", "--out", "far", "--trials", "30", "--json-progress",
+        cwd=project,
+    )  # fmt: skip
     assert done.returncode == 3, done.stderr
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {each["event"] for each in told} == {"expected", "progress", "trial"}
+    assert next(each for each in told if each["event"] == "trial")["speedup"] > 1
     assert "NOT met" in done.stdout
     result = json.loads((project / "far" / "result.json").read_text())
     assert result["verdict"] == "infeasible"
@@ -216,6 +273,7 @@ def test_a_latency_limit_in_milliseconds(project: Path) -> None:
     assert not (project / "lazy").exists()
 
 
+@pytest.mark.fault("Ctrl-C, Ctrl-C again and again, SIGTERM")
 @pytest.mark.parametrize(
     ("signals", "code"),
     [
@@ -260,6 +318,7 @@ def test_a_signal_leaves_a_folder_that_can_be_read_and_gone_on_with(
         assert "trial   4" not in done.stderr  # it was there
 
 
+@pytest.mark.bad_input("command line")
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -279,6 +338,12 @@ def test_a_signal_leaves_a_folder_that_can_be_read_and_gone_on_with(
         (("inspect", "model.pt", "--input-shape", "3,8,8"), 1, "does not take an input of shape"),
         (("targets", "nano"), 2, "Unknown target 'nano'"),
         (("report", "none"), 1, "No study at"),
+        (("dashboard", "none"), 1, "No study at"),
+        (("inspct", "model.pt"), 2, "Unknown command 'inspct'. Did you mean 'inspect'?"),
+        (("model.pt", "--speedp", "2"), 2, "--speedup"),
+        (("model.pt", "--speedup", "2", "--search", "bcor"), 2, "Did you mean 'bocr'?"),
+        (("model.pt", "--speedup", "2", "--augment", "flop"), 2, "Did you mean 'flip'?"),
+        (("model.pt", "--constraint", "mac=0.5"), 2, "Did you mean 'macs'?"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -315,12 +380,29 @@ def test_inspect_and_targets(project: Path) -> None:
     assert "host-cpu" in listed.stdout
 
 
+def test_explain_says_where_the_time_goes(project: Path) -> None:
+    shown = compress("explain", "model.pt", cwd=project)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^inner +Conv .* ms .* inner$", shown.stdout, re.MULTILINE)
+    assert re.search(r"^head .*locked: its channels are the model's output$", shown.stdout, re.M)
+    assert re.search(r"^at most +\d+\.\d+x, 95 % interval", shown.stdout, re.MULTILINE)
+    told = json.loads(compress("explain", "model.pt", "--json", cwd=project).stdout)
+    assert {"stem", "inner", "head"} <= {row["name"] for row in told["layers"]}
+    assert told["at_most"]["ratio"] > 1
+
+
+def test_init_writes_every_setting_once(project: Path) -> None:
+    (project / "new").mkdir()
+    assert compress("init", "new", cwd=project).returncode == 0
+    text = (project / "new" / "compress.toml").read_text()
+    assert "# trials = 60" in text
+    again = compress("init", "new", cwd=project)
+    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    assert compress("init", "new", "--force", cwd=project).returncode == 0
+
+
 def test_a_result_that_cannot_be_written_is_an_error(project: Path) -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*COMPRESS, "targets"], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-            cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+    done = compress("targets", "host-cpu", cwd=project, stdout=Path("/dev/full"))
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "cannot be written to stdout" in done.stderr
 

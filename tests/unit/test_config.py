@@ -1,13 +1,15 @@
 """Flags, compress.toml and device profiles at the border."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from compressor.config import load_config
+from compressor.config import EXAMPLES, Config, commented_toml, load_config
 from compressor.errors import ConfigError
+from compressor.latency.profiles import target_names
 from compressor.latency.runner import instruction_set
-from compressor.latency.targets import load_target, target_names
+from compressor.latency.targets import load_target
 
 
 @pytest.fixture
@@ -79,7 +81,10 @@ def test_what_is_written_is_what_is_read(folder: Path) -> None:
         ({"target": "host-cpu", "max_latency": "12parsec"}, "--max-latency"),
         ({"target": "host-cpu", "speedup": 2, "max_latency": "1ms"}, "not both"),
         ({"target": "host-cpu", "trials": 0}, "--trials"),
-        ({"target": "host-cpu", "search": "bocrr"}, "--search:.*'bocr'"),
+        (
+            {"target": "host-cpu", "search": "bocrr"},
+            "Unknown --search 'bocrr'. Did you mean 'bocr'",
+        ),
         ({"target": "host-cpu", "mean": ["0.5"]}, "mean has 1 values and std 0"),
         ({"target": "host-cpu", "mean": ["1"], "std": ["0"]}, "above 0"),
         ({"target": "host-cpu", "mean": ["nan"], "std": ["1"]}, "--mean:.*finite"),
@@ -162,3 +167,30 @@ def test_a_profile_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"Profile .*mine\.toml cannot be read"):
         load_target(str(tmp_path / "mine.toml"))
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """Name -> the setting, uncommented, of every one in a commented file."""
+    found = {}
+    for paragraph in text.split("\n\n")[1:]:
+        lines = [line.removeprefix("# ").rstrip() for line in paragraph.splitlines()]
+        first = next(i for i, x in enumerate(lines) if re.match(r"\[[\w-]+\]$|[\w-]+ = ", x))
+        name = re.sub(r"[\[\]]| =.*", "", lines[first])
+        found[name] = "\n".join(lines[first:])
+    return found
+
+
+def test_the_commented_file_has_every_setting(tmp_path: Path) -> None:
+    """Each is valid by itself, and has its default where it has one."""
+    settings = settings_of(commented_toml())
+    fields = {name.replace("_", "-") for name in Config.model_fields}
+    assert set(settings) == fields - {"model", "trust"}
+    pairs = {"mean": settings["std"], "std": settings["mean"]}
+    for name, setting in settings.items():
+        target = "" if name == "target" else 'target = "host-cpu"\n'
+        (tmp_path / "compress.toml").write_text(f"{target}{pairs.get(name, '')}\n{setting}\n")
+        config = load_config(tmp_path / "model.pt", {})
+        field = Config.model_fields[name.replace("-", "_")]
+        if name.replace("-", "_") not in EXAMPLES:
+            assert getattr(config, name.replace("-", "_")) == field.default
+    assert "One of bocr, bo, random" in commented_toml()

@@ -242,7 +242,7 @@ def test_work_that_shapes_do_not_tell_is_refused() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(MeasurementError, match="Not a model"):
         estimate_ms(b"no model", target())
-    clash = onnx_bytes([helper.make_node("Gemm", ["x", "w"], ["y"])], {"w": (9, 4)}, [1, 8], "y")
+    clash = onnx_bytes([helper.make_node("Add", ["x", "w"], ["y"])], {"w": (9, 9)}, [1, 8], "y")
     with pytest.raises(MeasurementError):
         estimate_ms(clash, target())
 

@@ -339,6 +339,7 @@ def rewritten(path: Path, change: Callable[[str, bytes], bytes], **extra: bytes)
             archive.writestr(f"{root}/{name.replace('__', '/')}", content)
 
 
+@pytest.mark.bad_input("pickles that run code, in place of every file")
 @pytest.mark.parametrize("where", ["sample inputs", "a weight", "an object"])
 def test_pickles_in_a_program_run_no_code(where: str, program: Path, tmp_path: Path) -> None:
     """torch.export.load itself would run them: it falls back to the unrestricted unpickler."""
@@ -376,7 +377,8 @@ def test_a_program_that_calls_something_else_is_refused(program: Path, tmp_path:
         return old.replace(b"torch.ops.aten.relu.default", b"torch.os.system")
 
     rewritten(program, call_system)
-    with pytest.raises(ModelError, match="calls something that is no operation on tensors"):
+    refused = "calls something that is no operation on tensors|not a program"  # torch 2.15|2.9
+    with pytest.raises(ModelError, match=refused):
         load_model(program)
 
 

@@ -29,7 +29,7 @@ from compressor.latency.probe import (
 )
 from compressor.latency.targets import load_target, probe_file
 from compressor.latency.timing import FINAL, Effort
-from compressor.values import Latency, PairedLatency, Progress, Target
+from compressor.values import KernelTime, Latency, PairedLatency, Progress, Target
 
 
 def blocked(step: int, width: int) -> float:
@@ -86,6 +86,9 @@ class BlockedDevice:
         times = [blocked(8, width) for width in widths]
         sides = [Latency(ms, ms, 9) for ms in times]
         return PairedLatency(times[0] / times[1], (1, 1), sides[0], sides[1], ())
+
+    def profile(self, model: Model) -> tuple[KernelTime, ...]:
+        return ()
 
     def reconnect(self) -> None: ...
 

@@ -96,6 +96,7 @@ def faulty(host: LocalHost) -> Iterator[Runner]:
     made.close()
 
 
+@pytest.mark.fault("measuring process segfaults, hangs, eats memory, is killed, exits")
 @pytest.mark.parametrize(
     ("model", "error", "match"),
     [
@@ -128,6 +129,7 @@ def test_requests_that_are_none_are_refused(faulty: Runner) -> None:
         faulty.ask({"do": "dance"}, limit_s=30)
 
 
+@pytest.mark.fault("host killed while its device measures")
 def test_a_host_that_is_killed_takes_its_busy_runner_along(tmp_path: Path) -> None:
     """SIGKILL gives the host no chance to say anything."""
     script = tmp_path / "faulty.py"
@@ -271,6 +273,7 @@ def test_models_of_other_inputs_are_not_compared(exported: Path, target: Target)
         compare_latency(exported, b"not a model", target, effort=QUICK)
 
 
+@pytest.mark.fault("model larger than the memory limit")
 def test_a_model_that_needs_more_memory_than_there_is(exported: Path, target: Target) -> None:
     """An allocation of 2 TiB, in the real runtime, is a failed trial."""
     size = onnx.numpy_helper.from_array(torch.tensor([2**39]).numpy(), "size")

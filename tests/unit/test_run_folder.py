@@ -3,6 +3,7 @@
 import json
 import logging
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -75,7 +76,7 @@ def test_result_json_has_the_stable_keys(tmp_path: Path) -> None:
     assert set(content) == {
         "schema", "verdict", "target", "runtime", "basis", "constraint", "original",
         "compressed", "speedup", "accuracy_drop_points", "equivalence", "search", "groups",
-        "environment", "constraints", "branches", "training",
+        "environment", "constraints", "branches", "training", "layers",
     }  # fmt: skip
     text = json.loads(json.dumps(content))
     assert text["verdict"] == "met"
@@ -135,6 +136,16 @@ def test_foreign_results_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / run_folder.RESULT).write_text(text)
     with pytest.raises(RunFolderError, match=r"result\.json"):
         run_folder.read_result(tmp_path)
+
+
+@pytest.mark.bad_input("limits in a result.json")
+@pytest.mark.parametrize("limit", [("speedup", -1.0), ("max-latency", 0.0)])
+def test_limits_of_no_use_are_refused(limit: tuple[str, float], tmp_path: Path) -> None:
+    folder = run_folder.create(tmp_path / "run", "x", {})
+    made = make_result(folder.path, Verdict.MET)
+    folder.write_result(replace(made, constraints=[Constraint(*limit)]))
+    with pytest.raises(RunFolderError, match="a limit below zero, or of no time"):
+        run_folder.read_result(folder.path)
 
 
 def test_the_log_goes_to_the_folder_and_nowhere_else(

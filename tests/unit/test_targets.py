@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from compressor.errors import ConfigError
-from compressor.latency.targets import load_target, target_names, user_profiles
+from compressor.latency.profiles import target_names, user_profiles
+from compressor.latency.targets import load_target
 from compressor.values import Basis
 
 FOLDER = Path(__file__).parents[2] / "hardware_profiles"

@@ -32,39 +32,17 @@ VERDICTS = {
 
 def text_report(result: Result) -> str:
     """A table of before and after, the verdict, and what was pruned."""
-    before, after = result.original, result.compressed
-    task = str(result.search.get("task", ""))
-    rows = [("", "original", "compressed", "change")]
-    if after is None:
-        rows += [(name, value, "-", "") for name, value in _figures(before, task)]
-    else:
-        metric = () if after.metric is None else ("",)
-        changes = (
-            *metric,
-            f"{100 * (after.accuracy - before.accuracy):+.2f} {'points' if not metric else '%'}",
-            f"{result.speedup.ratio:.2f}x faster",
-            "",
-            _times(before.macs, after.macs),
-            _times(before.params, after.params),
-            _times(before.file_bytes, after.file_bytes),
-        )
-        rows += [
-            (name, old, new, change)
-            for (name, old), (_, new), change in zip(
-                _figures(before, task), _figures(after, task), changes, strict=True
-            )
-        ]
     locked = [g for g in result.groups if g["locked_because"]]
     pruned = [g for g in result.groups if g["kept"] != g["channels"] and g["kept"]]
     dropped = [str(b["name"]) for b in result.branches if not b["kept"]]
     widths = ", ".join(f"{g['name']} {g['channels']}->{g['kept']}" for g in pruned) or "none"
-    overhead = result.search.get("overhead_seconds_per_trial")
+    overhead = result.search["overhead_seconds_per_trial"]
     return "\n".join([
-        *_aligned(rows),
+        *aligned(before_and_after(result)),
         "",
         f"asked for   {_asked_for(result)} on {result.target} ({result.runtime})",
         f"verdict     {VERDICTS[result.verdict]}",
-        f"speed-up    {_speedup(result.speedup)}",
+        f"speed-up    {speedup_of(result.speedup)}",
         *(f"doubtful    {condition}" for condition in result.speedup.conditions),
         f"search      {result.search['strategy']}, {result.search['n_trials']} trials "
         f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s; "
@@ -75,24 +53,46 @@ def text_report(result: Result) -> str:
         f"left out    {', '.join(dropped) or 'no residual branch'}",
         f"widths      {widths}",
         f"locked      {', '.join(str(g['name']) for g in locked) or 'none'}",
-        f"files       {result.out}",
+        f"files       {result.out} (open report.html)",
     ])  # fmt: skip
 
 
+def before_and_after(result: Result) -> list[tuple[str, str, str, str]]:
+    """Rows of both networks' figures, heads first."""
+    before, after = result.original, result.compressed
+    task = result.search.get("task", "")
+    head = ("", "original", "compressed", "change")
+    if after is None:
+        return [head, *((name, value, "-", "") for name, value in _figures(before, task))]
+    metric = () if after.metric is None else ("",)
+    changes = (
+        *metric,
+        f"{100 * (after.accuracy - before.accuracy):+.2f} {'points' if not metric else '%'}",
+        f"{result.speedup.ratio:.2f}x faster",
+        "",
+        _times(before.macs, after.macs),
+        _times(before.params, after.params),
+        _times(before.file_bytes, after.file_bytes),
+    )
+    figures = zip(_figures(before, task), _figures(after, task), changes, strict=True)
+    return [head, *((name, old, new, change) for (name, old), (_, new), change in figures)]
+
+
 def _training(result: Result) -> list[str]:
-    if not result.training:
-        return []
     how = result.training
+    if how is None:
+        return []
     if "skipped_because" in how:
         return [f"training    SKIPPED: {how['skipped_because']}"]
     parts = [f"{how['steps']} steps of {how['batch_size']} images"]
-    if isinstance(how["finalists"], list) and len(how["finalists"]) > 1:
+    if len(how["finalists"]) > 1:
         parts.append(f"{len(how['finalists'])} finalists")
     if how["distillation"]:
         parts.append(f"the original's answers weigh {how['distillation']}")
-    parts += [str(name) for name in (how["augmentations"] or [])]  # type: ignore[attr-defined]
-    gained = how["search_accuracy"] - how["search_accuracy_before"]  # type: ignore[operator]
-    if not gained:
+    if how.get("hints"):
+        parts.append(f"its hints {how['hints']:g}")
+    parts += how["augmentations"]
+    if how["search_accuracy"] == how["search_accuracy_before"]:
         parts.append("NOTHING GAINED: try a lower --learning-rate")
     if how["stopped_because"]:
         parts.append(f"STOPPED: {how['stopped_because']}")
@@ -119,7 +119,7 @@ def front_report(results: Sequence[Result]) -> str:
                 _times(before.params, after.params),
             ]
         rows.append(tuple(row))
-    return "\n".join(_aligned(rows))
+    return "\n".join(aligned(rows))
 
 
 def _asked_for(result: Result) -> str:
@@ -129,7 +129,7 @@ def _asked_for(result: Result) -> str:
     return " and ".join(map(str, given)) or "the largest weighted sum"
 
 
-def _speedup(pair: PairedLatency) -> str:
+def speedup_of(pair: PairedLatency) -> str:
     """The ratio with what is known of it; an estimate says in capitals that it is one."""
     low, high = pair.ci95
     if pair.basis is Basis.ESTIMATE:
@@ -146,7 +146,6 @@ def _speedup(pair: PairedLatency) -> str:
 def _engines(result: Result) -> str:
     """Which engines agreed, and which could not be asked."""
     engines = result.equivalence["engines"]
-    assert isinstance(engines, dict)
     agreed = [name for name, error in engines.items() if isinstance(error, float)]
     silent = [f"NOT {name}: {why}" for name, why in engines.items() if isinstance(why, str)]
     return "; ".join([", ".join(agreed), *silent])
@@ -179,7 +178,7 @@ def trials_report(folder: Path, trials: Sequence[Trial]) -> str:
         if t.accuracy is not None
     ]  # fmt: skip
     head = f"{folder} has no result: the run was not finished. Trials measured: {len(done)}"
-    return "\n".join([f"{head}, failed: {len(trials) - len(done)}.", "", *_aligned(rows)])
+    return "\n".join([f"{head}, failed: {len(trials) - len(done)}.", "", *aligned(rows)])
 
 
 def trials_json(trials: Sequence[Trial]) -> str:
@@ -192,7 +191,7 @@ def groups_report(groups: Sequence[ChannelGroup], branches: Sequence[Branch], pa
     rows = [("group", "channels", "", "MACs", "params", "written by", "read by")]
     rows += [
         (g.name, f"{g.n_channels} x {g.unit}" if g.unit > 1 else str(g.n_channels),
-         "locked" if g.locked_because else "", _si(g.cost.macs), _si(g.cost.params),
+         "locked" if g.locked_because else "", si(g.cost.macs), si(g.cost.params),
          _names(g.modules(Role.PRODUCER)), _names(g.modules(Role.CONSUMER)) or "-")
         for g in groups
     ]  # fmt: skip
@@ -202,7 +201,7 @@ def groups_report(groups: Sequence[ChannelGroup], branches: Sequence[Branch], pa
         if group.locked_because:
             reasons[group.locked_because].append(group.name)
     return "\n".join([
-        *_aligned(rows, right=(1, 3, 4)),
+        *aligned(rows, right=(1, 3, 4)),
         "",
         f"{paper.macs / 1e6:.2f} M multiply-accumulates, {paper.params / 1e6:.3f} M parameters; "
         f"{len(free)} of {len(groups)} groups can be pruned.",
@@ -210,7 +209,7 @@ def groups_report(groups: Sequence[ChannelGroup], branches: Sequence[Branch], pa
         "locked:" if reasons else "no group is locked",
         *(f"  {_names(names)}: {because}" for because, names in reasons.items()),
         f"residual branches that can be left out whole: "
-        f"{', '.join(f'{b.name} ({_si(b.macs)})' for b in branches) or 'none'}",
+        f"{', '.join(f'{b.name} ({si(b.macs)})' for b in branches) or 'none'}",
     ])  # fmt: skip
 
 
@@ -244,7 +243,7 @@ def _names(names: Sequence[str]) -> str:
     return f"{', '.join(shown)}{more}"
 
 
-def _si(count: int) -> str:
+def si(count: int) -> str:
     """`1.2 M`, three figures at most."""
     for factor, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if count >= factor:
@@ -268,7 +267,7 @@ def latency_report(pair: PairedLatency, *, is_pair: bool) -> str:
     what = "original / candidate" if is_pair else "the model against itself (noise floor)"
     doubts = [f"doubtful: {condition}" for condition in pair.conditions]
     verdict = [] if pair.basis is Basis.ESTIMATE else [*(doubts or ["valid"])]
-    return "\n".join([*_aligned(rows), "", f"{what}: {ratio}", *verdict])
+    return "\n".join([*aligned(rows), "", f"{what}: {ratio}", *verdict])
 
 
 def latency_json(pair: PairedLatency) -> str:
@@ -285,7 +284,7 @@ def targets_report(targets: Sequence[Target], answers: Mapping[str, str]) -> str
         for t in targets
     ]  # fmt: skip
     return "\n".join([
-        *_aligned(rows, right=(4, 5, 6)),
+        *aligned(rows, right=(4, 5, 6)),
         "",
         "A target that does not answer is on another machine (--device ssh://user@host), or can "
         "be estimated (--estimate).",
@@ -334,7 +333,7 @@ def staircase_report(staircase: Staircase, target: Target, kept_in: Path | None 
     ]
     steps = ", ".join(f"{kind} {step}" for kind, step in staircase.kinds.items())
     return "\n".join([
-        *_aligned(rows, right=range(len(rows[0]))),
+        *aligned(rows, right=range(len(rows[0]))),
         "",
         f"time as a share of the widest, on {target.name}; steps: {steps}",
         f"step {staircase.step}{f', kept in {kept_in}' if kept_in else ''}",
@@ -365,7 +364,7 @@ def _times(before: float, after: float) -> str:
     return f"{before / after:.2f}x less" if after < before else "unchanged"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int] | None = None) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int] | None = None) -> list[str]:
     """Lines of equal columns; `right` are those aligned right, by default all but the first."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     if right is None:

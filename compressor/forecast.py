@@ -1,0 +1,97 @@
+"""How long a run may take, said before anything long is begun.
+
+What is timed for it is the original: its accuracy, its export, a comparison with itself, and one
+step of training. What nobody can know yet is guessed: how much cheaper pruned networks are, how
+many of the measurements are needed, how long NNI takes.
+"""
+
+import math
+
+from compressor.bench import ACCURACY, EXPORT, LATENCY, N_HARM_IMAGES, Bench, design
+from compressor.finalists import FRONT_TIMES, N_FINALISTS
+from compressor.job import Job
+from compressor.search.objective import TIME, Problem
+from compressor.training import CONTEST_SHARE, halving, step_seconds
+from compressor.trials import is_looked_into
+from compressor.values import (
+    FINE_TUNING,
+    FIRST_PLAN,
+    MACS,
+    MEASURING_FILES,
+    MEASURING_FINALISTS,
+    PRUNING,
+    SEARCHING,
+    TIMING_LAYERS,
+    TRAINING_FINALISTS,
+    TRAINING_FRONT,
+    TRYING_EACH,
+)
+
+PROPOSING_S = 0.4  # a trial; see benchmarks/README.md
+FINAL_LATENCY = 3.0  # what a figure with more effort takes, in those of a trial
+LEFT = 0.6  # of a network's cost, where the limits do not say
+NNI_S = 0.15  # a layer
+FIRST_PLAN_SHARE = 0.5  # of the harms that may be measured on the way to the limit
+BISECTIONS = 4  # trainings along a front
+
+
+def forecast(
+    job: Job, bench: Bench, problem: Problem, *, n_trials_done: int = 0
+) -> dict[str, float]:
+    """Phase of the run -> seconds it may take.
+
+    Args:
+        job: What is asked for.
+        bench: That has measured the original.
+        problem: With limits; with what was measured before the search, where a run goes on.
+        n_trials_done: Of a run that goes on.
+    """
+    _ = bench.original_accuracy  # which a run that goes on has not looked at yet
+    limits = problem.objective.limits
+    share = min([limits[cost] for cost in (TIME, MACS) if cost in limits], default=LEFT)
+    latency_s, accuracy_s = bench.seconds[LATENCY], bench.seconds[ACCURACY]
+    trial_s = latency_s + (1 + share) / 2 * accuracy_s + bench.seconds[EXPORT] + PROPOSING_S
+    searching_s = trial_s * max(0, problem.n_trials - n_trials_done)
+    layers = sum(1 for module in job.model.modules() if not any(True for _ in module.children()))
+    expected = {
+        SEARCHING: min(searching_s, job.config.time_budget or math.inf),
+        MEASURING_FINALISTS: FINAL_LATENCY * latency_s * (N_FINALISTS + 1),
+        PRUNING: NNI_S * layers,
+        MEASURING_FILES: 2 * FINAL_LATENCY * latency_s,
+    }
+    if not n_trials_done:
+        expected = _before_the_search(bench, problem) | expected
+    return expected | _training(job, bench, share)
+
+
+def _before_the_search(bench: Bench, problem: Problem) -> dict[str, float]:
+    n_plans = min(len(design(problem.space, problem.seed)), problem.n_trials // 2 + 1)
+    found = {TIMING_LAYERS: n_plans * (bench.seconds[LATENCY] + bench.seconds[EXPORT])}
+    if is_looked_into(problem):
+        n_images = problem.original_accuracy.n
+        harm_s = bench.seconds[ACCURACY] * min(1.0, N_HARM_IMAGES / n_images)
+        n_alone = len(problem.space.names)
+        n_more = max(0, problem.n_trials * n_images // 4 // N_HARM_IMAGES - n_alone)
+        found[TRYING_EACH] = harm_s * n_alone
+        found[FIRST_PLAN] = FIRST_PLAN_SHARE * harm_s * n_more
+    return found
+
+
+def _training(job: Job, bench: Bench, share: float) -> dict[str, float]:
+    if not job.n_steps:
+        return {}
+    recipe = job.recipe(job.n_steps, job.config.seed)
+    step_s = step_seconds(
+        job.model, job.data.fit, recipe, criterion=job.lesson, teacher=job.model,
+        memory_format=bench.memory_format,
+    )  # fmt: skip
+    answers = 1 if recipe.distillation else 0  # of the original; a pass back costs two forward
+    whole_s = job.n_steps * step_s * (answers + 3 * share) / (answers + 3)
+    whole_s += job.config.fine_tune_epochs * bench.seconds[ACCURACY]
+    if job.config.pareto:
+        whole_s *= len(FRONT_TIMES)
+    elif job.config.max_drop is not None:
+        return {TRAINING_FRONT: BISECTIONS * whole_s}
+    rounds = halving(job.config.finalists, job.n_steps)
+    contest = CONTEST_SHARE if rounds else 0.0
+    return {TRAINING_FINALISTS: contest * whole_s, FINE_TUNING: (1 - contest) * whole_s}

@@ -1,0 +1,66 @@
+"""Where device profiles lie.
+
+They come with the package (`hardware_profiles`), lie in the user's own folder
+(`~/.config/compressor/profiles`), or are named by path. This is apart from `targets` because TAB,
+which asks for their names, cannot wait for torch.
+"""
+
+import os
+from importlib import resources
+from pathlib import Path
+
+from compressor.errors import ConfigError, unknown_name
+from compressor.files import read_text
+
+
+def user_profiles() -> Path:
+    """Where users keep profiles of their own."""
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "compressor" / "profiles"
+
+
+def target_names() -> tuple[str, ...]:
+    """Names of the profiles that come with the package and of the user's own, sorted."""
+    return tuple(sorted(_profiles()))
+
+
+def profile_text(name: str) -> tuple[str, str, str]:
+    """(text, name, what to call it in a message) of the profile.
+
+    Args:
+        name: Of a profile that has one, or the path of a TOML file.
+
+    Raises:
+        ConfigError: There is none of that name, or it cannot be read.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"No device profile at {path}.")
+        return _text(path), path.stem, str(path)
+    known = _profiles()
+    if name not in known:
+        raise ConfigError(
+            f"{unknown_name('target', name, known)} A path to your own profile (.toml) works "
+            f"too, and so does a file in {user_profiles()}."
+        )
+    return known[name], name, name
+
+
+def _profiles() -> dict[str, str]:
+    """Name -> text of every profile that has a name; the user's own win."""
+    texts = {}
+    for file in resources.files("compressor.hardware_profiles").iterdir():
+        if file.name.endswith(".toml"):
+            texts[file.name.removesuffix(".toml")] = file.read_text(encoding="utf-8")
+    folder = user_profiles()
+    if folder.is_dir():
+        texts |= {path.stem: _text(path) for path in folder.glob("*.toml")}
+    return texts
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"Profile {path} cannot be read: {err}.") from err
