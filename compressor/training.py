@@ -4,7 +4,13 @@ Distillation [hinton2015]: beside the labels, the student learns the original's 
 which cost nothing but its forward pass and say more of an image than its label does. And it is to
 read, deep within, what the original reads there (`hints`).
 
+Gradients are clipped [pascanu2013]: a network that has lost most of its layers is steep. An
+EfficientNet-Lite0 at 0.41 of its time fell from 67 % to below that in 200 steps, or to no number,
+and came to 79.5 % with gradients no longer than 5; at 1 to 78.3 %. ResNet-56, which needs none,
+ends as high with 5 (88.2 and 88.3 %), and a point lower with 1.
+
 [hinton2015] Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.
+[pascanu2013] Pascanu, Mikolov, Bengio, On the difficulty of training RNNs, ICML 2013.
 """
 
 import copy
@@ -37,6 +43,8 @@ N_TRIED_IMAGES = 500  # that the original must know when they are augmented
 SMALL_STEP, QUICK_STEP_S = 8, 5.0  # images, seconds: how a step is timed
 CONTEST_SHARE, MIN_SHORT = 0.2, 50  # of all steps, and steps: short trainings of finalists
 LOST_AT_MOST = 0.01  # of accuracy, by an augmentation that suits the data
+MOMENTUM = 0.9
+MAX_NORM = 5.0  # of a step's gradient, over all weights; longer ones are shortened
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +211,7 @@ class _Training:
             {"params": [p for p in self.student.parameters() if p.ndim <= 1]},
         ]  # fmt: skip
         self.optimizer = torch.optim.SGD(
-            groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True
+            groups, lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, partial(_rate_at, n_steps=recipe.n_steps)
@@ -221,6 +229,7 @@ class _Training:
                 return
             self.optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_NORM)
             self.optimizer.step()
             self.schedule.step()
             if self.average is not None:

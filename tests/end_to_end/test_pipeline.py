@@ -403,7 +403,7 @@ def test_the_fastest_within_a_drop_is_found_after_training(
         assert result.verdict is Verdict.MET
         assert result.speedup.ratio > 0.75 * fastest
         before = {t.speedup: t.accuracy.value for t in trials if t.accuracy}[fastest]
-        assert shipped > before  # trained before it was judged
+        assert shipped >= before  # what training spoilt is not shipped
     elif shipped < 1.0:  # as accurate as the original
         assert result.verdict is not Verdict.MET
     assert (tmp_path / "run" / "result.json").exists()

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import MeasurementError
-from compressor.tasks import Classification
+from compressor.tasks import CLASSIFICATION, Classification, Criterion
 from compressor.training import (
     CROP,
     FLIP,
+    MAX_NORM,
     Recipe,
     Tuned,
     _rate_at,
@@ -49,11 +50,13 @@ def tune(
     seen: list[Progress] | None = None,
     n_steps: int = 32,
     learning_rate: float = 0.02,
+    criterion: Criterion = CLASSIFICATION,
     **more: object,
 ) -> Tuned:
     recipe = Recipe(n_steps, learning_rate, batch_size=16, **more)  # type: ignore[arg-type]
     return fine_tune(
         model, data, recipe,
+        criterion=criterion,
         score=score or (lambda m: loss(m, data)),
         teacher=teacher,
         checkpoint=checkpoint,
@@ -92,6 +95,30 @@ def test_training_that_only_hurts_gives_back_what_came(conv_net: ConvNet) -> Non
     assert same(tuned.model, before)
     assert same(conv_net, before)
     assert tuned.score == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_step_goes_no_further_than_the_longest_gradient(conv_net: ConvNet, scale: float) -> None:
+    """Closed form: a first step with Nesterov momentum is `lr (1 + momentum)` gradients long."""
+    data = split(16)
+
+    class Scaled(Classification):
+        def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return scale * super().loss(outputs, targets)
+
+    network = copy.deepcopy(conv_net).train()
+    before = torch.cat([p.detach().flatten() for p in network.parameters()])
+    (scale * F.cross_entropy(network(data.images), data.labels)).backward()
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    scores = iter([0.0, 1.0])
+    tuned = tune(
+        conv_net, data, score=lambda _m: next(scores), n_steps=1, learning_rate=0.01,
+        criterion=Scaled(), weight_decay=0.0,
+    )  # fmt: skip
+    after = torch.cat([p.detach().flatten() for p in tuned.model.parameters()])
+    length = min(MAX_NORM, float(gradient.norm())) * 0.01 * 1.9
+    assert float((after - before).norm()) == pytest.approx(length, rel=1e-3)
+    assert (float(gradient.norm()) > MAX_NORM) == (scale > 1)
 
 
 def test_no_steps_no_training(conv_net: ConvNet) -> None:
