@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from compressor import run_folder
+from compressor.augmentation import suitable
 from compressor.bench import Recovery, check_surgery, images_at_once
 from compressor.config import AUTO, Config
 from compressor.datasets import load_data
@@ -27,7 +28,7 @@ from compressor.tasks import (
     load_task,
     task_data,
 )
-from compressor.training import Recipe, suitable
+from compressor.training import Recipe
 from compressor.values import ChannelGroup, Data, LoadedModel, Split, Target, draw, tensors_in
 
 N_RANKING_IMAGES = 500  # that gradients are averaged over, where importance looks at them

@@ -18,7 +18,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,23 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from compressor.augmentation import augmented
 from compressor.errors import MeasurementError
 from compressor.files import UNREADABLE, write_whole
 from compressor.hints import NO_HINTS, Hints, hint_loss, watch
 from compressor.tasks import CLASSIFICATION, Criterion
-from compressor.values import FINE_TUNING, Progress, ProgressCallback, Split, draw, map_tensors
+from compressor.values import FINE_TUNING, Progress, ProgressCallback, Split, map_tensors
 
-FLIP, CROP = "flip", "crop"
-AUGMENTATIONS = (FLIP, CROP)
-CROP_SHARE = 8  # images are shifted by at most an eighth of their side
-N_TRIED_IMAGES = 500  # that the original must know when they are augmented
 SMALL_STEP, QUICK_STEP_S = 8, 5.0  # images, seconds: how a step is timed
 CONTEST_SHARE, MIN_SHORT = 0.2, 50  # of all steps, and steps: short trainings of finalists
-LOST_AT_MOST = 0.01  # of accuracy, by an augmentation that suits the data
 MOMENTUM = 0.9
 MAX_NORM = 5.0  # of a step's gradient, over all weights; longer ones are shortened
 
@@ -63,7 +58,7 @@ class Recipe:
         hints: Weight of what the original's layers read, on top of that.
         ema_decay: Of the average of weights over steps that is kept in place of the last; 0 for
             none.
-        augmentations: Of `AUGMENTATIONS`.
+        augmentations: Of `augmentation.AUGMENTATIONS`.
         is_compiled: Whether torch.compile is used.
         seed: Decides the order of the images and what becomes of them.
     """
@@ -332,51 +327,6 @@ def _ahead(batches: Iterator[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]
         while (batch := following.result()) is not None:
             following = pool.submit(next, batches, None)
             yield batch
-
-
-def augmented(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
-    """A copy in which every image is flipped or not, and shifted, at random.
-
-    Args:
-        images: `(batch, c, h, w)`, as the model takes them: the border that comes in is 0, the
-            mean.
-        names: Of `AUGMENTATIONS`.
-        generator: Of every draw.
-    """
-    n, c, h, w = images.shape
-    if FLIP in names:
-        flips = torch.rand(n, generator=generator) < 0.5
-        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
-    if CROP in names:
-        most = max(1, max(h, w) // CROP_SHARE)
-        padded = F.pad(images, [most] * 4)
-        top, left = torch.randint(0, 2 * most + 1, (2, n), generator=generator)
-        rows = (top[:, None] + torch.arange(h)).view(n, 1, h, 1)
-        columns = (left[:, None] + torch.arange(w)).view(n, 1, 1, w)
-        each = torch.arange(n).view(n, 1, 1, 1)
-        images = padded[each, torch.arange(c).view(1, c, 1, 1), rows, columns]
-    return images
-
-
-def suitable(model: nn.Module, split: Split) -> tuple[str, ...]:
-    """The augmentations that the network was trained to bear: it answers as well under them.
-
-    Digits must not be flipped, photographs may be; nobody has to say which these are.
-
-    Args:
-        model: The original.
-        split: Labelled images; a few are looked at.
-    """
-    images, labels = split.batch(draw(split, N_TRIED_IMAGES))
-
-    def share_right(names: Sequence[str]) -> float:
-        seen = augmented(images, names, torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            answers = torch.cat([model(batch) for batch in seen.split(50)])
-        return float((answers.argmax(dim=1) == labels).float().mean())
-
-    whole = share_right(())
-    return tuple(n for n in AUGMENTATIONS if share_right((n,)) >= whole - LOST_AT_MOST)
 
 
 def halving(n_plans: int, n_steps: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import compressor
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "compressor"
 
-BASE = {"errors", "values", "files", "user_code", "tasks", "hints"}
+BASE = {"errors", "values", "files", "user_code", "tasks", "hints", "augmentation"}
 STEPS = {
     "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
     "recovery", "least_squares", "training",
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "values": {"errors"},
     "files": set(),
     "hints": {"errors", "values"},
+    "augmentation": {"errors", "values"},
     "user_code": {"errors"},
     "tasks": {"errors", "values", "user_code"},
     **{step: BASE for step in STEPS},

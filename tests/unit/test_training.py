@@ -9,19 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.augmentation import CROP, FLIP, augmented, suitable
 from compressor.errors import MeasurementError
 from compressor.tasks import CLASSIFICATION, Classification, Criterion
 from compressor.training import (
-    CROP,
-    FLIP,
     MAX_NORM,
     Recipe,
     Tuned,
     _rate_at,
-    augmented,
     fine_tune,
     halving,
-    suitable,
 )
 from compressor.values import LabelledImages, Progress
 from tests.conftest import INPUT_SHAPE, ConvNet
