@@ -11,6 +11,7 @@ they need to know which channels are left, which the peers do not tell.
     python -m benchmarks.peers run --data cifar10-jpeg.zip \
         --network efficientnet-lite0 --model efficientnet-lite0.pt
     python -m benchmarks.peers report
+    python -m benchmarks.peers summary
 
 Rows already in the CSV file are not measured again. Seconds are those of the CPU, with one thread
 (`OMP_NUM_THREADS=1 taskset -c 0`); nothing else may run on that core.
@@ -87,12 +88,13 @@ def main() -> None:
     runs.add_argument("--method", action="append", help="may be repeated; default all")
     runs.add_argument("--trials", type=int, default=60, help="of our searches")
     runs.add_argument("--csv", type=Path, default=RESULTS)
-    commands.add_parser("report").add_argument("--csv", type=Path, default=RESULTS)
+    for name in ("report", "summary"):
+        commands.add_parser(name).add_argument("--csv", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.command == "run":
         run_all(args)
     else:
-        print(report(args.csv))
+        print(report(args.csv) if args.command == "report" else summary(args.csv))
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -249,6 +251,31 @@ def report(path: Path) -> str:
                     f"{float(row['accuracy_after']):.2%} | {row['seconds']} |"
                 )
     return "\n".join(lines)
+
+
+def summary(path: Path) -> str:
+    """For each network: a row a method, a column a level; accuracy, and its share of the time."""
+    lines: list[str] = []
+    rows = read_rows(path)
+    for network in NETWORKS:
+        of_it = {(row["method"], float(row["level"])): row for row in rows
+                 if row["network"] == network}  # fmt: skip
+        levels = sorted({level for _, level in of_it}, reverse=True)
+        fields = {
+            method: [
+                f"{float(row['accuracy_after']):.2%} at {float(row['ratio']):.2f}" if row else ""
+                for row in (of_it.get((method, level)) for level in levels)
+            ]
+            for method, _ in of_it
+        }
+        lines += [
+            f"| {network}, at most | " + " | ".join(map(str, levels)) + " |",
+            "|---|" + "--:|" * len(levels),
+            *(f"| {method} | {' | '.join(fields[method])} |"
+              for method in sorted(fields, key=lambda method: fields[method], reverse=True)),
+            "",
+        ]  # fmt: skip
+    return "\n".join(lines[:-1])
 
 
 if __name__ == "__main__":

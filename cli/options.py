@@ -20,7 +20,8 @@ BOUNDS = ("global", "per-dimension")
 FITS = ("scale", "wall")
 IMPORTANCES = ("l1", "l2", "geometric-median", "bn-scale", "taylor", "cpmc", "random")
 PRECISIONS = ("fp32", "fp16")
-AUGMENTATIONS = ("auto", "none", "flip", "crop", "flip,crop")
+AUGMENTATIONS = ("auto", "none", "flip", "crop", "jitter", "erase", "flip,crop")
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 def targets() -> list[str]:
@@ -211,6 +212,16 @@ FineTuneEpochs = Annotated[
 LearningRate = Annotated[
     float | None, _option(TRAINING, "Peak rate of fine-tuning. Default 0.02.")
 ]
+Schedule = Annotated[
+    str | None,
+    _option(
+        TRAINING, "How the rate goes down: cosine, linear, constant. Default cosine.",
+        one_of=SCHEDULES,
+    ),
+]  # fmt: skip
+WeightDecay = Annotated[
+    float | None, _option(TRAINING, "On weights; not on norms and biases. Default 0.0005.")
+]
 BatchSize = Annotated[int | None, _option(TRAINING, "Images per step of fine-tuning. Default 64.")]
 Finalists = Annotated[
     int | None,
@@ -238,7 +249,8 @@ Augment = Annotated[
     str | None,
     _option(
         TRAINING,
-        "Of training images: flip, crop, both, none; auto takes what the original bears.",
+        "Of training images: flip, crop, jitter, erase, several, none; auto takes of the first "
+        "two what the original bears.",
         metavar="flip,crop", one_of=AUGMENTATIONS,
     ),
 ]  # fmt: skip

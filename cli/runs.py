@@ -50,6 +50,8 @@ def run(
     seed: options.Seed = None,
     fine_tune_epochs: options.FineTuneEpochs = None,
     learning_rate: options.LearningRate = None,
+    schedule: options.Schedule = None,
+    weight_decay: options.WeightDecay = None,
     batch_size: options.BatchSize = None,
     finalists: options.Finalists = None,
     distillation: options.Distillation = None,

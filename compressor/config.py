@@ -114,7 +114,9 @@ class Config(BaseModel):
         importance: How channels are ranked.
         min_keep_ratio: No group goes below this share of its channels.
         fine_tune_epochs: Passes over the fit split at the end.
-        learning_rate: Peak rate of fine-tuning.
+        learning_rate: Peak rate of fine-tuning, after a tenth of the steps.
+        schedule: How the rate goes down from there: to 0 along a cosine or a line, or not at all.
+        weight_decay: Of fine-tuning, on weights; not on norms and biases.
         batch_size: Images per step of fine-tuning.
         finalists: Plans that are trained a little, for a fifth of all steps, before one of them
             gets the rest; fewer where that would be too little, 1 for the search's best alone.
@@ -123,7 +125,9 @@ class Config(BaseModel):
         temperature: Of both answers in distillation.
         label_smoothing: Share of every label that goes to the other classes.
         ema: Decay of the average of weights that is kept in place of the last; 0 for none.
-        augment: What becomes of training images; "auto" takes what the original bears.
+        augment: What becomes of training images: "flip", "crop", "jitter" (contrast and
+            brightness), "erase" (a blank rectangle); "auto" takes of the first two what the
+            original bears.
         compile: Whether training uses torch.compile.
         seed: Decides splits, proposals and training order.
         out: Folder that the run leaves its files in; made if missing.
@@ -172,6 +176,8 @@ class Config(BaseModel):
     min_keep_ratio: float = Field(default=0.1, gt=0, le=1)
     fine_tune_epochs: int = Field(default=10, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(default=5e-4, ge=0, le=1)
     batch_size: int = Field(default=64, ge=2)
     finalists: int = Field(default=4, ge=1, le=16)
     distillation: float = Field(default=0.7, ge=0, le=1)
@@ -179,7 +185,7 @@ class Config(BaseModel):
     temperature: float = Field(default=4.0, gt=0, le=100)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema: float = Field(default=0.0, ge=0, lt=1)
-    augment: Literal["auto"] | tuple[Literal["flip", "crop"], ...] = AUTO
+    augment: Literal["auto"] | tuple[Literal["flip", "crop", "jitter", "erase"], ...] = AUTO
     compile: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)
     out: Path | None = None

@@ -71,6 +71,8 @@ class Job:
         return Recipe(
             n_steps=n_steps,
             learning_rate=config.learning_rate,
+            schedule=config.schedule,
+            weight_decay=config.weight_decay,
             batch_size=config.batch_size,
             distillation=self.distillation,
             hints=config.hints,

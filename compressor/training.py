@@ -38,6 +38,11 @@ from compressor.values import FINE_TUNING, Progress, ProgressCallback, Split, ma
 
 SMALL_STEP, QUICK_STEP_S = 8, 5.0  # images, seconds: how a step is timed
 CONTEST_SHARE, MIN_SHORT = 0.2, 50  # of all steps, and steps: short trainings of finalists
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the peak, of the way since it
+    "cosine": lambda way: 0.5 * (1 + math.cos(math.pi * way)),
+    "linear": lambda way: 1 - way,
+    "constant": lambda _way: 1.0,
+}
 MOMENTUM = 0.9
 MAX_NORM = 5.0  # of a step's gradient, over all weights; longer ones are shortened
 
@@ -50,8 +55,9 @@ class Recipe:
 
     Attributes:
         n_steps: Batches; 0 leaves the weights as they are.
-        learning_rate: Peak, reached after the first tenth of the steps, then cosine to 0.
+        learning_rate: Peak, reached after the first tenth of the steps.
         batch_size: Images per step.
+        schedule: Of `SCHEDULES`: how the rate goes down from its peak.
         weight_decay: On weights; not on norms and biases.
         distillation: Weight of the original's answers in the loss, in [0, 1]; the labels have the
             rest.
@@ -66,6 +72,7 @@ class Recipe:
     n_steps: int
     learning_rate: float
     batch_size: int = 64
+    schedule: str = "cosine"
     weight_decay: float = 5e-4
     distillation: float = 0.0
     hints: float = 0.0
@@ -209,7 +216,7 @@ class _Training:
             groups, lr=recipe.learning_rate, momentum=MOMENTUM, nesterov=True
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, partial(_rate_at, n_steps=recipe.n_steps)
+            self.optimizer, partial(_rate_at, n_steps=recipe.n_steps, schedule=recipe.schedule)
         )
 
     def go_on(self, end: int, on_progress: ProgressCallback) -> None:
@@ -349,9 +356,9 @@ def halving(n_plans: int, n_steps: int) -> list[tuple[int, int]]:
     return rounds
 
 
-def _rate_at(step: int, *, n_steps: int) -> float:
-    """Share of the peak rate at `step`: up over the first tenth of the steps, then cosine to 0."""
+def _rate_at(step: int, *, n_steps: int, schedule: str) -> float:
+    """Share of the peak rate at `step`: up over the first tenth of the steps, then as said."""
     n_warm_up = max(1, n_steps // 10)
     if step < n_warm_up:
         return (step + 1) / n_warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - n_warm_up) / max(1, n_steps - n_warm_up)))
+    return SCHEDULES[schedule]((step - n_warm_up) / max(1, n_steps - n_warm_up))

@@ -17,9 +17,11 @@ ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks" / "results"
 API, PICTURES = DOCS / "api.md", DOCS / "pictures"
 QUICK_START, COMPARISON = DOCS / "quick_start.md", DOCS / "comparison.md"
+README = ROOT / "README.md"
 MARKERS = {  # of what is made inside a page: where it begins and ends
     QUICK_START: ("<!-- made by `make docs` from the demo's result -->", "<!-- end of it -->"),
     COMPARISON: ("<!-- made by `python -m benchmarks.peers report` -->", "<!-- end of it -->"),
+    README: ("<!-- made by `python -m benchmarks.peers summary` -->", "<!-- end of it -->"),
 }
 
 
@@ -43,14 +45,20 @@ def make_demo() -> None:
 
 
 def make_comparison() -> None:
-    """The tables of `comparison.md`, as sections of the level below its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.peers", "report"],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    lines = done.stdout.strip().splitlines()
+    """The tables of `comparison.md`, as sections of the level below its own, and the README's."""
+    lines = printed_by("benchmarks.peers", "report").splitlines()
     deeper = (f"#{line}" if line.startswith("#") else line for line in lines)
     put_into(COMPARISON, "\n".join(deeper))
+    put_into(README, printed_by("benchmarks.peers", "summary"))
+
+
+def printed_by(module: str, command: str) -> str:
+    """What a command of a benchmark prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, command],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
 
 
 def demo_report() -> str:

@@ -7,7 +7,7 @@ Nothing is skipped: a block of an unknown kind is a failure. Blocks that take mi
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from PIL import Image
 import compressor
 from benchmarks import peers
 from docs.api_reference import api_page
-from docs.build import COMPARISON, cut, demo_report
+from docs.build import COMPARISON, README, cut, demo_report
 from docs.draw import PICTURES, draw_all, fingerprint
 from tests.conftest import INPUT_SHAPE, ConvNet, randomised
 from tests.device.conftest import board, needs_sshd
@@ -262,11 +262,16 @@ def test_every_picture_is_named_and_there(tmp_path: Path) -> None:
     )
 
 
-def test_tables_hold_nothing_that_was_not_measured() -> None:
-    _, tables, _ = cut(COMPARISON)
+@pytest.mark.parametrize(
+    ("page", "made"), [(COMPARISON, peers.report), (README, peers.summary)], ids=["docs", "README"]
+)
+def test_tables_hold_nothing_that_was_not_measured(
+    page: Path, made: Callable[[Path], str]
+) -> None:
+    _, tables, _ = cut(page)
     rows = [line for line in tables.splitlines() if line.startswith("| ")]
     assert rows
-    assert set(rows) <= set(peers.report(peers.RESULTS).splitlines())
+    assert set(rows) <= set(made(peers.RESULTS).splitlines())
 
 
 @pytest.mark.parametrize("page", ["README.md", QUICK_START])

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from compressor.config import Config
 from compressor.importance import IMPORTANCES
+from compressor.training import SCHEDULES
 from compressor.values import Accuracy, Progress, Trial
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +38,16 @@ def trial(number: int, accuracy: float = 0.9) -> Trial:
         (options.BOUNDS, "bounds"),
         (options.FITS, "fit_to_limit"),
         (options.IMPORTANCES, "importance"),
+        (options.SCHEDULES, "schedule"),
     ],
 )
 def test_help_and_tab_know_the_names_that_are_taken(names: tuple[str, ...], field: str) -> None:
     assert names == get_args(Config.model_fields[field].annotation)
 
 
-def test_every_importance_has_its_name() -> None:
+def test_names_are_those_of_what_they_choose() -> None:
     assert set(options.IMPORTANCES) == set(IMPORTANCES)
+    assert set(options.SCHEDULES) == set(SCHEDULES)
 
 
 @pytest.fixture

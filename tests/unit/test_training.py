@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.augmentation import CROP, FLIP, augmented, suitable
+from compressor.augmentation import CROP, ERASE, FLIP, JITTER, augmented, suitable
 from compressor.errors import MeasurementError
 from compressor.tasks import CLASSIFICATION, Classification, Criterion
 from compressor.training import (
@@ -260,6 +260,36 @@ def test_flips_and_shifts_move_pixels_and_change_none() -> None:
     assert augmented(images, (), generator) is images
 
 
+def test_jitter_changes_contrast_and_brightness_of_each_image() -> None:
+    """Every pixel of an image goes through the same line, and no two images through one."""
+    images = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    changed = augmented(images, (JITTER,), torch.Generator().manual_seed(0))
+    means = images.mean(dim=(1, 2, 3), keepdim=True)
+    brightness = changed.mean(dim=(1, 2, 3), keepdim=True) - means
+    contrast = (changed - means - brightness) / (images - means)
+    torch.testing.assert_close(contrast, contrast[:, :1, :1, :1].expand_as(contrast))
+    for factors, middle in ((contrast[:, 0, 0, 0], 1), (brightness[:, 0, 0, 0], 0)):
+        assert len(factors.unique()) == 50
+        assert 0.1 < (factors - middle).abs().max() <= 0.2
+
+
+def test_erasing_blanks_a_rectangle_in_half_of_the_images() -> None:
+    images = torch.ones(60, 2, 12, 15)
+    erased = augmented(images, (ERASE,), torch.Generator().manual_seed(0))
+    assert torch.equal(images, torch.ones_like(images))
+    places = set()
+    for image in erased:
+        rows, columns = (image[0] == 0).any(dim=1), (image[0] == 0).any(dim=0)
+        assert torch.equal(image[0], image[1])
+        if rows.any():
+            assert (int(rows.sum()), int(columns.sum())) == (4, 5)
+            top, left = int(rows.nonzero()[0]), int(columns.nonzero()[0])
+            assert not image[:, top : top + 4, left : left + 5].any()
+            assert int(image.sum()) == 2 * (12 * 15 - 20)
+            places.add((top, left))
+    assert 15 < len(places) <= 45
+
+
 def test_an_augmentation_suits_what_the_network_bears() -> None:
     """Classes are which half of the picture is bright: left or right, or top or bottom."""
     images = torch.zeros(200, 1, 16, 16)
@@ -302,12 +332,24 @@ def test_no_plan_is_judged_by_a_handful_of_steps(
     assert halving(3, n_steps) == rounds
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("n_steps", [1, 2, 9, 10, 11, 500])
-def test_the_rate_rises_for_a_tenth_and_falls_to_nothing(n_steps: int) -> None:
-    rates = [_rate_at(step, n_steps=n_steps) for step in range(n_steps + 1)]
+def test_the_rate_rises_for_a_tenth_and_falls_to_nothing(n_steps: int, schedule: str) -> None:
+    rates = [_rate_at(step, n_steps=n_steps, schedule=schedule) for step in range(n_steps + 1)]
     top = max(1, n_steps // 10)
     assert max(rates) == rates[top] == 1
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert all(rate > 0 for rate in rates[:n_steps])
     assert rates[n_steps] == pytest.approx(0) or n_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at_half"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)]
+)
+def test_the_rate_goes_down_as_it_is_said_to(schedule: str, at_half: float) -> None:
+    rates = [_rate_at(step, n_steps=1000, schedule=schedule) for step in range(1001)]
+    assert rates[50] == pytest.approx(0.51)
+    assert rates[550] == pytest.approx(at_half)
+    quarter = {"cosine": 0.5 + 0.5 * 0.5**0.5, "linear": 0.75, "constant": 1.0}[schedule]
+    assert rates[325] == pytest.approx(quarter)
