@@ -141,7 +141,10 @@ def by_strength(
     levels: Sequence[float],
     prune: Prune,
 ) -> Iterator[dict[str, object]]:
-    """For every level, the setting of most MACs among those measured to reach it."""
+    """For every level, the setting of most MACs among those measured to reach it.
+
+    Settings beyond one that reaches them all have fewer MACs, and are not looked at.
+    """
     began = cpu_seconds()
     measured: list[tuple[float, int, float]] = []  # strength, MACs, share of the time
     for strength in STRENGTHS:
@@ -152,15 +155,19 @@ def by_strength(
             continue
         macs = cost(network, setting.example).macs
         measured.append((strength, macs, 1 / setting.compare(network, TRIAL).ratio))
+        if measured[-1][2] <= min(levels):
+            break
     spent = cpu_seconds() - began
+    rows: dict[float, dict[str, object]] = {}
     for level in levels:
         reaching = [m for m in measured if m[2] <= level]
         if reaching:
             strength = max(reaching, key=lambda m: m[1])[0]
-            began = cpu_seconds()
-            row = finished(setting, prune(setting, strength))
-            yield row | {"level": level, "setting": strength,
-                         "seconds": round(spent + cpu_seconds() - began)}  # fmt: skip
+            if strength not in rows:
+                began = cpu_seconds()
+                row = finished(setting, prune(setting, strength))
+                rows[strength] = row | {"seconds": round(spent + cpu_seconds() - began)}
+            yield rows[strength] | {"level": level, "setting": strength}
         else:
             print(f"{name}: no setting reaches {level}", flush=True)
 
