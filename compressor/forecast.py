@@ -9,6 +9,7 @@ import math
 
 from compressor.bench import ACCURACY, EXPORT, LATENCY, N_HARM_IMAGES, Bench, design
 from compressor.finalists import FRONT_TIMES, N_FINALISTS
+from compressor.hints import NO_HINTS, choose_hints
 from compressor.job import Job
 from compressor.search.objective import TIME, Problem
 from compressor.training import CONTEST_SHARE, halving, step_seconds
@@ -81,11 +82,12 @@ def _training(job: Job, bench: Bench, share: float) -> dict[str, float]:
     if not job.n_steps:
         return {}
     recipe = job.recipe(job.n_steps, job.config.seed)
+    hints = choose_hints(job.model, job.model, {}, job.example) if recipe.hints else NO_HINTS
     step_s = step_seconds(
-        job.model, job.data.fit, recipe, criterion=job.lesson, teacher=job.model,
+        job.model, job.data.fit, recipe, criterion=job.lesson, teacher=job.model, hints=hints,
         memory_format=bench.memory_format,
     )  # fmt: skip
-    answers = 1 if recipe.distillation else 0  # of the original; a pass back costs two forward
+    answers = int(bool(recipe.distillation or hints))  # of the original; back costs two forward
     whole_s = job.n_steps * step_s * (answers + 3 * share) / (answers + 3)
     whole_s += job.config.fine_tune_epochs * bench.seconds[ACCURACY]
     if job.config.pareto:

@@ -152,6 +152,7 @@ def step_seconds(
     *,
     criterion: Criterion,
     teacher: nn.Module,
+    hints: Hints,
     memory_format: torch.memory_format,
 ) -> float:
     """What one step of training `model` takes: a small one, and a whole one if that was quick."""
@@ -159,7 +160,7 @@ def step_seconds(
     for n_images in (min(SMALL_STEP, recipe.batch_size), recipe.batch_size):
         one = replace(recipe, n_steps=1, batch_size=n_images, is_compiled=False)
         training = _Training(
-            model, fit, one, criterion, teacher, NO_HINTS, lambda _model: 0.0, memory_format
+            model, fit, one, criterion, teacher, hints, lambda _model: 0.0, memory_format
         )
         began = time.perf_counter()
         training.go_on(1, lambda _progress: None)
