@@ -159,7 +159,7 @@ def test_the_surest_of_the_most_accurate_plans_are_finalists(make_config: Make) 
 def test_callbacks_are_told_of_every_trial_and_phase(make_config: Make) -> None:
     trials, phases = list[Trial](), list[Progress]()
     result = compressor.compress(make_config(), on_trial=trials.append, on_progress=phases.append)
-    assert [t.number for t in trials] == [0, 1, 2]
+    assert [t.number for t in trials] == list(range(5))
     assert set(trials[0].seconds) == set(TRIAL_PARTS)
     assert all(t.speedup and t.accuracy for t in trials)
     assert "Searching" in {p.phase for p in phases}
