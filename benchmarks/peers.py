@@ -33,8 +33,6 @@ import compressor
 from benchmarks.cifar import MEAN, STD, add_inputs, as_npz, load_cifar, load_resnet56
 from benchmarks.peer_methods import Prune, Setting, available
 from benchmarks.rows import append_rows, read_rows
-from compressor.bench import BATCH_SIZE
-from compressor.evaluate import accuracy
 from compressor.export import export_onnx
 from compressor.graph import cost
 from compressor.latency.timing import FINAL, TRIAL
@@ -177,15 +175,15 @@ def finished(setting: Setting, network: nn.Module) -> dict[str, object]:
     network = recalibrate_batch_norm(network, setting.data.fit, n_images=1024)
     tuned = fine_tune(
         network, setting.data.fit, TRAINING, teacher=setting.base,
-        score=lambda model: accuracy(model, setting.data.search, batch_size=BATCH_SIZE).value,
+        score=lambda model: setting.accuracy(model, setting.data.search),
         on_progress=lambda _progress: None, memory_format=torch.channels_last,
     )  # fmt: skip
     pair = setting.compare(tuned.model, FINAL)
     paper = cost(tuned.model, setting.example)
     return {
         "macs": paper.macs, "params": paper.params, **ratios(pair),
-        "accuracy_before": setting.accuracy(network),
-        "accuracy_after": setting.accuracy(tuned.model),
+        "accuracy_before": setting.accuracy(network, setting.data.test),
+        "accuracy_after": setting.accuracy(tuned.model, setting.data.test),
     }  # fmt: skip
 
 
