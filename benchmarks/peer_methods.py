@@ -47,7 +47,7 @@ class Setting:
         return self.device.compare(self.original_onnx, file, effort=effort, seed=0)
 
     def accuracy(self, network: nn.Module, split: Split) -> float:
-        """By ONNX Runtime, which takes half of torch's time."""
+        """By ONNX Runtime, as in a trial."""
         file = self.folder / "batch.onnx"
         export_onnx(network, split.model_input(slice(0, BATCH_SIZE)), file, opset=13)
         return accuracy(predictor(file, n_threads=1), split, batch_size=BATCH_SIZE).value
