@@ -75,7 +75,7 @@ def available() -> dict[str, Prune]:
     """Peers that are installed, by name."""
     found: dict[str, Prune] = {
         "uniform widths": uniform_widths,
-        "nni l1 uniform": nni_l1,
+        "nni l1 uniform": or_inner_layers(_nni_pruned),
         "greedy blocks": GreedyBlocks(),
     }
     if importlib.util.find_spec("torch_pruning"):
@@ -93,23 +93,30 @@ def available() -> dict[str, Prune]:
 
 
 def torch_pruning(how: str, step: int) -> Prune:
-    """Torch-Pruning; its knob is the pruning ratio.
+    """Torch-Pruning; its knob is the pruning ratio."""
+    return or_inner_layers(
+        lambda setting, strength, ignored: _torch_pruned(setting, strength, how, step, ignored)
+    )
 
-    Where what comes out cannot run (it does not follow shortcuts that pad channels), only layers
-    that no sum ties are pruned.
+
+def or_inner_layers(prune: Callable[[Setting, float, list[str]], nn.Module]) -> Prune:
+    """Where what comes out cannot run, only layers that no sum ties are pruned.
+
+    Neither Torch-Pruning nor NNI follows shortcuts that pad channels.
     """
 
-    def prune(setting: Setting, strength: float) -> nn.Module:
+    def tried(setting: Setting, strength: float) -> nn.Module:
         try:
-            return _torch_pruned(setting, strength, how, step, [])
+            return prune(setting, strength, [])
         except (RuntimeError, ValueError, IndexError) as err:
-            print(f"torch-pruning {how}: {type(err).__name__}; inner layers only", flush=True)
+            print(f"{type(err).__name__}; inner layers only", flush=True)
         groups = compressor.channel_groups(setting.base, setting.example)
         tied = [g.modules(Role.PRODUCER) for g in groups]
-        outer = [name for names in tied if len(names) > 1 for name in names]
-        return _torch_pruned(setting, strength, how, step, outer)
+        return prune(
+            setting, strength, [name for names in tied if len(names) > 1 for name in names]
+        )
 
-    return prune
+    return tried
 
 
 def _torch_pruned(
@@ -180,19 +187,22 @@ def uniform_widths(setting: Setting, strength: float) -> nn.Module:
     return compressor.prune(setting.base, setting.example, 1 - strength)
 
 
-def nni_l1(setting: Setting, strength: float) -> nn.Module:
+def _nni_pruned(setting: Setting, strength: float, ignored: list[str]) -> nn.Module:
     """NNI's L1-norm pruner and ModelSpeedup, the same ratio everywhere."""
     from nni.compression.pruning import L1NormPruner
     from nni.compression.speedup import ModelSpeedup
 
     network = copy.deepcopy(setting.base)
-    pruner = L1NormPruner(network, [{"op_types": ["Conv2d"], "sparse_ratio": strength}])
+    wanted = {"op_types": ["Conv2d"], "sparse_ratio": strength, "exclude_op_names": ignored}
+    pruner = L1NormPruner(network, [wanted])
     _, masks = pruner.compress()
     pruner.unwrap_model()
     graph = torch.fx.symbolic_trace(network)
     speedup = ModelSpeedup(network, setting.example, masks, graph_module=graph)
-    pruned: nn.Module = speedup.speedup_model()
-    return pruned.eval()
+    pruned: nn.Module = speedup.speedup_model().eval()
+    with torch.inference_mode():
+        pruned(setting.example)
+    return pruned
 
 
 class GreedyBlocks:

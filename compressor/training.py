@@ -249,7 +249,7 @@ class _Training:
             logger.warning("fine-tuning stopped: %s", self.stopped_because)
             return
         logger.info("epoch %d: score %.4f", epoch + 1, score)
-        if score > self.best_score:
+        if score >= self.best_score:  # what came was chosen for its score, what learned was not
             self.best, self.best_score = candidate, score
         on_progress(Progress(FINE_TUNING, self.step, self.recipe.n_steps, f"score {score:.4f}"))
 
