@@ -39,6 +39,9 @@ TIMED_OUT = (124, 137)  # of timeout(1), where the command ended and where it ha
 # Around every command: of one that a signal ends, ssh itself would report what it reports of a
 # connection that was lost.
 SHELL = ("sh", "-c", '"$@"; exit $?', "sh")
+# A server that dies may have told the exit status already, and not yet all that was printed.
+END = b"\x04end\n"
+SHELL_TO_THE_END = ("sh", "-c", '"$@"; code=$?; printf "\\004end\\n"; exit $code', "sh")
 CONNECT_LIMIT_S = 20.0
 UPLOAD_BYTES_PER_S = 250e3  # slower than any network that a search over it makes sense on
 
@@ -199,7 +202,7 @@ class SshHost:
 
     def run(self, command: Sequence[str], *, limit_s: float, stdin: bytes = b"") -> Done:
         """See `Host.run`; the command is ended on the machine too when its time is up."""
-        limited = [*SHELL, "timeout", "-k", "5", str(math.ceil(limit_s)), *command]
+        limited = [*SHELL_TO_THE_END, "timeout", "-k", "5", str(math.ceil(limit_s)), *command]
         began = time.monotonic()
         process = subprocess.Popen(
             self._ssh(limited), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -219,6 +222,9 @@ class SshHost:
             lost = self.refusal(process.returncode, stderr.decode("utf-8", "replace"))
             assert lost is not None
             raise lost
+        if not stdout.endswith(END):
+            raise DeviceLostError(f"The answer of {self.label} to {command[0]} was cut off.")
+        stdout = stdout.removesuffix(END)
         ended, killed = TIMED_OUT
         is_late = time.monotonic() - began >= limit_s
         if process.returncode == ended or (process.returncode == killed and is_late):
