@@ -78,6 +78,19 @@ def test_every_argument_arrives_as_it_was(host: SshHost) -> None:
     assert host.run(["cat"], limit_s=20, stdin=b"\x00\xffbytes").stdout == b"\x00\xffbytes"
 
 
+def test_an_answer_that_was_cut_off_is_a_lost_device(
+    host: SshHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that dies after it told the exit status, before all of the output was sent.
+
+    The moment is too short to be hit, so what ssh then does is imitated: exit status 0, half an
+    answer.
+    """
+    monkeypatch.setattr(host, "_ssh", lambda command: ["printf", "half an ans"])
+    with pytest.raises(DeviceLostError, match="cut off"):
+        host.run(["cat", "times.json"], limit_s=20)
+
+
 def test_files_are_uploaded_once_and_whole(host: SshHost, board: Board) -> None:
     content = bytes(range(256)) * 4096
     path = host.put(content, "model.onnx")
