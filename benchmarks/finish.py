@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=1, help="of 25,600 images")
     parser.add_argument("--seeds", type=int, default=2, help="of the training")
+    parser.add_argument("--way", action="append", choices=WAYS, help="may be repeated")
     args = parser.parse_args()
     data = load_cifar(args.data, 25_600, 2000, 10_000)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +56,8 @@ def main() -> None:
         quiet = lambda _: None  # noqa: E731
         with searched_in(config, quiet, quiet) as (job, bench, run, searched):
             plans = choose(job, searched, bench, quiet)
-            for name, flags in WAYS.items():
+            for name in args.way or WAYS:
+                flags = WAYS[name]
                 if "finalists" not in flags and not halving(len(plans), job.n_steps):
                     continue
                 began = time.perf_counter()
