@@ -140,13 +140,12 @@ def _torch_pruned(
         for rows in draw(fit, N_RANKING).split(64):
             images, labels = fit.batch(rows)
             F.cross_entropy(network(images), labels).backward()
-    names = {layer: name for name, layer in network.named_modules()}
     silenced = copy.deepcopy(setting.base)  # in which the removed channels are 0 instead
+    twins = dict(zip(network.modules(), silenced.modules(), strict=True))
     for group in pruner.step(interactive=True):
         for dependency, channels in group:
-            layer = dependency.target.module
-            if isinstance(layer, nn.BatchNorm2d):
-                norm = silenced.get_submodule(names[layer])
+            norm = twins.get(dependency.target.module)
+            if isinstance(norm, nn.BatchNorm2d):
                 norm.weight.data[channels] = norm.bias.data[channels] = 0
         group.prune()
     network.zero_grad(set_to_none=True)
