@@ -95,7 +95,8 @@ def load_cifar(
 ) -> Data:
     """Some images of a zip with `train/<class>/*.jpg` and `test/<class>/*.jpg`.
 
-    Fit and search images are disjoint, both of `train`; all are drawn at random.
+    Fit and search images are disjoint, both of `train`; all are drawn at random. Search images are
+    the last of the draw: whatever `n_fit` is, a network that learned from fit images knows none.
     """
     with zipfile.ZipFile(zip_path) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
@@ -103,7 +104,7 @@ def load_cifar(
         generator = np.random.default_rng(seed)
         train = generator.permutation([n for n in names if n.startswith("train/")])
         test = generator.permutation([n for n in names if n.startswith("test/")])
-        drawn = (train[:n_fit], train[n_fit : n_fit + n_search], test[:n_test])
+        drawn = (train[:n_fit], train[len(train) - n_search :], test[:n_test])
 
         def opened(content: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(content))
