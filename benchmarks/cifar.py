@@ -104,7 +104,7 @@ def load_cifar(
         generator = np.random.default_rng(seed)
         train = generator.permutation([n for n in names if n.startswith("train/")])
         test = generator.permutation([n for n in names if n.startswith("test/")])
-        drawn = (train[:n_fit], train[len(train) - n_search :], test[:n_test])
+        drawn = (train[:n_fit], train[max(n_fit, len(train) - n_search) :], test[:n_test])
 
         def opened(content: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(content))

@@ -112,9 +112,8 @@ def or_inner_layers(prune: Callable[[Setting, float, list[str]], nn.Module]) -> 
             print(f"{type(err).__name__}; inner layers only", flush=True)
         groups = compressor.channel_groups(setting.base, setting.example)
         tied = [g.modules(Role.PRODUCER) for g in groups]
-        return prune(
-            setting, strength, [name for names in tied if len(names) > 1 for name in names]
-        )
+        outer = [name for names in tied if len(names) > 1 for name in names]
+        return prune(setting, strength, outer)
 
     return tried
 

@@ -4,8 +4,8 @@ Two networks on CIFAR-10, ResNet-56 and EfficientNet-Lite0 (`benchmarks/efficien
 to shares of their measured time (ONNX Runtime, one thread). Every peer's knob is turned to the
 best setting that was measured to reach the share (`by_strength`); then all networks get the same
 fine-tuning (200 steps of 128 images, with the original's answers), and the files are measured
-beside the original. `ours` alone learns from the original's hints too:
-they need to know which channels are left, which the peers do not tell.
+beside the original. `ours` alone learns from the original's hints too: they need to know which
+channels are left, which the peers do not tell.
 
     python -m benchmarks.peers run --data cifar10-jpeg.zip --model resnet56.pt
     python -m benchmarks.peers run --data cifar10-jpeg.zip \
@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def by_strength(
 ) -> Iterator[dict[str, object]]:
     """For every level, a setting that was measured to reach it.
 
-    Of the five of most MACs the one that has most images of the search split right, with its
+    Of the `N_JUDGED` of most MACs the one that has most images of the search split right, with its
     batch-norms recalibrated: where widths are rounded, more MACs may well be the worse network.
     Settings beyond one that reaches all levels have fewer MACs, and are not looked at.
     """
@@ -170,26 +171,27 @@ def by_strength(
         if share <= min(levels):
             break
     spent = cpu_seconds() - began
-    rows: dict[float, dict[str, object]] = {}
-    judged: dict[float, tuple[float, nn.Module]] = {}
+
+    @cache
+    def judged(each: Candidate) -> tuple[float, nn.Module]:
+        network = recalibrate_batch_norm(each.network, setting.data.fit, n_images=1024)
+        return setting.accuracy(network, setting.data.search), network
+
+    rows: dict[Candidate, dict[str, object]] = {}
     for level in levels:
         reaching = [each for each in measured if each.share <= level]
-        if reaching:
-            began = cpu_seconds()
-            by_macs = {each.macs: each for each in reversed(reaching)}
-            most = [by_macs[macs] for macs in sorted(by_macs, reverse=True)[:N_JUDGED]]
-            for each in most:
-                if each.strength not in judged:
-                    network = recalibrate_batch_norm(each.network, setting.data.fit, n_images=1024)
-                    score = setting.accuracy(network, setting.data.search)
-                    judged[each.strength] = score, network
-            best = max((each.strength for each in most), key=lambda known: judged[known][0])
-            if best not in rows:
-                row = finished(setting, judged[best][1])
-                rows[best] = row | {"seconds": round(spent + cpu_seconds() - began)}
-            yield rows[best] | {"level": level, "setting": best}
-        else:
+        if not reaching:
             print(f"{name}: no setting reaches {level}", flush=True)
+            continue
+        began = cpu_seconds()
+        # Rounding makes the same network of several strengths; the weakest stands for them.
+        by_macs = {each.macs: each for each in reversed(reaching)}
+        most = [by_macs[macs] for macs in sorted(by_macs, reverse=True)[:N_JUDGED]]
+        best = max(most, key=lambda each: judged(each)[0])
+        if best not in rows:
+            row = finished(setting, judged(best)[1])
+            rows[best] = row | {"seconds": round(spent + cpu_seconds() - began)}
+        yield rows[best] | {"level": level, "setting": best.strength}
 
 
 def finished(setting: Setting, network: nn.Module) -> dict[str, object]:
