@@ -68,7 +68,8 @@ def compress_front(
         on_progress: Told how far long work has come.
 
     Returns:
-        The results, each with a folder of its own in the run folder.
+        The results, each with a folder of its own in the run folder; those that came out no
+        faster than the original come first.
 
     Raises:
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
@@ -222,7 +223,10 @@ def finish_one(
 def finish_front(
     job: Job, bench: Bench, folder: RunFolder, searched: Searched, on_progress: ProgressCallback
 ) -> tuple[Result, ...]:
-    """The best plan of every band of speed as a finished model; those that are there stay."""
+    """The best plan of every band of speed as a finished model; those that are there stay.
+
+    The order is that of the last measurements: near a band's edge it may differ from the search's.
+    """
     results: list[Result] = []
     for band in bands(searched):
         point = folder.within(f"point-{len(results) + 1}", job.config.as_toml())
@@ -233,7 +237,7 @@ def finish_front(
         winner = contest(job, finalists, bench, point, on_progress)
         results.append(build(job, searched, winner, bench, point, on_progress))
     folder.forget_unfinished()
-    return tuple(results)
+    return tuple(sorted(results, key=lambda r: (r.compressed is not None, r.speedup.ratio)))
 
 
 @contextmanager

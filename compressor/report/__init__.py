@@ -100,10 +100,9 @@ def _training(result: Result) -> list[str]:
 
 
 def front_report(results: Sequence[Result]) -> str:
-    """A row for every model of a front, slowest first."""
-    rows: list[tuple[str, ...]] = [
-        ("model", "speed-up", "95 % interval", "latency", "accuracy", "change", "MACs", "params")
-    ]
+    """A row for every model of a front, slowest first; a model that another one beats says so."""
+    heads = ("model", "speed-up", "95 % interval", "latency", "accuracy", "change", "MACs", "params")
+    rows: list[tuple[str, ...]] = [(*heads, "")]
     for result in results:
         before, after, (low, high) = result.original, result.compressed, result.speedup.ci95
         row = [str(result.out), f"{result.speedup.ratio:.2f}x"]
@@ -118,8 +117,19 @@ def front_report(results: Sequence[Result]) -> str:
                 _times(before.macs, after.macs),
                 _times(before.params, after.params),
             ]
-        rows.append(tuple(row))
+        rows.append((*row, _beaten(result, results)))
     return "\n".join(aligned(rows))
+
+
+def _beaten(result: Result, results: Sequence[Result]) -> str:
+    """Names a model that is both faster and more accurate; training may bring that about."""
+    for other in results:
+        if other.compressed is None or result.compressed is None:
+            continue
+        is_faster = other.speedup.ratio > result.speedup.ratio
+        if is_faster and other.compressed.accuracy > result.compressed.accuracy:
+            return f"beaten by {other.out.name}"
+    return ""
 
 
 def _asked_for(result: Result) -> str:

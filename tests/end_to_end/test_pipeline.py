@@ -413,11 +413,12 @@ def test_a_front_is_several_complete_folders(make_config: Make, tmp_path: Path) 
     config = make_config(speedup=None, pareto=True, trials=12, fine_tune_epochs=1)
     results = compressor.compress_front(config)
     assert len(results) >= 2
-    speedups = [result.speedup.ratio for result in results]
+    speedups = [result.speedup.ratio for result in results if result.compressed]
     assert speedups == sorted(speedups)
-    for i, result in enumerate(results, 1):
-        folder = tmp_path / "run" / f"point-{i}"
-        assert result.out == folder
+    points = [tmp_path / "run" / f"point-{i}" for i in range(1, len(results) + 1)]
+    assert sorted(result.out for result in results) == points
+    for result in results:
+        folder = result.out
         assert compressor.read_result(folder).speedup.ratio == result.speedup.ratio
         names = {"config.toml", "original.onnx", "report.html", "result.json"}
         if result.compressed:
@@ -426,6 +427,13 @@ def test_a_front_is_several_complete_folders(make_config: Make, tmp_path: Path) 
         assert "a model for every speed" in compressor.text_report(result)
     table = compressor.front_report(results)
     assert all(f"point-{i}" in table for i in range(1, len(results) + 1))
+    last = results[-1]
+    assert last.compressed is not None
+    slower = replace(last.speedup, ratio=last.speedup.ratio / 2)
+    less_accurate = replace(last.compressed, accuracy=last.compressed.accuracy - 0.01)
+    beaten = replace(last, speedup=slower, compressed=less_accurate)
+    assert f"beaten by {last.out.name}" in compressor.front_report([beaten, last])
+    assert "beaten" not in compressor.front_report([last, last])
     with pytest.raises(compressor.CompressorError, match="not both"):
         make_config(pareto=True)
 
