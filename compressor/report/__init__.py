@@ -101,7 +101,7 @@ def _training(result: Result) -> list[str]:
 
 def front_report(results: Sequence[Result]) -> str:
     """A row for every model of a front, slowest first; a model that another one beats says so."""
-    heads = ("model", "speed-up", "95 % interval", "latency", "accuracy", "change", "MACs", "params")
+    heads = "model", "speed-up", "95 % interval", "latency", "accuracy", "change", "MACs", "params"
     rows: list[tuple[str, ...]] = [(*heads, "")]
     for result in results:
         before, after, (low, high) = result.original, result.compressed, result.speedup.ci95
