@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.values import ChannelGroup, Role
+from compressor.watching import watched
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -32,25 +33,17 @@ def channel_maps(
     sums: dict[str, Tensor] = {}
     pooled: dict[str, list[Tensor]] = {}
 
-    def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def add(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
-            if output.ndim == 4:
-                total = output.double().sum(dim=0)
-                sums[name] = sums[name] + total if name in sums else total
-                pooled.setdefault(name, []).append(output.double().mean(dim=(2, 3)))
+    def add(name: str, _read: Tensor, answer: Tensor) -> None:
+        if answer.ndim == 4:
+            total = answer.double().sum(dim=0)
+            sums[name] = sums[name] + total if name in sums else total
+            pooled.setdefault(name, []).append(answer.double().mean(dim=(2, 3)))
 
-        return layer.register_forward_hook(add)
-
-    hooks = [watch(name, m) for name, m in model.named_modules() if name in producers]
     labels = []
-    try:
-        with torch.inference_mode():
-            for images, of_images in batches:
-                model(images)
-                labels.append(of_images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched(model, producers, add), torch.inference_mode():
+        for images, of_images in batches:
+            model(images)
+            labels.append(of_images)
     classes = torch.cat(labels).numpy()
     found = {}
     for name, total in sums.items():

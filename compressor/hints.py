@@ -9,15 +9,14 @@ that reads maps of each size; their hints act along with the labels, not before 
 [romero2015] Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015.
 """
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from compressor.values import Kept
+from compressor.watching import See, watched
 
 Read = dict[str, Tensor]
 Hints = Mapping[str, Tensor | None]  # layer -> which of the channels it read are left; None: all
@@ -47,19 +46,14 @@ def choose_hints(original: nn.Module, pruned: nn.Module, kept: Kept, example: Te
     }
 
 
-def watch(network: nn.Module, names: Iterable[str]) -> tuple[Read, list[RemovableHandle]]:
-    """What the layers called `names` read last, in the order they read it, from now on."""
-    read: Read = {}
+def keep(kept: Read) -> See:
+    """Keeps what every layer read last, in the order they read it."""
 
-    def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read.pop(name, None)
-        read[name] = inputs[0]
+    def see(name: str, read: Tensor, _answer: Tensor) -> None:
+        kept.pop(name, None)
+        kept[name] = read
 
-    hooks = [
-        network.get_submodule(name).register_forward_pre_hook(partial(keep, name))
-        for name in names
-    ]
-    return read, hooks
+    return see
 
 
 def hint_loss(student: nn.Module, hints: Hints, read: Read, wanted: Read) -> Tensor:
@@ -88,13 +82,9 @@ def _read_by(network: nn.Module, example: Tensor) -> Read:
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Linear) or (isinstance(layer, CONVOLUTIONS) and layer.groups == 1)
     ]
-    read, hooks = watch(network, plain)
-    try:
-        with torch.inference_mode():
-            network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    read: Read = {}
+    with watched(network, plain, keep(read)), torch.inference_mode():
+        network(example)
     return read
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.values import ChannelGroup, Kept, Role
+from compressor.watching import watched
 
 N_POSITIONS = 10  # of every batch, the same ones for all its images, as in the released code
 RIDGE = 1e-9  # of the mean diagonal; channels that are always 0 need some
@@ -87,27 +88,17 @@ def gather(
     }
     grams: dict[str, Tensor] = {}
 
-    def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = sampled_rows(layer, inputs[0].detach(), generator)
-            rows = rows.double()  # in float32 the weights differ by 1e-3
-            gram = rows.T @ rows
-            grams[name] = grams[name] + gram if name in grams else gram
+    layers = {n: layer for n, layer in model.named_modules() if n in readers and _is_plain(layer)}
 
-        return layer.register_forward_pre_hook(add)
+    def add(name: str, read: Tensor, _answer: Tensor) -> None:
+        rows = sampled_rows(layers[name], read.detach(), generator)
+        rows = rows.double()  # in float32 the weights differ by 1e-3
+        gram = rows.T @ rows
+        grams[name] = grams[name] + gram if name in grams else gram
 
-    hooks = [
-        watch(name, layer)
-        for name, layer in model.named_modules()
-        if name in readers and _is_plain(layer)
-    ]
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched(model, layers, add), torch.inference_mode():
+        for batch in batches:
+            model(batch)
     return LeastSquares(grams)
 
 

@@ -32,9 +32,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compressor.augmentation import augmented
 from compressor.errors import MeasurementError
 from compressor.files import UNREADABLE, write_whole
-from compressor.hints import NO_HINTS, Hints, hint_loss, watch
+from compressor.hints import NO_HINTS, Hints, Read, hint_loss, keep
 from compressor.tasks import CLASSIFICATION, Criterion
 from compressor.values import FINE_TUNING, Progress, ProgressCallback, Split, map_tensors
+from compressor.watching import watch
 
 SMALL_STEP, QUICK_STEP_S = 8, 5.0  # images, seconds: how a step is timed
 CONTEST_SHARE, MIN_SHORT = 0.2, 50  # of all steps, and steps: short trainings of finalists
@@ -199,10 +200,11 @@ class _Training:
         if recipe.ema_decay:
             averaged = get_ema_multi_avg_fn(recipe.ema_decay)
             self.average = AveragedModel(self.student, multi_avg_fn=averaged, use_buffers=True)
-        self._read, _ = watch(self.student, self.hints)
-        self._wanted = self._read
+        self._read: Read = {}
+        self._wanted: Read = {}
+        watch(self.student, self.hints, keep(self._read))
         if self.teacher is not None:
-            self._wanted, _ = watch(self.teacher, self.hints)
+            watch(self.teacher, self.hints, keep(self._wanted))
         self.best = copy.deepcopy(model).eval()
         self.best_score = self.score_before = score(self.best)
         self.step = 0

@@ -7,6 +7,7 @@ from torch import nn
 
 from compressor.graph import outputs
 from compressor.values import ChannelGroup, ChannelSlice, Example, LayerCost
+from compressor.watching import watched
 
 WITH_WEIGHTS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -50,12 +51,7 @@ def layer_costs(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[Layer
 def ran(network: nn.Module, example: Example) -> list[str]:
     """Names of the convolutions and linear layers of `network`, in the order they run in."""
     names: list[str] = []
-    hooks = [
-        layer.register_forward_hook(lambda *_, name=name: names.append(name))
-        for name, layer in network.named_modules()
-        if isinstance(layer, WITH_WEIGHTS)
-    ]
-    outputs(network, example)
-    for hook in hooks:
-        hook.remove()
+    layers = [n for n, layer in network.named_modules() if isinstance(layer, WITH_WEIGHTS)]
+    with watched(network, layers, lambda name, *_: names.append(name)):
+        outputs(network, example)
     return names

@@ -10,7 +10,7 @@ import compressor
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "compressor"
 
-BASE = {"errors", "values", "files", "user_code", "tasks", "hints", "augmentation"}
+BASE = {"errors", "values", "files", "user_code", "tasks", "hints", "augmentation", "watching"}
 STEPS = {
     "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
     "recovery", "least_squares", "training",
@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
     "files": set(),
-    "hints": {"errors", "values"},
+    "watching": set(),
+    "hints": {"errors", "values", "watching"},
     "augmentation": {"errors", "values"},
     "user_code": {"errors"},
     "tasks": {"errors", "values", "user_code"},

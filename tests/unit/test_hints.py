@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.graph import channel_groups
-from compressor.hints import choose_hints, hint_loss, watch
+from compressor.hints import Read, choose_hints, hint_loss, keep
 from compressor.surgery import kept_positions, remove_channels
 from compressor.training import Recipe, fine_tune
 from compressor.values import LabelledImages, Plan
+from compressor.watching import watched
 from tests.conftest import ConvNet
 
 
@@ -49,19 +50,18 @@ def test_the_loss_is_the_distance_of_the_channels_that_are_left(
     network, kept = pruned
     hints = choose_hints(conv_net, network, kept, example)
     images = torch.rand(4, *example.shape[1:])
-    read, hooks = watch(network, hints)
-    wanted, more = watch(conv_net, hints)
-    network(images)
-    conv_net(images)
+    read: Read = {}
+    wanted: Read = {}
+    with watched(network, hints, keep(read)), watched(conv_net, hints, keep(wanted)):
+        network(images)
+        conv_net(images)
     channels = wanted["last"][:, ::2]
     by_hand = ((read["last"] - channels) ** 2).mean() / channels.var()
     by_hand = by_hand + ((read["head"] - wanted["head"]) ** 2).mean() / wanted["head"].var()
     assert hint_loss(network, hints, read, wanted).item() == pytest.approx(by_hand.item() / 2)
     assert by_hand > 0.01
     assert hint_loss(conv_net, dict.fromkeys(hints), wanted, wanted).item() == 0
-    for hook in (*hooks, *more):
-        hook.remove()
-    assert not any(module._forward_pre_hooks for module in network.modules())
+    assert not any(module._forward_hooks for module in network.modules())
 
 
 def test_tokens_are_indexed_by_their_last_dimension() -> None:
@@ -82,13 +82,12 @@ def test_hints_are_learned_and_leave_no_hook(
     data = LabelledImages(images, torch.zeros(64, dtype=torch.long))
 
     def nearness(model: nn.Module) -> float:
-        read, hooks = watch(model, hints)
-        wanted, more = watch(conv_net, hints)
-        with torch.no_grad():
+        read: Read = {}
+        wanted: Read = {}
+        with watched(model, hints, keep(read)), torch.no_grad():
             model(images)
+        with watched(conv_net, hints, keep(wanted)), torch.no_grad():
             conv_net(images)
-        for hook in (*hooks, *more):
-            hook.remove()
         return -hint_loss(model, hints, read, wanted).item()
 
     tuned = fine_tune(
@@ -97,4 +96,4 @@ def test_hints_are_learned_and_leave_no_hook(
     )  # fmt: skip
     assert nearness(tuned.model) > 0.5 * nearness(network)  # both are below 0
     for model in (tuned.model, network, conv_net):
-        assert not any(module._forward_pre_hooks for module in model.modules())
+        assert not any(module._forward_hooks for module in model.modules())
