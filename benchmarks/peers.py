@@ -21,7 +21,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -97,6 +97,7 @@ def main() -> None:
     runs.add_argument("--levels", help="comma-separated shares of the time; default all")
     runs.add_argument("--method", action="append", help="may be repeated; default all")
     runs.add_argument("--trials", type=int, default=60, help="of our searches")
+    runs.add_argument("--seed", type=int, default=0, help="of search and training")
     runs.add_argument("--csv", type=Path, default=RESULTS)
     for name in ("report", "summary"):
         commands.add_parser(name).add_argument("--csv", type=Path, default=RESULTS)
@@ -121,7 +122,7 @@ def run_all(args: argparse.Namespace) -> None:
             if name in ("ours", "random"):
                 rows = by_compress(setting, args, name, left)
             else:
-                rows = by_strength(setting, name, left, peers[name])
+                rows = by_strength(setting, name, left, peers[name], args.seed)
             for row in rows:
                 append_rows(args.csv, [{"network": args.network, "method": name} | row], FIELDS)
                 print(row, flush=True)
@@ -150,6 +151,7 @@ def by_strength(
     name: str,
     levels: Sequence[float],
     prune: Prune,
+    seed: int,
 ) -> Iterator[dict[str, object]]:
     """For every level, a setting that was measured to reach it.
 
@@ -189,15 +191,15 @@ def by_strength(
         most = [by_macs[macs] for macs in sorted(by_macs, reverse=True)[:N_JUDGED]]
         best = max(most, key=lambda each: judged(each)[0])
         if best not in rows:
-            row = finished(setting, judged(best)[1])
+            row = finished(setting, judged(best)[1], seed)
             rows[best] = row | {"seconds": round(spent + cpu_seconds() - began)}
         yield rows[best] | {"level": level, "setting": best.strength}
 
 
-def finished(setting: Setting, network: nn.Module) -> dict[str, object]:
+def finished(setting: Setting, network: nn.Module, seed: int) -> dict[str, object]:
     """Trained and measured."""
     tuned = fine_tune(
-        network, setting.data.fit, TRAINING, teacher=setting.base,
+        network, setting.data.fit, replace(TRAINING, seed=seed), teacher=setting.base,
         score=lambda model: setting.accuracy(model, setting.data.search),
         on_progress=lambda _progress: None, memory_format=torch.channels_last,
     )  # fmt: skip
@@ -235,7 +237,7 @@ def by_compress(
             "speedup": 1 / level, "trials": args.trials, "fine_tune_epochs": 1,
             "batch_size": TRAINING.batch_size, "learning_rate": TRAINING.learning_rate,
             "distillation": TRAINING.distillation, "augment": TRAINING.augmentations,
-            "out": setting.folder / f"{name}-{level}",
+            "seed": args.seed, "out": setting.folder / f"{name}-{level}",
             **({"search": "random", "finalists": 1} if name == "random" else {}),
         })  # fmt: skip
         result = compressor.compress(config)
