@@ -100,19 +100,21 @@ def torch_pruning(how: str, step: int) -> Prune:
 
 
 def or_inner_layers(prune: Callable[[Setting, float, list[str]], nn.Module]) -> Prune:
-    """Where what comes out cannot run, or is wrong, only layers that no sum ties are pruned.
+    """Once what comes out cannot run, or is wrong, only layers that no sum ties are pruned.
 
     Neither Torch-Pruning nor NNI follows shortcuts that pad channels.
     """
+    outer: list[str] = []
 
     def tried(setting: Setting, strength: float) -> nn.Module:
-        try:
-            return prune(setting, strength, [])
-        except (RuntimeError, ValueError, IndexError) as err:
-            print(f"{type(err).__name__}; inner layers only", flush=True)
-        groups = compressor.channel_groups(setting.base, setting.example)
-        tied = [g.modules(Role.PRODUCER) for g in groups]
-        outer = [name for names in tied if len(names) > 1 for name in names]
+        if not outer:
+            try:
+                return prune(setting, strength, [])
+            except (RuntimeError, ValueError, IndexError) as err:
+                print(f"{type(err).__name__}; inner layers only", flush=True)
+            groups = compressor.channel_groups(setting.base, setting.example)
+            tied = [g.modules(Role.PRODUCER) for g in groups]
+            outer.extend(name for names in tied if len(names) > 1 for name in names)
         return prune(setting, strength, outer)
 
     return tried
