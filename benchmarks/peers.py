@@ -19,7 +19,7 @@ Rows already in the CSV file are not measured again. Seconds are those of the CP
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -51,7 +51,7 @@ TRAINING = Recipe(
     augmentations=("flip", "crop"),
 )  # fmt: skip
 FIELDS = (
-    "network", "method", "level", "setting", "macs", "params", "ratio", "low", "high",
+    "network", "method", "seed", "level", "setting", "macs", "params", "ratio", "low", "high",
     "accuracy_before", "accuracy_after", "seconds",
 )  # fmt: skip
 
@@ -113,10 +113,14 @@ def run_all(args: argparse.Namespace) -> None:
     peers = available()
     wanted = args.method or ["ours", *peers, "random"]
     levels = tuple(map(float, args.levels.split(","))) if args.levels else LEVELS
-    known = {(row["network"], row["method"], float(row["level"])) for row in read_rows(args.csv)}
+    known = {
+        (row["network"], row["method"], int(row["seed"]), float(row["level"]))
+        for row in read_rows(args.csv)
+    }
     with setting_of(args) as setting:
         for name in wanted:
-            left = [level for level in levels if (args.network, name, level) not in known]
+            asked = {level: (args.network, name, args.seed, level) for level in levels}
+            left = [level for level, row in asked.items() if row not in known]
             if not left:
                 continue
             if name in ("ours", "random"):
@@ -124,7 +128,8 @@ def run_all(args: argparse.Namespace) -> None:
             else:
                 rows = by_strength(setting, name, left, peers[name], args.seed)
             for row in rows:
-                append_rows(args.csv, [{"network": args.network, "method": name} | row], FIELDS)
+                row |= {"network": args.network, "method": name, "seed": args.seed}
+                append_rows(args.csv, [row], FIELDS)
                 print(row, flush=True)
 
 
@@ -275,7 +280,7 @@ def report(path: Path) -> str:
             for row in sorted(found, key=lambda r: -float(r["accuracy_after"])):
                 before = f"{float(row['accuracy_before']):.2%}" if row["accuracy_before"] else ""
                 lines.append(
-                    f"| {row['method']} | {row['setting']} | {row['ratio']} "
+                    f"| {named(row)} | {row['setting']} | {row['ratio']} "
                     f"[{row['low']}, {row['high']}] | {int(row['macs']) / 1e6:.1f} M | "
                     f"{int(row['params']) / 1e3:.0f} k | {before} | "
                     f"{float(row['accuracy_after']):.2%} | {row['seconds']} |"
@@ -283,12 +288,17 @@ def report(path: Path) -> str:
     return "\n".join(lines)
 
 
+def named(row: Mapping[str, str]) -> str:
+    """The method, and the seed where it is not the first."""
+    return row["method"] if row["seed"] == "0" else f"{row['method']}, seed {row['seed']}"
+
+
 def summary(path: Path) -> str:
     """For each network: a row a method, a column a level; accuracy, and its share of the time."""
     lines: list[str] = []
     rows = read_rows(path)
     for network in NETWORKS:
-        of_it = {(row["method"], float(row["level"])): row for row in rows
+        of_it = {(named(row), float(row["level"])): row for row in rows
                  if row["network"] == network}  # fmt: skip
         levels = sorted({level for _, level in of_it}, reverse=True)
         fields = {
