@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,14 +22,16 @@ from compressor.values import (
     MEASURING_FINALISTS,
     TRAINING_FINALISTS,
     TRAINING_FRONT,
+    Accuracy,
     PairedLatency,
     Plan,
     Progress,
     ProgressCallback,
+    Trial,
 )
 
 FRONT_TIMES = (0.9, 0.75, 0.6, 0.45, 0.3)  # shares of the original's, between which bands lie
-N_FINALISTS = 5  # plans measured again, at most, before one is chosen
+N_FINALISTS = 8  # plans measured again, at most, before one is chosen
 
 logger = logging.getLogger(__name__)
 
@@ -62,41 +65,64 @@ def choose(
 ) -> list[Plan]:
     """The best plans that meet the limits when they are measured again, with more effort.
 
-    Plans just within a limit owe it partly to luck, so those whose whole interval meets it are
-    preferred to those whose figure does; the surest plan of the search is always looked at. Where
-    no trial met the limits: the one that came nearest.
+    Plans just within a limit owe it partly to luck, and the device may be busier now than it was.
+    What those measured so far lost, the next ones are expected to lose too, so the most accurate
+    one that should still meet the limit comes next; the fastest one as a last resort. Of plans
+    that are about as accurate, those whose whole interval meets the limit are preferred to those
+    whose figure does. Where no trial met the limits: the one that came nearest.
     """
     problem = searched.problem
-    feasible = feasible_first(searched.trials, problem)
-    if not feasible:
+    left = feasible_first(searched.trials, problem)
+    if not left:
         nearest = best_first(searched.trials, problem)[0]
         return [job.space.plan(job.space.from_names(nearest.widths))]
-    surest = max(feasible, key=lambda t: t.speedup_ci95[0] if t.speedup_ci95 else 0.0)
-    finalists = feasible[:N_FINALISTS]
-    if surest not in finalists:
-        finalists.append(surest)
     min_speedup = 1 / problem.objective.limits.get(TIME, 1.0)
+    n_most = min(N_FINALISTS, len(left))
     again: list[tuple[Plan, PairedLatency]] = []
     met: list[Plan] = []
     surely: list[Plan] = []
-    for trial in finalists:
-        on_progress(Progress(MEASURING_FINALISTS, len(again), len(finalists)))
+    worth = 0.0  # accuracy in the search, from which on it is about that of the first that met it
+    stays = [1.0]  # of the search's speed-ups, when measured again
+    while len(again) < n_most and len(surely) < job.config.finalists:
+        on_progress(Progress(MEASURING_FINALISTS, len(again), n_most))
+        wanted = min_speedup / statistics.median(stays)
+        expected = [trial for trial in left if speed_of(trial) >= wanted]
+        is_last = not expected or len(again) == n_most - 1
+        if met and (not expected or accuracy_of(expected[0]).value < worth):
+            break
+        trial = max(left, key=speed_of) if is_last and not met else expected[0]
+        left.remove(trial)
         plan = job.space.plan(job.space.from_names(trial.widths))
         latency = searched.study.once(
             f"measured again, trial {trial.number}", partial(bench.remeasure, plan)
         )
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
+        stays = [*(stays if again else ()), latency.ratio / speed_of(trial)]
         again.append((plan, latency))
         if all(c.is_met_in_time(latency) for c in job.config.constraints):
+            first = accuracy_of(trial)
+            worth = worth if met else first.value - 2 * first.standard_error
             met.append(plan)
             if latency.ci95[0] >= min_speedup:
                 surely.append(plan)
-        if len(surely) == job.config.finalists:
+        if is_last:
             break
-    on_progress(Progress(MEASURING_FINALISTS, len(finalists), len(finalists)))
+    on_progress(Progress(MEASURING_FINALISTS, n_most, n_most))
     if met:
         return surely or met
     return [max(again, key=lambda pair: pair[1].ratio)[0]]
+
+
+def accuracy_of(trial: Trial) -> Accuracy:
+    """That before training, on the search split."""
+    assert trial.accuracy is not None
+    return trial.accuracy
+
+
+def speed_of(trial: Trial) -> float:
+    """The speed-up that the search measured."""
+    assert trial.speedup is not None
+    return trial.speedup
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,7 +56,7 @@ def forecast(
     layers = sum(1 for module in job.model.modules() if not any(True for _ in module.children()))
     expected = {
         SEARCHING: min(searching_s, job.config.time_budget or math.inf),
-        MEASURING_FINALISTS: FINAL_LATENCY * latency_s * (N_FINALISTS + 1),
+        MEASURING_FINALISTS: FINAL_LATENCY * latency_s * N_FINALISTS,
         PRUNING: NNI_S * layers,
         MEASURING_FILES: 2 * FINAL_LATENCY * latency_s,
     }

@@ -151,8 +151,15 @@ def test_the_surest_of_the_most_accurate_plans_are_finalists(make_config: Make) 
     assert chosen_widths(make_config, [2.1, 2.2], [likely, sure]) == [2]
     assert chosen_widths(make_config, [2.1, 2.2], [short, likely]) == [2]
     assert chosen_widths(make_config, [2.1, 2.2], [likely, likely]) == [1, 2]
-    # Five lucky ones, and a sixth that is far from the limit: it is not forgotten.
-    assert chosen_widths(make_config, [2.01] * 5 + [2.05, 3.0], [short] * 5 + [sure]) == [7]
+    # What the first lost, the next ones are expected to lose: those just within are passed over.
+    near, slower = [2.02] * 20, paired(1.8, 1.79, 1.81)
+    assert chosen_widths(make_config, [*near, 2.3, 3.0], [slower, likely, sure]) == [22]
+    # A sure plan is not preferred to one that is clearly more accurate, nor looked at.
+    assert chosen_widths(make_config, [*near, 2.3, 2.01, 2.01, 3.0], [slower, likely]) == [21]
+    # Where nothing meets it, the last one measured is the fastest.
+    some = [2.2 + i / 10 for i in range(9)]
+    assert chosen_widths(make_config, some, [short] * 7 + [sure]) == [9]
+    assert chosen_widths(make_config, [2.01] * 5 + [2.05, 3.0], [short] * 2 + [likely]) == [7]
     assert chosen_widths(make_config, [1.5, 1.9, 1.7], []) == [2]  # none met it: the fastest
 
 
