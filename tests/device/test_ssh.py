@@ -33,7 +33,7 @@ from compressor.latency.targets import load_target
 from compressor.latency.timing import Effort
 from compressor.values import Target
 from tests.conftest import ConvNet
-from tests.device.conftest import Board, needs_sshd
+from tests.device.conftest import Board, descendants, needs_sshd
 
 pytestmark = needs_sshd
 
@@ -132,12 +132,25 @@ def test_two_searches_never_share_a_board(named: Target) -> None:
         third.describe()
 
 
-def test_a_lock_outlives_no_process(named: Target) -> None:
+def is_runner(pid: int) -> bool:
+    """Whether the process is Python with our runner; one that has ended is not."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return any(word.endswith(b"runner.py") for word in words)
+
+
+def test_a_lock_outlives_no_process(named: Target, board: Board) -> None:
     """A runner that is killed leaves the lock file, and no lock."""
     with open_device(named) as first:
         assert isinstance(first, RunnerDevice)
         first.describe()
-        subprocess.run(["pkill", "-9", "-f", "work/.*runner.py"], check=True)
+        assert board.server is not None
+        runners = [pid for pid in descendants(board.server.pid) if is_runner(pid)]
+        assert runners
+        for pid in runners:  # this board's alone: other tests have theirs meanwhile
+            os.kill(pid, signal.SIGKILL)
         with open_device(named) as second:
             second.describe()
 
