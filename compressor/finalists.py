@@ -50,9 +50,8 @@ def bands(searched: Searched) -> list[Searched]:
             t for t in feasible_first(searched.trials, within) if within.share(TIME, t) > floor
         ]
         if ranked:
-            accuracy = ranked[0].accuracy
-            assert accuracy is not None
-            found.append((accuracy.value, replace(searched, problem=within, trials=ranked)))
+            best = accuracy_of(ranked[0]).value
+            found.append((best, replace(searched, problem=within, trials=ranked)))
     return [
         band
         for i, (best, band) in enumerate(found)
@@ -82,10 +81,10 @@ def choose(
     met: list[Plan] = []
     surely: list[Plan] = []
     worth = 0.0  # accuracy in the search, from which on it is about that of the first that met it
-    stays = [1.0]  # of the search's speed-ups, when measured again
+    stays: list[float] = []  # of the search's speed-ups, when measured again
     while len(again) < n_most and len(surely) < job.config.finalists:
         on_progress(Progress(MEASURING_FINALISTS, len(again), n_most))
-        wanted = min_speedup / statistics.median(stays)
+        wanted = min_speedup / statistics.median(stays or [1.0])
         expected = [trial for trial in left if speed_of(trial) >= wanted]
         is_last = not expected or len(again) == n_most - 1
         if met and (not expected or accuracy_of(expected[0]).value < worth):
@@ -97,7 +96,7 @@ def choose(
             f"measured again, trial {trial.number}", partial(bench.remeasure, plan)
         )
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
-        stays = [*(stays if again else ()), latency.ratio / speed_of(trial)]
+        stays.append(latency.ratio / speed_of(trial))
         again.append((plan, latency))
         if all(c.is_met_in_time(latency) for c in job.config.constraints):
             first = accuracy_of(trial)
@@ -232,9 +231,8 @@ def front(searched: Searched) -> list[Plan]:
     best, plans = -1.0, []
     measured = [t for t in searched.trials if t.accuracy is not None]
     for trial in sorted(measured, key=lambda t: t.speedup or 0.0, reverse=True):
-        assert trial.accuracy is not None
-        if trial.accuracy.value > best:
-            best = trial.accuracy.value
+        if accuracy_of(trial).value > best:
+            best = accuracy_of(trial).value
             plans.append(space.plan(space.from_names(trial.widths)))
     return plans[::-1]
 
