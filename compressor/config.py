@@ -24,7 +24,7 @@ from pydantic import (
 
 from compressor.errors import ConfigError, unknown_name
 from compressor.files import parsed_toml, read_text
-from compressor.values import MACS, MAX_DROP, MAX_LATENCY, PARAMS, SPEEDUP, Constraint
+from compressor.goals import MACS, MAX_DROP, MAX_LATENCY, PARAMS, SPEEDUP, Constraint
 
 AUTO: Literal["auto"] = "auto"
 CONFIG_FILE = "compress.toml"

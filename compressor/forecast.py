@@ -9,6 +9,7 @@ import math
 
 from compressor.bench import ACCURACY, EXPORT, LATENCY, N_HARM_IMAGES, Bench, design
 from compressor.finalists import FRONT_TIMES, N_FINALISTS
+from compressor.goals import MACS
 from compressor.hints import NO_HINTS, choose_hints
 from compressor.job import Job
 from compressor.search.objective import TIME, Problem
@@ -17,7 +18,6 @@ from compressor.trials import is_looked_into
 from compressor.values import (
     FINE_TUNING,
     FIRST_PLAN,
-    MACS,
     MEASURING_FILES,
     MEASURING_FINALISTS,
     PRUNING,

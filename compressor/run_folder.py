@@ -22,7 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, RunFolderError
 from compressor.files import parsed_json, parsed_toml, read_text, write_whole
-from compressor.values import MAX_LATENCY, Data, LoadedModel, Result, Side, Target
+from compressor.goals import MAX_LATENCY
+from compressor.values import Data, LoadedModel, Result, Side, Target
 
 VERSION = metadata.version("compressor")
 SCHEMA = 1

@@ -22,6 +22,7 @@ from compressor.bench import (
 )
 from compressor.config import Config
 from compressor.errors import ConfigError, MeasurementError, SearchError
+from compressor.goals import MACS, MAX_DROP, PARAMS
 from compressor.graph.costs import layer_costs
 from compressor.job import Job
 from compressor.search import ASK_FOR_FEATURES, make_strategy
@@ -41,9 +42,6 @@ from compressor.search.space import Widths
 from compressor.search.study import Study, read_before
 from compressor.values import (
     FIRST_PLAN,
-    MACS,
-    MAX_DROP,
-    PARAMS,
     SEARCHING,
     TRYING_EACH,
     Accuracy,

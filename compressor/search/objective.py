@@ -17,10 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
+from compressor.goals import MACS
 from compressor.search.costs import Costs, FloatArray, LatencyTable
 from compressor.search.harm import HarmModel
 from compressor.search.space import SearchSpace, Widths
-from compressor.values import MACS, Accuracy, GroupFeatures, LayerCost, Trial
+from compressor.values import Accuracy, GroupFeatures, LayerCost, Trial
 
 START, CLUSTERS, LAYERS = "start", "clusters", "layers"
 TIME = "time"  # a cost, as MACS and PARAMS are

@@ -26,6 +26,7 @@ from compressor.errors import (
     SearchError,
 )
 from compressor.finalists import choose
+from compressor.goals import Constraint
 from compressor.graph.costs import layer_costs
 from compressor.job import Job, prepare
 from compressor.latency import onnxruntime as runtime
@@ -42,7 +43,6 @@ from compressor.values import (
     Accuracy,
     Basis,
     ChannelGroup,
-    Constraint,
     Latency,
     PairedLatency,
     Progress,

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from compressor.goals import MACS
 from compressor.search.greedy import lazy_greedy
 from compressor.search.harm import HarmModel
 from compressor.search.objective import Objective, Problem
 from compressor.search.space import SearchSpace, Widths
 from compressor.search.warm_start import beyond, warm_starts
-from compressor.values import MACS, Accuracy, ChannelGroup, LayerCost
+from compressor.values import Accuracy, ChannelGroup, LayerCost
 
 N = 12
 LIMIT = {MACS: 0.5}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from compressor.goals import Constraint
 from compressor.report.figures import figures
 from compressor.report.html import html_report
 from compressor.report.words import verdict_in_words, why
 from compressor.values import (
     Accuracy,
-    Constraint,
     GroupRow,
     LayerRow,
     Result,

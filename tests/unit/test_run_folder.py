@@ -11,12 +11,12 @@ import pytest
 
 from compressor import run_folder
 from compressor.errors import ConfigError, RunFolderError
+from compressor.goals import Constraint
 from compressor.report import text_report, trials_report
 from compressor.search.study import Study, read_trials
 from compressor.values import (
     Accuracy,
     Basis,
-    Constraint,
     Latency,
     PairedLatency,
     Result,

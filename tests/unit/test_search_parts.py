@@ -10,6 +10,7 @@ from botorch.models import SingleTaskGP
 from torch import nn
 
 from compressor.features import channel_maps, fisher_ratios
+from compressor.goals import MACS
 from compressor.graph import channel_groups
 from compressor.search.genetic import evolve, haar
 from compressor.search.objective import TIME, Objective, Problem, TimedPlan
@@ -29,7 +30,6 @@ from compressor.search.warm_start import (
     warm_starts,
 )
 from compressor.values import (
-    MACS,
     Accuracy,
     Branch,
     ChannelGroup,

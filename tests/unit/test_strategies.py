@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from compressor.errors import SearchError
+from compressor.goals import MACS
 from compressor.search import STRATEGIES, make_strategy
 from compressor.search.bocr import GRADUAL, NONE, PER_DIMENSION, WALL, Bocr, Schedule
 from compressor.search.clustering import JS, ST
@@ -28,7 +29,7 @@ from compressor.search.objective import (
     penalised,
 )
 from compressor.search.space import Widths, make_space
-from compressor.values import MACS, Accuracy, Branch, ChannelGroup, GroupFeatures, LayerCost, Trial
+from compressor.values import Accuracy, Branch, ChannelGroup, GroupFeatures, LayerCost, Trial
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
 VARIANTS: Mapping[str, Strategy] = {
