@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from compressor.errors import GraphError
 from compressor.graph import channel_groups
 from compressor.graph.branches import residual_branches, traced
+from compressor.inputs import PROGRAM_SUFFIX
 from compressor.model_io import load_model as read_file
-from compressor.model_io.programs import PROGRAM_SUFFIX
 from compressor.program import export_program, free_batch, with_layers
 from compressor.surgery import cut, kept_positions, masked
 from compressor.values import (

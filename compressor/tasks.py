@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from compressor.errors import DataError, MeasurementError, TaskError
+from compressor.inputs import check_task
 from compressor.user_code import USER_CODE_FAILURES, find, importable, told
 from compressor.values import SPLITS, Data, tensors_in
 
@@ -293,9 +294,7 @@ def load_task(reference: str, *, beside: Path) -> OwnTask:
     Raises:
         TaskError: There is no such object, or it lacks a part.
     """
-    module_name, _, name = reference.partition(":")
-    if not module_name or not name:
-        raise TaskError(f"--task must be package.module:object; got {reference!r}.")
+    check_task(reference, beside=beside)
     task: Any = find("--task", reference, beside=beside, error=TaskError)
     if callable(task) and (isinstance(task, type) or not hasattr(task, "dataset")):
         with importable(beside):

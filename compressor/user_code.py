@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ USER_CODE_FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
     RuntimeError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip
+LOOKED_FOR = (
+    "It is looked for in the current folder, beside the model and among installed packages."
+)
 
 
 def find(flag: str, reference: str, *, beside: Path, error: type[CompressorError]) -> object:
@@ -27,6 +31,7 @@ def find(flag: str, reference: str, *, beside: Path, error: type[CompressorError
         beside: Folder of the model.
         error: Raised where it is not found.
     """
+    check_can_be_found(flag, reference, beside=beside, error=error)
     module_name, _, name = reference.partition(":")
     with importable(beside):
         _forget_namesake(module_name.partition(".")[0], beside)
@@ -34,13 +39,39 @@ def find(flag: str, reference: str, *, beside: Path, error: type[CompressorError
             python_module = importlib.import_module(module_name)
         except USER_CODE_FAILURES as err:
             raise error(
-                f"{flag} {reference}: cannot import {module_name}: {told(err)}. It is looked for "
-                f"in the current folder, beside the model and among installed packages."
+                f"{flag} {reference}: cannot import {module_name}: {told(err)}. {LOOKED_FOR}"
             ) from err
     if not hasattr(python_module, name):
         known = [n for n, v in vars(python_module).items() if callable(v) and n[0] != "_"]
         raise error(unknown_name(f"name in {module_name} ({flag})", name, known))
     return getattr(python_module, name)
+
+
+def check_can_be_found(
+    flag: str, reference: str, *, beside: Path, error: type[CompressorError]
+) -> None:
+    """Whether the package of `reference` is there; nothing of it is run.
+
+    Args:
+        flag: That the reference was given by, for messages.
+        reference: "package.module:name".
+        beside: Folder of the model.
+        error: Raised where it is not.
+    """
+    module_name = reference.partition(":")[0]
+    package = module_name.partition(".")[0]
+    is_name = all(part.isidentifier() for part in module_name.split("."))
+    with importable(beside):
+        if not is_name or not is_installed(package):
+            raise error(
+                f"{flag} {reference}: cannot import {module_name}: nothing called {package!r} is "
+                f"there. {LOOKED_FOR}"
+            )
+
+
+def is_installed(package: str) -> bool:
+    """Whether a module or package of that name, without dots, can be imported from here."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def told(err: BaseException) -> str:

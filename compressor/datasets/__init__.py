@@ -29,6 +29,7 @@ from torch import Tensor
 from compressor.datasets.files import ImageFiles, Read, reader
 from compressor.errors import DataError
 from compressor.files import UNREADABLE, check_size
+from compressor.inputs import check_data, folders, no_classes
 from compressor.values import SPLITS, Data, Images, LabelledImages
 
 ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
@@ -65,18 +66,11 @@ def load_data(
     Raises:
         DataError: Nothing there, unreadable, empty classes, labels out of range, mixed sizes.
     """
-    if not source.exists():
-        raise DataError(f"No data at {source}; expected an .npz file or a folder (--data).")
+    check_data(source, image_size=image_size, n_channels=n_channels)
     if source.is_dir():
-        if n_channels not in (None, 1, 3):
-            raise DataError(f"Image files have 1 or 3 channels; --input-shape asks {n_channels}.")
         arrays, class_names = _read_folder(source, image_size, n_channels or 3)
-    elif source.suffix == ".npz":
-        if image_size is not None:
-            raise DataError(f"--image-size resizes image files; {source} is used as it is.")
-        arrays, class_names = _read_npz(source)
     else:
-        raise DataError(f"--data must be an .npz file or a folder of images; got {source}.")
+        arrays, class_names = _read_npz(source)
     if len(mean) != len(std):
         raise DataError(f"mean and std must be equally long; got mean={mean} and std={std}.")
     generator = np.random.default_rng(seed)
@@ -152,7 +146,7 @@ def _read_folder(
     source: Path, image_size: int | None, n_channels: int
 ) -> tuple[_Arrays, tuple[str, ...]]:
     named: dict[str, Path] = {}
-    for child in _folders(source):
+    for child in folders(source):
         _add(named, child.name, child, source)
     if not named:
         named = {"fit": source}
@@ -163,12 +157,9 @@ def _read_folder(
             f"plans by."
         )
     largest = named.get("fit") or named["search"]
-    class_names = tuple(p.name for p in _folders(largest))
+    class_names = tuple(p.name for p in folders(largest))
     if not class_names:
-        raise DataError(
-            f"{largest} must hold one folder per class; it holds no folder. "
-            f"Expected {source}/<class>/*.png or {source}/train/<class>/*.png."
-        )
+        raise DataError(no_classes(largest, source))
     convert = reader(image_size, n_channels)
     arrays = {
         name: _read_classes(path, class_names, convert, is_resized=image_size is not None)
@@ -186,10 +177,6 @@ def _add(splits: dict[str, _T], name: str, content: _T, source: Path) -> None:
         splits[split] = content
 
 
-def _folders(parent: Path) -> list[Path]:
-    return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
 def _read_classes(
     folder: Path, class_names: Sequence[str], read: Read, *, is_resized: bool
 ) -> tuple[Images, Tensor]:
@@ -198,7 +185,7 @@ def _read_classes(
         for name in class_names
         if (folder / name).is_dir()
     }
-    strange = {p.name for p in _folders(folder)} - set(class_names)
+    strange = {p.name for p in folders(folder)} - set(class_names)
     if strange:
         raise DataError(f"{folder} has classes that the fit split lacks: {sorted(strange)}.")
     empty = [name for name in class_names if not files.get(name)]

@@ -6,8 +6,8 @@
     estimate          ... through the profile's figures alone
     probe             the staircase of a device, and its step
     process, ssh      a runner's process and its end; another machine
-    machine, targets  is this the device of the profile; what the profile says
-    profiles          where profiles lie
+    machine, targets  is this the device of the profile; the profile as a target
+    schema, profiles  what a profile may say; where profiles lie
     timing            the statistics: pairs, interval, when to stop, what makes a figure doubtful
     runner            what runs on the device, in one file for Python 3.6
     tensorrt_runner   the same for TensorRT's Python API; cuda and precision belong to it

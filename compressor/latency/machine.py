@@ -14,7 +14,7 @@ from compressor.errors import MeasurementError, UnreachableError, UnsupportedMod
 from compressor.files import check_size
 from compressor.latency import runner
 from compressor.latency.host import Host, LocalHost
-from compressor.latency.targets import TENSORRT
+from compressor.latency.schema import TENSORRT
 from compressor.values import Target
 
 Model = bytes | Path

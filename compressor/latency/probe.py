@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compressor.files import write_whole
 from compressor.latency.device import Device
-from compressor.latency.targets import PROBE_SCHEMA, probe_file
+from compressor.latency.schema import PROBE_SCHEMA, probe_file
 from compressor.latency.timing import Effort
 from compressor.values import Progress, ProgressCallback, Staircase, Target
 

@@ -20,18 +20,14 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError, UntrustedModelError
 from compressor.files import UNREADABLE, check_size
-from compressor.model_io.architectures import LIBRARIES, build, own_input_shape
-from compressor.model_io.programs import PROGRAM_SUFFIX, read_program
+from compressor.inputs import LIBRARIES, PROGRAM_SUFFIX, check_file, check_model_file
+from compressor.model_io.architectures import build, own_input_shape
+from compressor.model_io.programs import read_program
 from compressor.user_code import importable, told
 from compressor.values import BATCH_NORMS, Example, LoadedModel
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
-REFUSED_SUFFIXES = {
-    ".onnx": "an ONNX file; give the PyTorch model that it was exported from",
-    ".engine": "a TensorRT engine; give the PyTorch model that it was built from",
-    ".safetensors": "a safetensors file; load it and torch.save its tensors as a state_dict",
-}
 
 
 def load_model(
@@ -58,14 +54,9 @@ def load_model(
         ModelError: The file, the architecture or the weights cannot be used.
         UntrustedModelError: The file is a pickle that holds more than tensors.
     """
-    if not path.is_file():
-        raise ModelError(f"No model file at {path}.")
-    if path.suffix in REFUSED_SUFFIXES:
-        raise ModelError(f"{path} is {REFUSED_SUFFIXES[path.suffix]}.")
+    check_model_file(path, arch)
     example: Example | None = None
     if path.suffix == PROGRAM_SUFFIX:
-        if arch is not None:
-            raise ModelError(f"{path} is a program and describes itself; leave --arch away.")
         module, example = read_program(path, trust=trust)
     else:
         content = _read(path, trust=trust)
@@ -114,8 +105,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: It is another file.
     """
-    if not path.is_file():
-        raise ModelError(f"No model file at {path}.")
+    check_file(path, "model", ModelError)
     content = _read(path, trust=False)
     wanted = {"state_dict", "plan", "arch", "arch_args", "input_shape"}
     if not isinstance(content, dict) or not wanted <= content.keys():

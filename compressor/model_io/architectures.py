@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from compressor.errors import ModelError
+from compressor.inputs import LIBRARIES, check_arch
 from compressor.user_code import USER_CODE_FAILURES, find, importable, told
-
-LIBRARIES = ("torchvision", "timm")  # networks that a file may name itself
 
 
 def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Module:
@@ -20,11 +19,8 @@ def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Mod
     Raises:
         ModelError: It cannot be imported or called, or returns no module.
     """
+    check_arch(arch, beside=beside)
     module_name, _, factory_name = arch.partition(":")
-    if not module_name or not factory_name:
-        raise ModelError(
-            f"--arch must be torchvision:NAME, timm:NAME or package.module:factory; got {arch!r}."
-        )
     if module_name in LIBRARIES:
         return _build_from_library(module_name, factory_name, arch_args)
     factory = find("--arch", arch, beside=beside, error=ModelError)
@@ -65,7 +61,7 @@ def _build_from_library(library: str, name: str, arch_args: Mapping[str, object]
             known, factory, fixed = timm.list_models(), timm.create_model, {"pretrained": False}
     except ImportError as err:
         raise ModelError(
-            f"--arch {library}:{name} needs {library}: pip install 'compressor[{library}]'."
+            f"--arch {library}:{name} needs {library}, which cannot be imported: {told(err)}."
         ) from err
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)

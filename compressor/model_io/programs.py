@@ -15,7 +15,6 @@ from compressor.errors import ModelError, UntrustedModelError
 from compressor.files import UNREADABLE, check_size, parsed_json
 from compressor.values import Example
 
-PROGRAM_SUFFIX = ".pt2"
 _OBJECT_PREFIXES = ("custom_obj_", "opaque_obj_")
 
 

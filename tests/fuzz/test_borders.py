@@ -28,7 +28,7 @@ from compressor.datasets import load_data
 from compressor.datasets.files import reader
 from compressor.errors import CompressorError
 from compressor.export import export_onnx
-from compressor.latency import ssh, targets
+from compressor.latency import schema, ssh, targets
 from compressor.latency.estimate import estimate_ms
 from compressor.latency.machine import check_same_inputs
 from compressor.latency.process import Runner
@@ -281,7 +281,7 @@ BORDERS: dict[str, Border] = {
     "probe": Border(
         "probe.json",
         lambda path: path.write_text('{"schema": 1, "step": 16, "date": "2026-01-01"}'),
-        targets.probed, mutations.of_json,
+        schema.probed, mutations.of_json,
     ),
     "study.db": Border("study.db", write_study, read_study, mutations.of_bytes),
     "result.json": Border("result.json", write_result, read_result, mutations.of_json),

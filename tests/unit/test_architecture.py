@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "compressor"
 
 BASE = {
-    "errors", "goals", "values", "files", "user_code", "tasks", "hints", "augmentation",
-    "watching",
+    "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
+    "augmentation", "watching",
 }  # fmt: skip
 STEPS = {
     "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "hints": {"errors", "values", "watching"},
     "augmentation": {"errors", "values"},
     "user_code": {"errors"},
-    "tasks": {"errors", "values", "user_code"},
+    "inputs": {"errors", "user_code"},
+    "tasks": {"errors", "inputs", "values", "user_code"},
     **{step: BASE for step in STEPS},
     "prunable": BASE | STEPS,
     "bench": BASE | STEPS | {"prunable"},

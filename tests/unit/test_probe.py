@@ -27,7 +27,8 @@ from compressor.latency.probe import (
     probe,
     step_of,
 )
-from compressor.latency.targets import load_target, probe_file
+from compressor.latency.schema import probe_file
+from compressor.latency.targets import load_target
 from compressor.latency.timing import FINAL, Effort
 from compressor.values import KernelTime, Latency, PairedLatency, Progress, Target
 

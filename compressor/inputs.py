@@ -1,0 +1,169 @@
+"""What can be said of the files and names that users give before a heavy library reads them.
+
+Nothing here imports torch or code of the user's. What reads a file or a name further checks it by
+these functions first, so that no rule stands twice.
+"""
+
+import difflib
+from pathlib import Path
+
+from compressor.errors import CompressorError, DataError, ModelError, RunFolderError, TaskError
+from compressor.user_code import check_can_be_found, is_installed
+
+LIBRARIES = ("torchvision", "timm")  # whose networks have names, which a file may give itself
+PROGRAM_SUFFIX = ".pt2"
+REFUSED_SUFFIXES = {
+    ".onnx": "an ONNX file; give the PyTorch model that it was exported from",
+    ".engine": "a TensorRT engine; give the PyTorch model that it was built from",
+    ".safetensors": "a safetensors file; load it and torch.save its tensors as a state_dict",
+}
+SQLITE = b"SQLite format 3\0"  # what such a file begins with
+
+
+def check_file(path: Path, what: str, error: type[CompressorError]) -> None:
+    """Whether `path` is a file that holds something and can be read.
+
+    Args:
+        path: As the user gave it.
+        what: It is to be, for messages: "model", "ONNX".
+        error: Raised where it is not.
+    """
+    try:
+        if path.is_dir():
+            raise error(f"{path} is a folder; give the path of the {what} file itself.")
+        if not path.is_file():
+            raise error(f"No {what} file at {path}{_meant(path)}.")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise error(f"{path} is empty; expected the {what} file.")
+    except OSError as err:
+        raise error(f"The {what} file {path} cannot be read: {err.strerror}.") from err
+
+
+def _meant(path: Path) -> str:
+    """What else is there, of nearly that name."""
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}"
+    names = [each.name for each in path.parent.iterdir() if each.is_file()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; {path.with_name(close[0])} is there" if close else ""
+
+
+def check_model_file(path: Path, arch: str | None = None) -> None:
+    """Whether `path` may be a trained network.
+
+    Args:
+        path: Of the model.
+        arch: What builds its network, where that was named.
+
+    Raises:
+        ModelError: There is no such file, or it is of a kind that cannot be used.
+    """
+    check_file(path, "model", ModelError)
+    if path.suffix in REFUSED_SUFFIXES:
+        raise ModelError(f"{path} is {REFUSED_SUFFIXES[path.suffix]}.")
+    if path.suffix == PROGRAM_SUFFIX and arch is not None:
+        raise ModelError(f"{path} is a program and describes itself; leave --arch away.")
+
+
+def check_arch(arch: str, *, beside: Path) -> None:
+    """Whether `arch` has a form that can be built, and its module can be found.
+
+    Args:
+        arch: `torchvision:NAME`, `timm:NAME` or "package.module:factory".
+        beside: Folder of the model.
+
+    Raises:
+        ModelError: It has another form, or nothing of that name is there.
+    """
+    module_name, _, name = arch.partition(":")
+    if not module_name or not name:
+        raise ModelError(
+            f"--arch must be torchvision:NAME, timm:NAME or package.module:factory; got {arch!r}."
+        )
+    if module_name not in LIBRARIES:
+        check_can_be_found("--arch", arch, beside=beside, error=ModelError)
+    elif not is_installed(module_name):
+        raise ModelError(
+            f"--arch {arch} needs {module_name}: pip install 'compressor[{module_name}]'."
+        )
+
+
+def check_task(reference: str, *, beside: Path) -> None:
+    """Whether `reference` has the form of a task, and its module can be found.
+
+    Args:
+        reference: "package.module:object".
+        beside: Folder of the model.
+
+    Raises:
+        TaskError: It has another form, or nothing of that name is there.
+    """
+    module_name, _, name = reference.partition(":")
+    if not module_name or not name:
+        raise TaskError(f"--task must be package.module:object; got {reference!r}.")
+    check_can_be_found("--task", reference, beside=beside, error=TaskError)
+
+
+def check_data(
+    source: Path, *, image_size: int | None = None, n_channels: int | None = None
+) -> None:
+    """Whether `source` may hold images, and what is said of them suits it.
+
+    Args:
+        source: An `.npz` file, or a folder.
+        image_size: Side that image files are to be resized to.
+        n_channels: That the network takes, where that was given.
+
+    Raises:
+        DataError: Nothing is there, it is of another kind, or the settings are for another.
+    """
+    try:
+        if not source.exists():
+            raise DataError(f"No data at {source}; expected an .npz file or a folder (--data).")
+        if source.is_dir():
+            if not folders(source):
+                raise DataError(no_classes(source, source))
+            if n_channels not in (None, 1, 3):
+                raise DataError(
+                    f"Image files have 1 or 3 channels; --input-shape asks {n_channels}."
+                )
+            return
+    except OSError as err:
+        raise DataError(f"--data {source} cannot be read: {err.strerror}.") from err
+    if source.suffix != ".npz":
+        raise DataError(f"--data must be an .npz file or a folder of images; got {source}.")
+    check_file(source, "data", DataError)
+    if image_size is not None:
+        raise DataError(f"--image-size resizes image files; {source} is used as it is.")
+
+
+def folders(parent: Path) -> list[Path]:
+    """The folders in `parent` that are not hidden, by name."""
+    return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def no_classes(folder: Path, source: Path) -> str:
+    """What is wrong with a `folder` of the data at `source` that has no folder in it."""
+    return (
+        f"{folder} must hold one folder per class; it holds no folder. "
+        f"Expected {source}/<class>/*.png or {source}/train/<class>/*.png."
+    )
+
+
+def check_study(path: Path) -> None:
+    """Whether there is a study of a run at `path`.
+
+    Raises:
+        RunFolderError: There is no file, or one of another kind.
+    """
+    try:
+        if not path.is_file():
+            raise RunFolderError(f"No study at {path}: no run was begun in {path.parent}.")
+        with path.open("rb") as file:
+            if file.read(len(SQLITE)) != SQLITE:  # Optuna would make a study of an empty file
+                raise RunFolderError(
+                    f"{path} holds no study of compress: it is not an SQLite file."
+                )
+    except OSError as err:
+        raise RunFolderError(f"{path} cannot be read: {err.strerror}.") from err
