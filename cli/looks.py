@@ -29,7 +29,11 @@ def inspect(
     flags = options.given(locals()) | {"target": "host-cpu"}
 
     def work() -> int:
-        loaded, prunable = compressor.inspect_model(compressor.load_config(model, flags))
+        from compressor import border
+
+        config = compressor.load_config(model, flags)
+        border.check_model(config)
+        loaded, prunable = compressor.inspect_model(config)
         if as_json:
             print_result(
                 json.dumps(compressor.groups_json(prunable.groups, prunable.branches), indent=2)
@@ -62,10 +66,12 @@ def explain(
     flags = options.given(locals())
 
     def work() -> int:
+        from compressor import border
+
+        config = compressor.load_config(model, flags)
+        border.check_model(config)
         with ProgressDisplay(as_json=json_progress) as display:
-            found = compressor.explain(
-                compressor.load_config(model, flags), on_progress=display.on_progress
-            )
+            found = compressor.explain(config, on_progress=display.on_progress)
         print_result(
             compressor.explain_json(found) if as_json else compressor.explain_report(found)
         )
@@ -102,14 +108,12 @@ def measure(
     """
 
     def work() -> int:
-        for path in filter(None, (onnx_file, against)):
-            if not path.is_file():
-                raise ConfigError(f"No ONNX file at {path}.")
-        if fail_below is not None and against is None:
-            raise ConfigError("--fail-below compares with --against; give that file too.")
-        wanted = compressor.load_target(
-            target, device=device, precision=precision, estimate=bool(estimate)
-        )
+        from compressor import border
+
+        border.check_measured(onnx_file, against, fail_below=fail_below)
+        how = {"device": device, "precision": precision, "estimate": bool(estimate)}
+        border.check_target(target, **how)
+        wanted = compressor.load_target(target, **how)
         pair = compressor.compare_latency(against or onnx_file, onnx_file, wanted)
         if as_json:
             print_result(compressor.latency_json(pair))
@@ -139,7 +143,11 @@ def targets(
     """
 
     def work() -> int:
+        from compressor import border
+
         names = [name] if name else list(compressor.target_names())
+        for each in names:
+            border.check_target(each, device=device)
         found = [compressor.load_target(each, device=device) for each in names]
         answers = compressor.who_answers(found)
         if as_json:
@@ -169,6 +177,9 @@ def probe(
     """
 
     def work() -> int:
+        from compressor import border
+
+        border.check_target(target, device=device, precision=precision)
         wanted = compressor.load_target(target, device=device, precision=precision)
         with ProgressDisplay(as_json=json_progress) as display:
             staircase, kept_in = compressor.probe_target(wanted, on_progress=display.on_progress)

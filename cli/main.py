@@ -4,10 +4,10 @@ Progress goes to stderr; stdout has the result and nothing else. Exit codes: 0 m
 2 usage, 3 the constraint cannot be met, 130 stopped with Ctrl-C, 143 with SIGTERM.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -54,7 +54,7 @@ class Commands(TyperGroup):
         first = args[0] if args else ""
         if first in self.commands or first in own or (ctx.resilient_parsing and not args):
             return super().parse_args(ctx, args)
-        if first and not first.startswith("-") and not Path(first).exists():
+        if first and not first.startswith("-") and not os.path.exists(first):
             said = unknown_name("command", first, self.commands)
             if "Did you mean" in said:
                 ctx.fail(said)

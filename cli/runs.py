@@ -74,7 +74,10 @@ def run(
     flags = options.given(locals())
 
     def work() -> int:
+        from compressor import border
+
         config = compressor.load_config(model, flags)
+        border.check_run(config)
         with ProgressDisplay(as_json=json_progress) as display:
             work_on = compressor.compress_front if config.pareto else compressor.compress
             found = work_on(config, on_trial=display.on_trial, on_progress=display.on_progress)
@@ -102,6 +105,9 @@ def resume(
     """
 
     def work() -> int:
+        from compressor import border
+
+        border.check_resumed(run_folder, trust=bool(trust))
         with ProgressDisplay(as_json=json_progress) as display:
             found = compressor.resume(
                 run_folder, force=force, trust=bool(trust),
@@ -125,6 +131,9 @@ def replay(
     """
 
     def work() -> int:
+        from compressor import border
+
+        border.check_replayed(run_folder, trust=bool(trust))
         with ProgressDisplay(as_json=json_progress) as display:
             found = compressor.replay(
                 run_folder, trust=bool(trust), on_progress=display.on_progress
@@ -160,6 +169,9 @@ def report(
     """
 
     def work() -> int:
+        from compressor import border
+
+        border.check_reported(run_folder)
         print_result(compressor.folder_report(run_folder, as_json=as_json))
         return 0
 
@@ -179,6 +191,9 @@ def dashboard(
     """
 
     def work() -> int:
+        from compressor import border
+
+        border.check_dashboard(run_folder)
         with compressor.dashboard(run_folder, port=port) as server:
             print_result(f"{server.address} shows {run_folder}; Ctrl-C ends it.")
             with contextlib.suppress(KeyboardInterrupt):

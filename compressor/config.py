@@ -5,6 +5,7 @@ own name; a flag on the command line wins. Paths in the file are relative to the
 """
 
 import inspect
+import os
 import re
 import textwrap
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ EXAMPLES: dict[str, object] = {  # of settings that have no default
     "constraint": {"macs": 0.5}, "weight": {"accuracy": 1.0, "time": 0.5}, "time_budget": "30m",
     "out": "runs/mine",
 }  # fmt: skip
+ASK_FOR_CLASSES = frozenset({"genetic", "swarm"})  # searches that look at images by class
 GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight", "pareto")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
@@ -214,6 +216,8 @@ class Config(BaseModel):
             given.append("augment")
         if given:
             raise ValueError(f"a task brings its own data; leave {', '.join(given)} away")
+        if self.search in ASK_FOR_CLASSES:
+            raise ValueError(f"--search {self.search} looks at classes; a task has none")
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -225,11 +229,19 @@ class Config(BaseModel):
         return tuple(Constraint(kind, value) for kind, value in given if value is not None)
 
     def check_goal(self) -> None:
-        """Raises `ConfigError` where nothing says what is wanted."""
+        """Whether it says all that a run needs to know.
+
+        Raises:
+            ConfigError: Nothing says what is wanted, or what plans are ranked by.
+        """
         if not self.constraints and not self.weight and not self.pareto:
             raise ConfigError(
                 "How fast must it be? Give --speedup 2 or --max-latency 12ms; or --max-drop 1.0 "
                 "for the fastest network that loses no more, --constraint macs=0.5, or --pareto."
+            )
+        if self.data is None and self.task is None:
+            raise ConfigError(
+                "No images to rank plans by; give --data FILE.npz, --data FOLDER, or --task."
             )
 
     def as_toml(self) -> dict[str, object]:
@@ -252,7 +264,9 @@ def load_config(model: Path, flags: Mapping[str, object]) -> Config:
         ConfigError: An unknown key, a value out of range, or contradicting constraints.
     """
     settings: dict[str, object] = {}
-    found = [p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if p.is_file()]
+    found = [
+        p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if os.path.isfile(p)
+    ]  # (which is False too for names that no file can have)
     if found:
         settings = _read(found[0])
     if set(GOALS) & flags.keys():  # a goal on the command line replaces the file's

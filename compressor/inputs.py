@@ -45,7 +45,7 @@ def _meant(path: Path) -> str:
     if not path.parent.is_dir():
         return f": there is no folder {path.parent}"
     names = [each.name for each in path.parent.iterdir() if each.is_file()]
-    close = difflib.get_close_matches(path.name, names, n=1)
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
     return f"; {path.with_name(close[0])} is there" if close else ""
 
 
@@ -167,3 +167,15 @@ def check_study(path: Path) -> None:
                 )
     except OSError as err:
         raise RunFolderError(f"{path} cannot be read: {err.strerror}.") from err
+
+
+def check_has_dashboard() -> None:
+    """Whether optuna-dashboard, which is optional, is installed.
+
+    Raises:
+        CompressorError: It is not.
+    """
+    if not is_installed("optuna_dashboard"):
+        raise CompressorError(
+            "The dashboard needs optuna-dashboard: pip install 'compressor[dashboard]'."
+        )

@@ -1,4 +1,8 @@
-"""What is kept on disk. Files are written under another name, synced and renamed."""
+"""What is kept on disk. Files are written under another name, synced and renamed.
+
+torch, and the values that need it, are imported where they are used: whether a folder can be
+written or gone on with is told before.
+"""
 
 import contextlib
 import hashlib
@@ -9,21 +13,24 @@ import logging
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import tomli_w
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, RunFolderError
 from compressor.files import parsed_json, parsed_toml, read_text, write_whole
 from compressor.goals import MAX_LATENCY
-from compressor.values import Data, LoadedModel, Result, Side, Target
+
+if TYPE_CHECKING:
+    from compressor.values import Data, LoadedModel, Result, Side, Target
 
 VERSION = metadata.version("compressor")
 SCHEMA = 1
@@ -37,8 +44,6 @@ IDENTITIES = {
     "data_fingerprint": "the data",
     "config_sha256": CONFIG,
 }
-
-_RESULT = TypeAdapter(Result)
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +179,8 @@ class RunFolder:
 
     def write_checkpoint(self, content: Mapping[str, object]) -> None:
         """`model.pt`; loads with `torch.load(..., weights_only=True)`."""
+        import torch
+
         buffer = io.BytesIO()
         torch.save(dict(content), buffer)
         write_whole(self.path / MODEL_PT, buffer.getvalue())
@@ -182,7 +189,7 @@ class RunFolder:
         """`report.html`."""
         write_whole(self.path / REPORT, page)
 
-    def write_result(self, result: Result) -> None:
+    def write_result(self, result: "Result") -> None:
         """`result.json`; written last, so a folder that has one is complete."""
         text = json.dumps(to_json(result), indent=2, allow_nan=False) + "\n"
         write_whole(self.path / RESULT, text)
@@ -198,14 +205,14 @@ def create(wanted: Path | None, default_name: str, settings: Mapping[str, object
         settings: What the run was asked for.
 
     Raises:
-        ConfigError: `wanted` holds something already.
+        ConfigError: `wanted` holds something already, or is or lies under a file.
         RunFolderError: The folder cannot be made or written.
     """
+    check_free(wanted)
     try:
         if wanted is None:
             path = _first_free(Path("runs"), default_name)
         else:
-            check_free(wanted)
             path = wanted
             path.mkdir(parents=True, exist_ok=True)
         write_whole(path / CONFIG, tomli_w.dumps(dict(settings)))
@@ -223,20 +230,62 @@ def read_settings(path: Path) -> dict[str, object]:
     file = path / CONFIG
     try:
         content = parsed_toml(read_text(file))
-    except FileNotFoundError as err:
+    except (FileNotFoundError, NotADirectoryError) as err:
         raise RunFolderError(f"{path} has no {CONFIG}: no run was begun there.") from err
     except (OSError, ValueError) as err:
         raise RunFolderError(f"{file} cannot be read: {err}.") from err
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def check_free(wanted: Path) -> None:
-    """Raises `ConfigError` where the folder `wanted` holds something already."""
-    if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+def check_free(wanted: Path | None) -> None:
+    """Whether a new run can leave its files in the folder `wanted`; nothing is made or written.
+
+    Args:
+        wanted: As for `create`.
+
+    Raises:
+        ConfigError: `wanted` holds something already, or is or lies under a file.
+        RunFolderError: It cannot be written.
+    """
+    if wanted is None:
+        check_writable(Path("runs"))
+        return
+    check_writable(wanted)
+    if wanted.is_dir() and any(_listed(wanted)):
         what = "another run" if (wanted / CONFIG).exists() else "other files"
-        if not wanted.is_dir():
-            raise ConfigError(f"--out {wanted} is a file; name a folder that is empty or new.")
         raise ConfigError(f"--out {wanted} holds {what}; name a folder that is empty or new.")
+
+
+def check_writable(wanted: Path) -> None:
+    """Whether the folder `wanted` can be written, or made, by what the system says to a try.
+
+    Permissions say less: the superuser passes them, and a disk may be read-only.
+
+    Raises:
+        ConfigError: `wanted` is or lies under a file.
+        RunFolderError: It cannot be written.
+    """
+    try:
+        there = next(p for p in (wanted, *wanted.absolute().parents) if p.exists())
+        if not there.is_dir():
+            where = "is" if there == wanted else f"lies under {there}, which is"
+            raise ConfigError(
+                f"The run folder {wanted} {where} a file; name one that is new with --out."
+            )
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, ValueError) as err:  # ValueError for a name that no file can have
+        said = err.strerror if isinstance(err, OSError) else err
+        raise RunFolderError(
+            f"The run folder {wanted} cannot be written: {said}. Name another one with --out."
+        ) from err
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as err:
+        raise RunFolderError(f"--out {folder} cannot be read: {err.strerror}.") from err
 
 
 @contextlib.contextmanager
@@ -257,7 +306,7 @@ def logged(folder: RunFolder) -> Iterator[None]:
         handler.close()
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: Path) -> "Result":
     """The result of the finished run in the folder `path`.
 
     Raises:
@@ -271,7 +320,7 @@ def read_result(path: Path) -> Result:
         found = content.pop("schema", None) if isinstance(content, dict) else None
         if found != SCHEMA:
             raise RunFolderError(f"{file} has schema {found}; this version reads {SCHEMA}.")
-        result = _RESULT.validate_python(content | {"out": path})
+        result = _as_json().validate_python(content | {"out": path})
         if not all(_are_positive(side) for side in (result.original, result.compressed) if side):
             raise ValueError("a network of no size, or of no time")
         if result.compressed and (result.original.metric is None) != (
@@ -293,11 +342,20 @@ def read_result(path: Path) -> Result:
         raise RunFolderError(f"{file} is not a result of compress: {err}.") from err
 
 
-def _are_positive(side: Side) -> bool:
+@cache
+def _as_json() -> "TypeAdapter[Result]":
+    from compressor.values import Result
+
+    return TypeAdapter(Result)
+
+
+def _are_positive(side: "Side") -> bool:
     return min(side.macs, side.params, side.file_bytes, side.latency_ms.median_ms) > 0
 
 
-def describe_environment(target: Target, loaded: LoadedModel, data: Data) -> dict[str, object]:
+def describe_environment(
+    target: "Target", loaded: "LoadedModel", data: "Data"
+) -> dict[str, object]:
     """Versions, machine, and hashes of model and data, for `result.json`."""
     packages = ("torch", "onnx", "onnxruntime", "nni", "botorch", "optuna", "numpy")
     versions = {name: metadata.version(name) for name in packages}
@@ -331,9 +389,9 @@ def _git_commit() -> str | None:
     return None
 
 
-def to_json(result: Result) -> dict[str, object]:
+def to_json(result: "Result") -> dict[str, object]:
     """`result` with the stable keys of `result.json`."""
-    content: dict[str, object] = _RESULT.dump_python(result, mode="json", exclude={"out"})
+    content: dict[str, object] = _as_json().dump_python(result, mode="json", exclude={"out"})
     return {"schema": SCHEMA, **content}
 
 

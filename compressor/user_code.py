@@ -71,7 +71,10 @@ def check_can_be_found(
 
 def is_installed(package: str) -> bool:
     """Whether a module or package of that name, without dots, can be imported from here."""
-    return package in sys.modules or importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is there already and does not say where it came from
+        return True
 
 
 def told(err: BaseException) -> str:

@@ -31,16 +31,17 @@ MAY_IMPORT = {
     "inputs": {"errors", "user_code"},
     "tasks": {"errors", "inputs", "values", "user_code"},
     **{step: BASE for step in STEPS},
+    "border": BASE | STEPS,
     "prunable": BASE | STEPS,
     "bench": BASE | STEPS | {"prunable"},
-    "job": BASE | STEPS | {"prunable", "bench"},
+    "job": BASE | STEPS | {"border", "prunable", "bench"},
     "trials": BASE | STEPS | {"prunable", "bench", "job"},
     "finalists": BASE | STEPS | {"prunable", "bench", "job", "trials"},
     "shipping": BASE | STEPS | {"prunable", "bench", "job", "trials", "finalists"},
     "forecast": BASE | STEPS | {"bench", "job", "trials", "finalists"},
     "pipeline": BASE
     | STEPS
-    | {"prunable", "bench", "job", "trials", "finalists", "shipping", "forecast"},
+    | {"prunable", "bench", "job", "trials", "finalists", "shipping", "forecast", "border"},
     "api": BASE | STEPS | {"prunable", "job"},
     "__init__": BASE | STEPS | {"prunable", "pipeline", "api"},
 }
@@ -95,8 +96,8 @@ def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda p: p.name)
 def test_the_command_line_uses_the_public_interface_only(path: Path) -> None:
-    """`compressor` itself and its errors; `values` only for the type checker."""
-    allowed = {"compressor", "compressor.errors", "compressor.values"}
+    """`compressor` itself, its errors and its border; `values` only for the type checker."""
+    allowed = {"compressor", "compressor.border", "compressor.errors", "compressor.values"}
     used = {n for n in imported_modules(path) if n.startswith("compressor")}
     assert {n for n in used if not n.startswith("compressor.cli")} <= allowed
 

@@ -113,8 +113,10 @@ def test_default_folders_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot be written"):
+    with pytest.raises(ConfigError, match=r"lies under .*file, which is a file"):
         run_folder.create(tmp_path / "file" / "run", "x", {})
+    with pytest.raises(RunFolderError, match="run folder /proc/run cannot be written"):
+        run_folder.create(Path("/proc/run"), "x", {})
 
 
 def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
