@@ -25,7 +25,7 @@ from compressor.errors import (
 )
 from compressor.export import export_onnx
 from compressor.graph import channel_groups
-from compressor.graph.branches import residual_branches, traced
+from compressor.graph.branches import residual_branches
 from compressor.graph.costs import ran
 from compressor.importance import IMPORTANCES
 from compressor.job import read_data, read_model
@@ -35,12 +35,12 @@ from compressor.latency.probe import probe, save
 from compressor.latency.targets import load_target
 from compressor.model_io import load_weights, read_checkpoint
 from compressor.model_io.architectures import build
-from compressor.program import export_program
 from compressor.prunable import (
     PROGRAM,
     TRACED,
     Prunable,
     disagreement,
+    in_form,
     make_prunable,
     with_branches,
 )
@@ -49,7 +49,7 @@ from compressor.report.html import html_report
 from compressor.search.dashboard import Dashboard, dashboard_of
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
-from compressor.surgery import check_plan, cut, remove_channels
+from compressor.surgery import check_dropped, check_plan, cut
 from compressor.values import (
     TIMING_LAYERS,
     Basis,
@@ -83,13 +83,15 @@ def prune(
 
     Where the forward code follows the widths of its tensors, the copy is of the model's own
     class; otherwise it is an fx.GraphModule of its torch.export program, with the same names in
-    its state_dict.
+    its state_dict. Without a residual branch it is an fx.GraphModule too.
 
     Args:
         model: In eval mode.
         example_input: `(1, c, h, w)`, as the model takes it; a tuple holds positional arguments,
             a dict keyword arguments.
-        plan_or_keep_ratio: Which channels stay; or the share in (0, 1] that every group keeps.
+        plan_or_keep_ratio: Which channels and residual branches stay; or the share in (0, 1] that
+            every group keeps. `compress inspect` lists the names of both; so does the error for
+            an unknown one.
         importance: Which channels stay where a ratio is given: a key of `IMPORTANCES`.
         step: Widths become multiples of it where a ratio is given.
         batches: Called for `(images, labels)` pairs by criteria that look at gradients.
@@ -103,11 +105,19 @@ def prune(
     plan = plan_or_keep_ratio
     if not isinstance(plan, Plan):
         plan = _plan(prunable, plan, importance=importance, step=step, batches=batches)
+    if plan.dropped:
+        prunable = with_branches(prunable, example_input)
+        if not prunable.branches:
+            raise PlanError(
+                f"Plan leaves out {', '.join(plan.dropped)}, but {type(model).__name__} has no "
+                f"residual branch that can be left out."
+            )
     check_plan(prunable.groups, plan)
-    fault = disagreement(prunable.module, prunable.groups, plan, example_input)
+    check_dropped(prunable.branches, plan)
+    fault = disagreement(prunable, plan, example_input)
     if fault is not None:
         raise EquivalenceError(f"The pruned network is not the masked original: {fault}.")
-    return remove_channels(prunable.module, prunable.groups, plan)
+    return prunable.without(plan)
 
 
 def _plan(
@@ -161,10 +171,8 @@ def load_compressed(
         assert arch is not None
         original = build(arch, dict(arch_args or saved["arch_args"]), beside=path.parent).eval()
     example = torch.zeros(1, *saved["input_shape"])
-    if saved.get("form") == PROGRAM and not isinstance(original, fx.GraphModule):
-        original = export_program(original, example)
-    if saved.get("form") == TRACED:
-        original = traced(original)
+    if saved.get("form") in (TRACED, PROGRAM):
+        original = in_form(original, saved["form"], example)
     plan = Plan(
         {name: tuple(kept) for name, kept in saved["plan"].items()},
         tuple(saved.get("dropped", ())),

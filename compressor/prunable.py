@@ -11,7 +11,6 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor, fx, nn
 from compressor.errors import GraphError
 from compressor.graph import channel_groups
 from compressor.graph.branches import residual_branches, traced
+from compressor.graph.in_place import functional
 from compressor.inputs import PROGRAM_SUFFIX
 from compressor.model_io import load_model as read_file
 from compressor.program import export_program, free_batch, with_layers
@@ -107,7 +107,7 @@ def load_model(
     if path.suffix != PROGRAM_SUFFIX:
         return loaded
     program = free_batch(with_layers(loaded.module), loaded.example_input)
-    return replace(loaded, module=program)
+    return replace(loaded, module=functional(program, loaded.example_input))
 
 
 def make_prunable(model: nn.Module, example: Example) -> Prunable:
@@ -143,11 +143,14 @@ def with_branches(prunable: Prunable, example: Example) -> Prunable:
     Its own code is traced by torch.fx, or, where that fails, exported by torch.export. Then it is
     proven again, with all branches left out and with every second one; those are told apart that
     alone make it answer wrongly.
+
+    Nothing in that form works in place (see `graph.in_place`): without a branch, what was written
+    over may be what the layer before needs to learn.
     """
     if prunable.form == MODULE:
-        for make, form in ((traced, TRACED), (partial(export_program, example=example), PROGRAM)):
+        for form in (TRACED, PROGRAM):
             try:
-                network = make(prunable.module)
+                network = in_form(prunable.module, form, example)
             except GraphError as err:
                 logger.info("%s", err)
                 continue
@@ -155,8 +158,24 @@ def with_branches(prunable: Prunable, example: Example) -> Prunable:
             if found is not None:
                 return found
         return prunable
-    assert isinstance(prunable.module, fx.GraphModule)
-    return _proven_branches(prunable.module, prunable.form, example, prunable.groups) or prunable
+    network = in_form(prunable.module, prunable.form, example)
+    return _proven_branches(network, prunable.form, example, prunable.groups) or prunable
+
+
+def in_form(model: nn.Module, form: str, example: Example) -> fx.GraphModule:
+    """`model` as a graph that works on no tensor in place, as far as that is exact.
+
+    Args:
+        model: In eval mode; not changed. An fx graph is taken for one of that form.
+        form: `TRACED` or `PROGRAM`.
+        example: As the model takes it.
+
+    Raises:
+        GraphError: torch.fx or torch.export cannot follow its code.
+    """
+    if not isinstance(model, fx.GraphModule):
+        model = traced(model) if form == TRACED else export_program(model, example)
+    return functional(model, example)
 
 
 def _proven_branches(
@@ -191,7 +210,7 @@ def _proven_branches(
 def _proven_program(model: nn.Module, example: Example) -> Prunable | None:
     """The program of `model`; None where there is none, or it cannot be pruned rightly."""
     try:
-        program = export_program(model, example)
+        program = in_form(model, PROGRAM, example)
     except GraphError as err:
         logger.info("%s", err)
         return None
@@ -213,11 +232,10 @@ def _size(groups: Sequence[ChannelGroup]) -> int:
     return sum(group.cost.params for group in groups if group.locked_because is None)
 
 
-def disagreement(
-    model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan, example: Example
-) -> str | None:
-    """How `model` pruned by `plan` differs from the masked original; None where it does not."""
-    return _fault(_probe(model, example), groups, plan)
+def disagreement(prunable: Prunable, plan: Plan, example: Example) -> str | None:
+    """How a network pruned by `plan` differs from the masked original; None where it does not."""
+    probe = _probe(prunable.module, example)
+    return _fault(probe, prunable.groups, plan, branches=prunable.branches)
 
 
 def _locked_where_wrong(
