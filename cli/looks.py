@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from compressor.cli import options
 from compressor.cli.outcome import EXIT_NOT_MET, exit_with, print_result
-from compressor.cli.progress import ProgressDisplay
+from compressor.cli.progress import LOADING, ProgressDisplay
 
 import compressor
 from compressor.errors import ConfigError
@@ -21,6 +21,7 @@ def inspect(
     input_shape: options.InputShape = None,
     trust: options.Trust = None,
     as_json: options.AsJson = False,
+    json_progress: options.JsonProgress = False,
 ) -> None:
     """Lists channel groups, what they cost, and why some are locked, before hours are spent.
 
@@ -33,7 +34,9 @@ def inspect(
 
         config = compressor.load_config(model, flags)
         border.check_model(config)
-        loaded, prunable = compressor.inspect_model(config)
+        with ProgressDisplay(as_json=json_progress) as display:
+            display.begins(LOADING)
+            loaded, prunable = compressor.inspect_model(config, on_progress=display.on_progress)
         if as_json:
             print_result(
                 json.dumps(compressor.groups_json(prunable.groups, prunable.branches), indent=2)
@@ -43,7 +46,7 @@ def inspect(
             print_result(compressor.groups_report(prunable.groups, prunable.branches, paper))
         return 0
 
-    exit_with(work)
+    exit_with(work, as_json=json_progress)
 
 
 def explain(
@@ -71,6 +74,7 @@ def explain(
         config = compressor.load_config(model, flags)
         border.check_model(config)
         with ProgressDisplay(as_json=json_progress) as display:
+            display.begins(LOADING)
             found = compressor.explain(config, on_progress=display.on_progress)
         print_result(
             compressor.explain_json(found) if as_json else compressor.explain_report(found)
@@ -97,6 +101,7 @@ def measure(
         ),
     ] = None,
     as_json: options.AsJson = False,
+    json_progress: options.JsonProgress = False,
 ) -> None:
     """Times one ONNX model, or two in the same rounds with the ratio's interval.
 
@@ -113,8 +118,11 @@ def measure(
         border.check_measured(onnx_file, against, fail_below=fail_below)
         how = {"device": device, "precision": precision, "estimate": bool(estimate)}
         border.check_target(target, **how)
-        wanted = compressor.load_target(target, **how)
-        pair = compressor.compare_latency(against or onnx_file, onnx_file, wanted)
+        with ProgressDisplay(as_json=json_progress) as display:
+            display.begins(LOADING)
+            wanted = compressor.load_target(target, **how)
+            display.begins(f"Timing {onnx_file} against {against or 'itself'}")
+            pair = compressor.compare_latency(against or onnx_file, onnx_file, wanted)
         if as_json:
             print_result(compressor.latency_json(pair))
         else:
@@ -127,7 +135,7 @@ def measure(
             )  # fmt: skip
         return EXIT_NOT_MET if is_slower else 0
 
-    exit_with(work)
+    exit_with(work, as_json=json_progress)
 
 
 def targets(
@@ -148,8 +156,10 @@ def targets(
         names = [name] if name else list(compressor.target_names())
         for each in names:
             border.check_target(each, device=device)
-        found = [compressor.load_target(each, device=device) for each in names]
-        answers = compressor.who_answers(found)
+        with ProgressDisplay() as display:
+            display.begins(LOADING)
+            found = [compressor.load_target(each, device=device) for each in names]
+            answers = compressor.who_answers(found, on_progress=display.on_progress)
         if as_json:
             print_result(compressor.targets_json(found, answers))
         elif name:
@@ -180,8 +190,9 @@ def probe(
         from compressor import border
 
         border.check_target(target, device=device, precision=precision)
-        wanted = compressor.load_target(target, device=device, precision=precision)
         with ProgressDisplay(as_json=json_progress) as display:
+            display.begins(LOADING)
+            wanted = compressor.load_target(target, device=device, precision=precision)
             staircase, kept_in = compressor.probe_target(wanted, on_progress=display.on_progress)
         if as_json:
             print_result(compressor.staircase_json(staircase))

@@ -1,37 +1,49 @@
 """Progress on stderr: a live table on a terminal, plain lines elsewhere, or lines of JSON.
 
-Every display is told the same: `Progress` as work goes on, and a `Trial` whenever one ends.
+Every display is told the same: `Progress` as work goes on, and a `Trial` whenever one ends. Where
+nothing is told for a while, its heart beats: what is being done, since when, and what is left.
 """
 
+import contextlib
 import json
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
+from compressor.cli.time_left import TimeLeft, duration, expectation
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bars,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # values imports torch, which `--help` need not wait for
     from compressor.values import Progress, Trial
 
-PLAIN_SECONDS = 10.0  # between plain lines of one phase
+LOADING = "Loading torch"  # the first phase of most commands
+QUIET_SECONDS = 10.0  # between lines of one phase
+TICK_SECONDS = 1.0  # between looks at whether a line is due
+FORECAST_CHANGED = 0.1  # share of what is left in all, from which on it is worth a line
 N_ROWS = 8  # of the live table
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A `Progress` for what is done before values, and torch, are there."""
+
+    phase: str
+    n_done: int = 0
+    n_total: int = 1
+    note: str = ""
+    best: None = None
+    expected: Mapping[str, float] = field(default_factory=dict)
 
 
 class Display(Protocol):
@@ -43,6 +55,9 @@ class Display(Protocol):
     def on_trial(self, trial: "Trial") -> None:
         """A trial has ended."""
 
+    def beat(self) -> None:
+        """Nothing was told, perhaps for long."""
+
     def close(self, *, is_done: bool) -> None:
         """Nothing follows; `is_done` where nothing stopped the work."""
 
@@ -53,6 +68,8 @@ class ProgressDisplay:
     def __init__(self, *, as_json: bool = False) -> None:
         self._as_json = as_json
         self._display: Display
+        self._turn = threading.Lock()
+        self._is_closed = threading.Event()
 
     def __enter__(self) -> Self:
         console = Console(stderr=True)
@@ -62,6 +79,7 @@ class ProgressDisplay:
             self._display = LiveTable(console)
         else:
             self._display = PlainLines()
+        threading.Thread(target=self._beats, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(
@@ -70,204 +88,224 @@ class ProgressDisplay:
         _value: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        self._display.close(is_done=kind is None)
+        self._is_closed.set()
+        got_turn = self._turn.acquire(timeout=TICK_SECONDS)  # never waits for a pipe nobody reads
+        try:
+            self._display.close(is_done=kind is None)
+        finally:
+            if got_turn:
+                self._turn.release()
+
+    def begins(self, phase: str) -> None:
+        """Shows what is done until the first `on_progress`."""
+        self.on_progress(cast("Progress", Begun(phase)))
 
     def on_progress(self, progress: "Progress") -> None:
         """Shows it."""
-        self._display.on_progress(progress)
+        with self._turn:
+            self._display.on_progress(progress)
 
     def on_trial(self, trial: "Trial") -> None:
         """Shows it."""
-        self._display.on_trial(trial)
+        with self._turn:
+            self._display.on_trial(trial)
 
-
-class TimeLeft:
-    """Of the phase and of the whole run, from what was expected and what was seen."""
-
-    def __init__(self) -> None:
-        self._expected: dict[str, float] = {}  # phase -> seconds, of those to come
-        self._phase = ""
-        self._began = time.monotonic()
-        self._n_done_before = 0
-        self.of_phase: float | None = None
-        self.of_run: float | None = None
-
-    def tell(self, progress: "Progress") -> None:
-        """Looks at the clock."""
-        now = time.monotonic()
-        self._expected |= progress.expected
-        if progress.phase != self._phase:
-            self._expected.pop(self._phase, None)
-            self._phase, self._began = progress.phase, now
-            self._n_done_before = progress.n_done  # a run that goes on has some already
-        n_new, n_left = progress.n_done - self._n_done_before, progress.n_total - progress.n_done
-        self.of_phase = (now - self._began) / n_new * n_left if n_new > 1 else None
-        if self._phase in self._expected and self.of_phase is not None:
-            self._expected[self._phase] = self.of_phase
-        self.of_run = sum(self._expected.values()) if self._expected else None
+    def _beats(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
+            while not self._is_closed.wait(TICK_SECONDS):
+                with self._turn:
+                    if not self._is_closed.is_set():
+                        self._display.beat()
 
 
 class PlainLines:
-    """A line when a phase begins and ends, every `PLAIN_SECONDS` in between, and every trial."""
+    """A line when a phase begins and ends, every `QUIET_SECONDS` in between, and every trial."""
 
-    def __init__(self) -> None:
-        self._left = TimeLeft()
-        self._phase, self._n_total = "", 0
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._left = TimeLeft(clock)
         self._last_line = 0.0
 
     def on_progress(self, progress: "Progress") -> None:
         """Writes a line if it is due."""
+        is_new = progress.phase != self._left.phase
+        before = self._left.of_run
         self._left.tell(progress)
-        self._n_total = progress.n_total
-        is_due = time.monotonic() - self._last_line > PLAIN_SECONDS
         is_last = progress.n_done == progress.n_total and progress.n_total > 1
-        if progress.phase != self._phase or is_due or is_last:
-            parts = [progress.phase]
-            if progress.n_total > 1:
-                parts.append(f"{progress.n_done}/{progress.n_total}")
-            if self._left.of_phase:
-                parts.append(f"(about {duration(self._left.of_phase)} left)")
-            _write(" ".join(filter(None, (*parts, progress.note))))
-            self._last_line = time.monotonic()
+        if is_new or is_last or self._is_due():
+            self._write()
         if progress.expected:
-            _write(expectation(progress.expected))
-        self._phase = progress.phase
+            now = self._left.of_run or 0.0
+            if before is None:
+                _write(expectation(progress.expected))
+            elif abs(now - before) > FORECAST_CHANGED * before:
+                _write(f"Now about {duration(now)} left in all")
 
     def on_trial(self, trial: "Trial") -> None:
         """One line a trial."""
-        _write(in_words(trial, self._n_total))
+        _write(in_words(trial, self._left.n_total))
+
+    def beat(self) -> None:
+        """A line if none was written for long."""
+        if self._left.phase and self._is_due():
+            self._write(is_beat=True)
 
     def close(self, *, is_done: bool) -> None:
         """Nothing is left to write."""
+
+    def _is_due(self) -> bool:
+        return self._clock() - self._last_line >= QUIET_SECONDS
+
+    def _write(self, *, is_beat: bool = False) -> None:
+        left = self._left
+        parts = [left.phase]
+        if left.n_total > 1:
+            parts.append(f"{left.n_done}/{left.n_total}")
+        if is_beat:
+            parts[-1] += f", for {duration(left.in_step)}"
+        if str(left):
+            parts.append(f"({left})")
+        _write(" ".join(filter(None, (*parts, left.note))))
+        self._last_line = self._clock()
 
 
 class JsonLines:
     """One JSON object a line, for programs: `event` says what it tells."""
 
-    def __init__(self) -> None:
-        self._left = TimeLeft()
-        self._began = time.monotonic()
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._left = TimeLeft(clock)
+        self._began = self._last_line = clock()
+        self._note = ""
+        self._best: Trial | None = None
 
     def on_progress(self, progress: "Progress") -> None:
         """Every step of a phase, and what the whole run is expected to take."""
         self._left.tell(progress)
+        self._note, self._best = progress.note, progress.best
         if progress.expected:
             self._tell("expected", {"seconds_by_phase": dict(progress.expected)})
-        best = None if progress.best is None else trial_json(progress.best)
+        self._tell_progress()
+
+    def _tell_progress(self, *, is_beat: bool = False) -> None:
+        left = self._left
         self._tell("progress", {
-            "phase": progress.phase, "n_done": progress.n_done, "n_total": progress.n_total,
-            "note": progress.note, "best": best,
-            "seconds_left_in_phase": _rounded(self._left.of_phase),
-            "seconds_left": _rounded(self._left.of_run),
+            "phase": left.phase, "n_done": left.n_done, "n_total": left.n_total,
+            "note": self._note, "best": None if self._best is None else trial_json(self._best),
+            "seconds_left_in_phase": _rounded(left.of_phase),
+            "seconds_left": _rounded(left.of_run),
+            "seconds_in_phase": _rounded(left.in_phase),
+            "seconds_in_step": _rounded(left.in_step),
+            "is_longer_than_expected": left.forecast_exceeded is not None,
+            "is_heartbeat": is_beat,
         })  # fmt: skip
 
     def on_trial(self, trial: "Trial") -> None:
         """What was measured."""
         self._tell("trial", trial_json(trial))
 
+    def beat(self) -> None:
+        """The state of things, if nothing was told for long."""
+        if self._left.phase and self._clock() - self._last_line >= QUIET_SECONDS:
+            self._tell_progress(is_beat=True)
+
     def close(self, *, is_done: bool) -> None:
         """What ended it is told by `outcome`."""
 
     def _tell(self, event: str, content: Mapping[str, object]) -> None:
-        seconds = round(time.monotonic() - self._began, 1)
+        self._last_line = self._clock()
+        seconds = round(self._last_line - self._began, 1)
         _write(json.dumps({"event": event, "seconds": seconds, **content}))
 
 
 class LiveTable:
-    """The latest trials, the best one so far, a bar a phase, and the time left."""
+    """The latest trials, the best one so far, a bar a phase, and the time left.
 
-    def __init__(self, console: Console) -> None:
-        self._left = TimeLeft()
-        self._began = time.monotonic()
+    Rich draws it again a few times a second, by the clock: no beat is needed.
+    """
+
+    def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._left = TimeLeft(clock)
+        self._began = clock()
         self._bars = Bars(
             TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[spent]}"), TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[note]}"), console=console, auto_refresh=False,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
-        self._phase = ""
         self._rows: deque[tuple[int, list[str]]] = deque(
             maxlen=N_ROWS
         )  # number of the trial, cells
         self._best: Trial | None = None
-        self._n_total = 0  # of the phase that trials belong to
         self._live = Live(console=console, get_renderable=self._shown, refresh_per_second=4)
         self._live.start()
 
     def on_progress(self, progress: "Progress") -> None:
-        """Moves the phase's bar; a new phase completes the one before."""
+        """Moves the phase's bar; a new phase ends the one before."""
+        if progress.phase != self._left.phase:
+            self._end()
         self._left.tell(progress)
-        if progress.phase != self._phase:
-            self._complete()
-            if progress.phase not in self._tasks:
-                self._tasks[progress.phase] = self._bars.add_task(progress.phase, note="")
-        self._phase, self._n_total = progress.phase, progress.n_total
+        if progress.phase not in self._tasks:
+            task = self._bars.add_task(progress.phase, spent="", left="", note="")
+            self._tasks[progress.phase] = task
         task = self._tasks[progress.phase]
-        self._bars.update(task, completed=progress.n_done, total=progress.n_total)
-        if progress.note:
-            self._bars.update(task, note=progress.note)
+        self._bars.update(
+            task, completed=progress.n_done, total=progress.n_total, note=self._left.note
+        )
         self._best = progress.best or self._best
 
     def on_trial(self, trial: "Trial") -> None:
         """A row of the table."""
-        self._rows.append((trial.number, _cells(trial, self._n_total)))
+        self._rows.append((trial.number, _cells(trial, self._left.n_total)))
+
+    def beat(self) -> None:
+        """Nothing: what is shown follows the clock."""
 
     def close(self, *, is_done: bool) -> None:
         """Leaves the last state on the terminal."""
         if is_done:
-            self._complete()
+            self._end()
         self._live.stop()
 
-    def _complete(self) -> None:
-        if self._phase:
-            task = self._tasks[self._phase]
+    def _end(self) -> None:
+        """The phase's clock stops; a bar of one piece, which never tells its end, is full."""
+        task = self._tasks.get(self._left.phase)
+        if task is None:
+            return
+        self._tick(task)
+        self._bars.update(task, left="")
+        if self._left.n_total <= 1:
             self._bars.update(task, completed=self._bars.tasks[task].total)
+
+    def _tick(self, task: TaskID) -> None:
+        left, exceeded = self._left.of_phase, self._left.forecast_exceeded
+        said = f"left {duration(left)}" if left else ""
+        if exceeded is not None:
+            said = f"longer than the {duration(exceeded)} expected; {said}".removesuffix("; ")
+        self._bars.update(task, spent=duration(self._left.in_phase), left=said)
 
     def _shown(self) -> Group:
         parts: list[Table | Text | Bars] = []
-        if self._rows:
+        rows = list(self._rows)
+        if rows:
             table = Table(box=None, pad_edge=False)
             for name in ("trial", "phase", "accuracy", "speed-up", "latency"):
                 table.add_column(name, justify="left" if name == "phase" else "right")
-            for number, cells in self._rows:
+            for number, cells in rows:
                 is_best = self._best is not None and number == self._best.number
                 table.add_row(*cells, style="bold" if is_best else "")
             parts.append(table)
         if self._best is not None:
             parts.append(Text(f"best so far: {in_words(self._best)}", style="bold"))
+        task = self._tasks.get(self._left.phase)
+        if task is not None and self._live.is_started:
+            self._tick(task)
         parts.append(self._bars)
-        told = f"{duration(time.monotonic() - self._began)} so far"
+        told = f"{duration(self._clock() - self._began)} so far"
         if self._left.of_run is not None:
             told += f", about {duration(self._left.of_run)} left in all"
         return Group(*parts, Text(told, style="dim"))
-
-
-def duration(seconds: float) -> str:
-    """In words, as exact as anyone asks.
-
-    Example:
-        >>> duration(0.4), duration(75), duration(7500)
-        ('1 s', '1 min 15 s', '2 h 5 min')
-    """
-    whole = max(1, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def expectation(expected: Mapping[str, float]) -> str:
-    """What a run is expected to take, the longest parts named.
-
-    Example:
-        >>> expectation({"Searching": 60.0, "Fine-tuning": 120.0, "Measuring finalists": 2.0})
-        'About 3 min 2 s in all: Fine-tuning 2 min 0 s, Searching 1 min 0 s'
-    """
-    total = sum(expected.values())
-    longest = sorted(expected.items(), key=lambda item: -item[1])
-    named = [f"{phase} {duration(s)}" for phase, s in longest if s >= 0.05 * total]
-    return f"About {duration(total)} in all: {', '.join(named)}"
 
 
 def trial_json(trial: "Trial") -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from compressor.cli import options
 from compressor.cli.outcome import EXIT_ERROR, EXIT_NOT_MET, exit_with, print_result
-from compressor.cli.progress import ProgressDisplay
+from compressor.cli.progress import LOADING, ProgressDisplay
 
 import compressor
 
@@ -79,6 +79,7 @@ def run(
         config = compressor.load_config(model, flags)
         border.check_run(config)
         with ProgressDisplay(as_json=json_progress) as display:
+            display.begins(LOADING)
             work_on = compressor.compress_front if config.pareto else compressor.compress
             found = work_on(config, on_trial=display.on_trial, on_progress=display.on_progress)
         return _print_found(found, as_json)
@@ -109,6 +110,7 @@ def resume(
 
         border.check_resumed(run_folder, trust=bool(trust))
         with ProgressDisplay(as_json=json_progress) as display:
+            display.begins(LOADING)
             found = compressor.resume(
                 run_folder, force=force, trust=bool(trust),
                 on_trial=display.on_trial, on_progress=display.on_progress,
@@ -135,6 +137,7 @@ def replay(
 
         border.check_replayed(run_folder, trust=bool(trust))
         with ProgressDisplay(as_json=json_progress) as display:
+            display.begins(LOADING)
             found = compressor.replay(
                 run_folder, trust=bool(trust), on_progress=display.on_progress
             )

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -30,9 +31,10 @@ from compressor.graph.costs import ran
 from compressor.importance import IMPORTANCES
 from compressor.job import read_data, read_model
 from compressor.latency.device import open_device
-from compressor.latency.layers import layer_rows, profiled
+from compressor.latency.layers import Profiled, layer_rows, profiled
 from compressor.latency.probe import probe, save
 from compressor.latency.targets import load_target
+from compressor.latency.timing import FINAL
 from compressor.model_io import load_weights, read_checkpoint
 from compressor.model_io.architectures import build
 from compressor.prunable import (
@@ -64,6 +66,8 @@ from compressor.values import (
     Staircase,
     Target,
 )
+
+TIMING_BOTH = "Timing both networks"
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # (images, labels), anew at each call
 
@@ -187,21 +191,28 @@ def load_compressed(
     return compact.eval()
 
 
-def inspect_model(config: Config) -> tuple[LoadedModel, Prunable]:
+def inspect_model(
+    config: Config, *, on_progress: ProgressCallback = lambda _progress: None
+) -> tuple[LoadedModel, Prunable]:
     """The model of `config` and its channel groups, as a run would prune it.
 
-    Needs its data only for the input's shape.
+    Args:
+        config: What is asked for; its data is needed for the input's shape only.
+        on_progress: Told what is done.
 
     Raises:
         CompressorError: As for `compress`.
     """
     shape = config.input_shape
     if shape is None and config.data is not None:
+        on_progress(Progress("Reading the images", 0, 1))
         shape = read_data(config, config.data).input_shape
+    on_progress(Progress("Reading the model", 0, 1))
     loaded = read_model(config, shape)
-    prunable = with_branches(
-        make_prunable(loaded.module, loaded.example_input), loaded.example_input
-    )
+    on_progress(Progress("Finding channel groups", 0, 1))
+    prunable = make_prunable(loaded.module, loaded.example_input)
+    on_progress(Progress("Finding residual branches", 0, 1))
+    prunable = with_branches(prunable, loaded.example_input)
     return replace(loaded, module=prunable.module), prunable
 
 
@@ -219,8 +230,7 @@ def explain(
     target = load_target(
         config.target, device=config.device, precision=config.precision, estimate=config.estimate
     )
-    on_progress(Progress("Reading the model", 0, 1))
-    loaded, prunable = inspect_model(config)
+    loaded, prunable = inspect_model(config, on_progress=on_progress)
     example, groups = loaded.example_input, prunable.groups
     scores = IMPORTANCES["l1"].scores(prunable.module, groups, lambda _network: iter(()))
     space = make_space(
@@ -228,17 +238,23 @@ def explain(
         step=target.step, min_keep_ratio=config.min_keep_ratio, branches=prunable.branches,
     )  # fmt: skip
     narrow = prunable.without(space.plan(space.narrowest))
-    models = []
-    with TemporaryDirectory() as folder, open_device(target) as device:
-        files = []
-        for i, network in enumerate((prunable.module, narrow)):
-            on_progress(Progress(TIMING_LAYERS, i, 2))
-            file = Path(folder) / f"{i}.onnx"
+    networks = (prunable.module, narrow)
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.onnx" for i in range(len(networks))]
+        for i, (network, file) in enumerate(zip(networks, files, strict=True)):
+            on_progress(Progress("Exporting both networks", i, 2))
             export_onnx(network, example, file, opset=target.opset, max_ir=target.max_ir)
-            files.append(file)
-            models.append(profiled(device, file, ran(network, example)))
-        on_progress(Progress("Timing both networks", 0, 1))
-        at_most = device.compare(*files)
+        on_progress(Progress("Opening the device", 0, 1))
+        with open_device(target) as device:
+            models: list[Profiled] = []
+            expected: dict[str, float] = {}
+            for network, file in zip(networks, files, strict=True):
+                on_progress(Progress(TIMING_LAYERS, len(models), 2, expected=expected))
+                began = perf_counter()
+                models.append(profiled(device, file, ran(network, example)))
+                expected = {TIMING_LAYERS: perf_counter() - began, TIMING_BOTH: FINAL.budget_s}
+            on_progress(Progress(TIMING_BOTH, 0, 1))
+            at_most = device.compare(*files)
     return Explained(
         target=target,
         layers=layer_rows(*models),
@@ -268,16 +284,20 @@ def probe_target(
     """
     if target.basis is Basis.ESTIMATE:
         raise ConfigError("Nothing can be probed in an estimate; leave --estimate away.")
+    on_progress(Progress("Opening the device", 0, 1))
     with open_device(target) as device:
         described = device.describe()
         staircase = probe(device, target, on_progress)
     return staircase, save(staircase, target, described)
 
 
-def who_answers(targets: Sequence[Target]) -> dict[str, str]:
+def who_answers(
+    targets: Sequence[Target], *, on_progress: ProgressCallback = lambda _progress: None
+) -> dict[str, str]:
     """Name of a target -> "yes: " and what it runs, or "no: " and why it does not answer."""
-    answers = {}
+    answers: dict[str, str] = {}
     for target in targets:
+        on_progress(Progress("Asking devices", len(answers), len(targets), target.name))
         try:
             with open_device(target) as device:
                 described = device.describe()

@@ -10,6 +10,7 @@ import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ MIN_GAIN = 0.05  # share of time that a width between two edges saves if it is w
 N_PIXELS = 28
 CONV_3X3, CONV_1X1, DEPTHWISE = "conv 3x3", "conv 1x1", "depthwise 3x3"
 DECISIVE = (CONV_3X3, CONV_1X1)  # a depthwise layer has the width of those around it
+PROBING = "Probing the device"  # a phase
 EFFORT = Effort(min_pairs=3, max_pairs=6, budget_s=0.8, half_width=0.015, pair_s=0.1)
 
 
@@ -47,15 +49,21 @@ def probe(
     """
     costs: dict[str, dict[int, float]] = {}
     n_total = len(LAYERS) * len(WIDTHS)
+    expected: dict[str, float] = {}
+    began = perf_counter()
     for kind in LAYERS:
         widest = layers(kind, WIDTHS[-1], target)
         costs[kind] = {}
         for width in WIDTHS:
             n_done = sum(map(len, costs.values()))
-            on_progress(Progress("Probing the device", n_done, n_total, f"{kind}, {width}"))
+            if n_done == 1:  # the others take about as long, whatever the runtime
+                expected = {PROBING: (n_total - 1) * (perf_counter() - began)}
+            note = f"{kind}, {width}"
+            on_progress(Progress(PROBING, n_done, n_total, note, expected=expected))
+            expected = {}
             pair = device.compare(widest, layers(kind, width, target), effort=effort, seed=width)
             costs[kind][width] = 1 / pair.ratio
-    on_progress(Progress("Probing the device", n_total, n_total))
+    on_progress(Progress(PROBING, n_total, n_total))
     kinds = {kind: step_of(cost) for kind, cost in costs.items()}
     return Staircase(max(kinds[kind] for kind in DECISIVE), kinds, costs)
 
