@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from compressor.errors import GraphError
 from compressor.graph import channel_groups
+from compressor.graph.alike import answers_alike
 from compressor.graph.branches import residual_branches, traced
 from compressor.graph.in_place import functional
 from compressor.inputs import PROGRAM_SUFFIX
@@ -171,11 +172,17 @@ def in_form(model: nn.Module, form: str, example: Example) -> fx.GraphModule:
         example: As the model takes it.
 
     Raises:
-        GraphError: torch.fx or torch.export cannot follow its code.
+        GraphError: torch.fx or torch.export cannot follow its code; torch.fx, for one, takes
+            `x += y` for `x = x + y` where another name for `x` is read later.
     """
-    if not isinstance(model, fx.GraphModule):
-        model = traced(model) if form == TRACED else export_program(model, example)
-    return functional(model, example)
+    if isinstance(model, fx.GraphModule):
+        return functional(model, example)
+    if form == PROGRAM:
+        return functional(export_program(model, example), example)
+    graph = traced(model)
+    if not answers_alike(model, graph, example):
+        raise GraphError(f"The torch.fx graph of {type(model).__name__} answers differently.")
+    return functional(graph, example)
 
 
 def _proven_branches(

@@ -38,14 +38,15 @@ class Run(fx.Interpreter):
         """Notes what the node returned and wrote."""
         with _Writes() as seen:
             value = super().run_node(n)
+        if n.op == "output":
+            return value
         self.values[n] = value
-        if n.op != "output":
-            is_quiet = works_in_place(n) and not seen.cells  # dropout, in evaluation
-            wrote = [cell for cell in dict.fromkeys(seen.cells) if cell[0] in self._known]
-            if is_quiet and isinstance(value, Tensor) and cell_of(value)[0] in self._known:
-                wrote = [cell_of(value)]
-            if wrote:
-                self.writes[n] = wrote
+        wrote = [cell for cell in dict.fromkeys(seen.cells) if cell[0] in self._known]
+        is_quiet = works_in_place(n) and not seen.cells  # dropout, in evaluation
+        if is_quiet and isinstance(value, Tensor) and cell_of(value)[0] in self._known:
+            wrote = [cell_of(value)]
+        if wrote:
+            self.writes[n] = wrote
         if isinstance(value, Tensor):
             self.cells[n] = cell_of(value)
         elif isinstance(value, (list, tuple)):

@@ -53,10 +53,15 @@ def _plain_overload(target: torch._ops.OpOverload) -> torch._ops.OpOverload | No
     """`aten.add.Tensor` of `aten.add_.Tensor`."""
     space, _, name = target._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
-    found = getattr(packet, target._overloadname, None) if name.endswith("_") else None
-    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
+    if packet is None or not name.endswith("_"):
         return None
-    return found
+    takes = _takes(target)
+    found = (getattr(packet, overload) for overload in packet.overloads())
+    return next((o for o in found if not o._schema.is_mutable and _takes(o) == takes), None)
+
+
+def _takes(target: torch._ops.OpOverload) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
 
 
 def _parameters(function: Any) -> list[str]:

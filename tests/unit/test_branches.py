@@ -146,6 +146,22 @@ def test_code_that_cannot_be_traced_becomes_a_program() -> None:
         )
 
 
+def test_a_trace_that_answers_otherwise_is_not_used() -> None:
+    class Renamed(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 0.5
+            z = y
+            y += x  # torch.fx makes `y = y + x` of it, and leaves z as it was
+            return super().forward(z)
+
+    torch.manual_seed(0)
+    net = randomised(Renamed().eval())
+    prunable = prunable_of(net)
+    assert prunable.form == PROGRAM
+    with torch.no_grad():
+        torch.testing.assert_close(prunable.module(IMAGE), net(IMAGE), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_onnx_from_the_template_answers_like_torch(net: nn.Module, step: int) -> None:
     prunable = prunable_of(net)
