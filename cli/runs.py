@@ -175,7 +175,10 @@ def report(
         from compressor import border
 
         border.check_reported(run_folder)
-        print_result(compressor.folder_report(run_folder, as_json=as_json))
+        with ProgressDisplay() as display:
+            display.begins(LOADING)
+            text = compressor.folder_report(run_folder, as_json=as_json)
+        print_result(text)
         return 0
 
     exit_with(work)
@@ -197,7 +200,10 @@ def dashboard(
         from compressor import border
 
         border.check_dashboard(run_folder)
-        with compressor.dashboard(run_folder, port=port) as server:
+        with contextlib.ExitStack() as stack:
+            with ProgressDisplay() as display:
+                display.begins(LOADING)
+                server = stack.enter_context(compressor.dashboard(run_folder, port=port))
             print_result(f"{server.address} shows {run_folder}; Ctrl-C ends it.")
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve()
