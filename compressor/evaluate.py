@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import EquivalenceError, MeasurementError, TaskError
+from compressor.running import cloned
 from compressor.tasks import CLASSIFICATION, Classification, Criterion
 from compressor.values import Accuracy, Split, batches, map_tensors, tensors_in
 
@@ -75,7 +76,7 @@ def judgements(
             n_missing = batch_size - len(images)
             if n_missing:
                 images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
-            answers = predict(images)
+            answers = predict(cloned(images))
             if n_missing:
                 answers = map_tensors(lambda each: each[:-n_missing], answers)  # noqa: B023
             if not all(each.isfinite().all() for each in tensors_in(answers)):
@@ -145,7 +146,7 @@ def memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
     arranged = copy.deepcopy(model).to(memory_format=torch.channels_last)
     try:
         with torch.inference_mode():
-            arranged(images.to(memory_format=torch.channels_last))
+            arranged(cloned(images).to(memory_format=torch.channels_last))
     except RuntimeError:
         return torch.contiguous_format
     return torch.channels_last
@@ -169,8 +170,8 @@ def check_agree(
     """
     try:
         with torch.inference_mode():
-            want = list(tensors_in(expected(images)))
-            alone = [list(tensors_in(got(image[None]))) for image in images]
+            want = list(tensors_in(expected(cloned(images))))
+            alone = [list(tensors_in(got(cloned(image[None])))) for image in images]
             have = [torch.cat(each) for each in zip(*alone, strict=True)]
     except (RuntimeError, ValueError, IndexError) as err:
         raise EquivalenceError(

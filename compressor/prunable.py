@@ -26,6 +26,7 @@ from compressor.graph.in_place import functional
 from compressor.inputs import PROGRAM_SUFFIX
 from compressor.model_io import load_model as read_file
 from compressor.program import export_program, free_batch, with_layers
+from compressor.running import cloned
 from compressor.surgery import cut, kept_positions, masked
 from compressor.values import (
     FORWARD_FAILURES,
@@ -318,7 +319,7 @@ def _probe(model: nn.Module, example: Example) -> _Probe:
     try:
         double = _stirred(model).double()
         with torch.no_grad():
-            call(double, wide)
+            call(double, cloned(wide))
     except FORWARD_FAILURES:
         return _Probe(_stirred(model), example, PROOF_TOLERANCE)
     return _Probe(double, wide, PROOF_TOLERANCE_FLOAT64)
@@ -351,9 +352,11 @@ def _fault(
         if not plan.kept and not plan.dropped:
             continue
         try:
-            expected = _outputs(call(masked(probe.model, groups, plan, branches), probe.example))
+            oracle = masked(probe.model, groups, plan, branches)
+            expected = _outputs(call(oracle, cloned(probe.example)))
             with torch.no_grad():
-                got = _outputs(call(cut(probe.model, groups, plan, branches), probe.example))
+                compact = cut(probe.model, groups, plan, branches)
+                got = _outputs(call(compact, cloned(probe.example)))
         except FORWARD_FAILURES as err:
             lines = str(err).strip().splitlines()
             return f"{type(err).__name__}: {lines[0] if lines else 'no message'}"

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from compressor.values import BATCH_NORMS, Split, draw
+from compressor.running import is_norm, ran
+from compressor.values import Split, draw
 
 
 def recalibrate_batch_norm(
@@ -19,7 +20,9 @@ def recalibrate_batch_norm(
     """A copy whose batch-norm statistics are those of the pruned network.
 
     Removed channels change what the next layers see, so the running statistics no longer
-    describe it. They are replaced by the plain mean over a few batches.
+    describe it. They are replaced by the plain mean over a few batches, in all norms that a
+    forward pass runs; those of parts that only training runs keep theirs, and so do frozen ones
+    (`FrozenBatchNorm2d`). A norm whose parameters are frozen gets new statistics too.
 
     Args:
         model: Not changed.
@@ -28,19 +31,23 @@ def recalibrate_batch_norm(
         batch_size: At least 2; batch-norm of one image has no variance.
         memory_format: In which images go through; what comes back is contiguous.
     """
-    recalibrated = copy.deepcopy(model).to(memory_format=memory_format)
-    norms = [m for m in recalibrated.modules() if isinstance(m, BATCH_NORMS)]
+    recalibrated = copy.deepcopy(model).to(memory_format=memory_format).eval()
+    if len(split) < 2 or not any(map(is_norm, recalibrated.modules())):
+        return recalibrated
+    one = split.model_input(torch.arange(1)).to(memory_format=memory_format)
+    norms = [module for module in ran(recalibrated, one) if is_norm(module)]
     momenta = [norm.momentum for norm in norms]
-    if not norms or len(split) < 2:
-        return recalibrated.eval()
-    recalibrated.eval()  # dropout stays off; only the norms look at the batch
     for norm in norms:
+        assert isinstance(norm, nn.modules.batchnorm._NormBase)
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over all batches
-        norm.train()
+        norm.training = True  # dropout stays off; only the norms look at the batch
+    n_batches = 0
     with torch.inference_mode():
         for rows in draw(split, n_images).split(batch_size):
             if len(rows) > 1:
+                n_batches += 1
+                for norm in norms:
+                    norm.momentum = 1 / n_batches  # type: ignore[assignment] # a plain mean
                 recalibrated(split.model_input(rows).to(memory_format=memory_format))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

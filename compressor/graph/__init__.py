@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressor.errors import GraphError
 from compressor.graph.record import Record, record
 from compressor.graph.rules import outcome
+from compressor.running import cloned
 from compressor.values import (
     FORWARD_FAILURES,
     ChannelGroup,
@@ -67,7 +68,7 @@ def outputs(model: nn.Module, example_input: Example) -> Any:
     """
     try:
         with torch.no_grad():
-            return call(model, example_input)
+            return call(model, cloned(example_input))
     except FORWARD_FAILURES as err:
         raise _not_taken(model, example_input, err) from err
 
@@ -81,9 +82,9 @@ def cost(module: nn.Module, example_input: Example) -> Cost:
         module: Not changed.
         example_input: One example.
     """
-    counter = FlopCounterMode(display=False)
+    counter, copied = FlopCounterMode(display=False), cloned(example_input)
     with torch.no_grad(), counter:
-        call(module, example_input)
+        call(module, copied)
     return Cost(
         macs=counter.get_total_flops() // 2,
         params=sum(p.numel() for p in module.parameters()),

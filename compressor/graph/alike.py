@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.graph.record import unfused_attention
+from compressor.running import cloned
 from compressor.values import FORWARD_FAILURES, Example, call, map_tensors, tensors_in
 
 TOLERANCE = 1e-6  # of the largest output; nothing but another order of additions may differ
@@ -54,6 +55,6 @@ def buffers_kept(network: nn.Module) -> Iterator[None]:
 
 
 def _answers(network: nn.Module, example: Example) -> list[Tensor]:
-    own = map_tensors(torch.clone, example)
+    copied = cloned(example)
     with torch.no_grad(), unfused_attention(), buffers_kept(network):
-        return list(tensors_in(call(network, own)))
+        return list(tensors_in(call(network, copied)))

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import GraphError
 from compressor.graph.record import positional, unfused_attention
+from compressor.running import cloned, is_norm, is_random
 from compressor.values import FORWARD_FAILURES, Branch, ChannelGroup, Example, Role
 
 aten = torch.ops.aten
@@ -35,10 +36,20 @@ def traced(model: nn.Module) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule):
         return model
+    tracer = _Tracer()
     try:
-        return fx.symbolic_trace(model).eval()
+        graph = tracer.trace(model)
+        return fx.GraphModule(tracer.root, graph, type(model).__name__).eval()
     except (fx.proxy.TraceError, *FORWARD_FAILURES) as err:
         raise GraphError(f"{type(model).__name__} cannot be traced by torch.fx: {err}") from err
+
+
+class _Tracer(fx.Tracer):
+    """Takes norms and what drops at random for layers, whosever they are: they are to learn."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_layer = is_norm(m) or is_random(m)
+        return is_layer or super().is_leaf_module(m, module_qualified_name)
 
 
 def residual_branches(
@@ -51,9 +62,9 @@ def residual_branches(
         example: What it takes.
         groups: Its channel groups.
     """
-    ran = _Ran(network)
+    ran, copied = _Ran(network), cloned(example)
     with torch.no_grad(), unfused_attention(), ran.flops, ran.calls:
-        ran.run(*positional(network, example))
+        ran.run(*positional(network, copied))
     users = _users_of_modules(network)
     found: list[Branch] = []
     n_named: Counter[str] = Counter()

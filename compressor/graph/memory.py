@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.graph.record import positional, unfused_attention
-from compressor.values import Example, map_tensors, tensors_in
+from compressor.running import cloned
+from compressor.values import Example, tensors_in
 
 Cell = tuple[Any, ...]  # memory, offset, shape, strides, kind: where exactly a tensor lies
 
@@ -32,7 +33,7 @@ class Run(fx.Interpreter):
     def look(self, example: Example) -> None:
         """Runs the graph once, on tensors of its own."""
         with torch.no_grad(), unfused_attention():
-            self.run(*positional(self.module, map_tensors(torch.clone, example)))  # type: ignore[arg-type]
+            self.run(*positional(self.module, cloned(example)))  # type: ignore[arg-type]
 
     def run_node(self, n: fx.Node) -> Any:
         """Notes what the node returned and wrote."""

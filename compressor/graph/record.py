@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.graph.labels import Labels
+from compressor.running import cloned
 from compressor.values import Example, IndexArray, Role, call, tensors_in
 
 logger = logging.getLogger(__name__)
@@ -323,7 +324,7 @@ class Record(TorchDispatchMode):
 
 def record(model: nn.Module, example: Example, rules: "Rules") -> Record:
     """Runs `model` once and returns what was seen; errors of its forward code pass through."""
-    seen = Record(model, rules)
+    seen, example = Record(model, rules), cloned(example)
     for tensor in tensors_in(example):
         seen.states[tensor] = Fixed("it is the model's input", from_input=True)
     with torch.no_grad(), seen.watching_modules(), unfused_attention():
