@@ -16,6 +16,7 @@
     |   |-- OutOfMemoryError        the device has not enough memory for the model
     |   |-- TimeLimitError          building or running took longer than it may
     |   |-- RuntimeCrashError       the runtime's process died
+    |   |-- TrainingError           the network, or its loss, failed while it was trained
     |   `-- UnstableClockError      the clock or the clock rates cannot be trusted
     |-- DeviceError             the device as a whole; nothing can be measured on it now
     |   |-- UnreachableError        no answer, or not the machine of the profile
@@ -98,6 +99,10 @@ class TimeLimitError(MeasurementError):
 
 class RuntimeCrashError(MeasurementError):
     """The runtime's process died."""
+
+
+class TrainingError(MeasurementError):
+    """The network, or its loss, failed while it was trained."""
 
 
 class UnstableClockError(MeasurementError):

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "compressor"
 
 BASE = {
     "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
-    "augmentation", "watching",
+    "augmentation", "watching", "running",
 }  # fmt: skip
 STEPS = {
     "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "values": {"errors", "goals"},
     "files": set(),
     "watching": set(),
+    "running": {"errors", "values"},
     "hints": {"errors", "values", "watching"},
     "augmentation": {"errors", "values"},
     "user_code": {"errors"},

@@ -1,0 +1,134 @@
+"""How a network is run that is not ours: on tensors of its own, and in which mode while it learns.
+
+`network.train()` would run what evaluation never runs: auxiliary heads, whose channels no pruning
+has seen, or other outputs than the loss is made for. So a network stays in evaluation mode while
+it learns, but for the parts whose training is what the mode is for: norms that look at the batch,
+and what drops things at random. Those are put into training mode one by one, if evaluation runs
+them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.values import call, map_tensors, tensors_in
+
+# What drops parts of what it reads at random, by what its class is called: people copy these.
+_DROPPING = ("drop", "stochasticdepth")
+
+
+def cloned(value: Any) -> Any:
+    """`value` with copies of its tensors: the network that gets them may write over them."""
+    return map_tensors(torch.clone, value)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module keeps statistics of what it reads, and learns them in training mode.
+
+    Batch-norm of every kind that is one of torch's (timm's with an activation, that of several
+    processes), and instance norm that tracks statistics; not frozen ones, which are no such class.
+    """
+    if not isinstance(module, nn.modules.batchnorm._NormBase):
+        return False
+    return bool(module.track_running_stats and module.running_mean is not None)
+
+
+def is_random(module: nn.Module) -> bool:
+    """Whether a module drops parts at random in training mode, and that is all the mode changes.
+
+    Known by its kind, or by its name where it has nothing of its own: no weights, no layers.
+    """
+    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)):
+        return True
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout) > 0
+    names = [kind.__name__.lower().replace("_", "") for kind in type(module).__mro__]
+    has_own = any(True for _ in module.parameters()) or any(True for _ in module.children())
+    return not has_own and any(part in name for name in names for part in _DROPPING)
+
+
+def ran(network: nn.Module, example: Any) -> list[nn.Module]:
+    """The modules of `network` that a forward pass runs, each once, in its order.
+
+    Args:
+        network: In evaluation mode; not changed.
+        example: As the network takes it; not changed.
+    """
+    seen: dict[nn.Module, None] = {}
+
+    def see(module: nn.Module, *_: Any) -> None:
+        seen.setdefault(module)
+
+    hooks = [module.register_forward_pre_hook(see) for module in network.modules()]
+    try:
+        with torch.no_grad(), _one_by_one():
+            call(network, cloned(example))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen)
+
+
+def learning(network: nn.Module, example: Any) -> list[nn.Module]:
+    """The modules to put into training mode while `network` learns, one by one.
+
+    A norm that its owner has frozen (nothing of it wants a gradient) is none of them. Recurrent
+    layers are: they have no backward pass on a GPU otherwise, and the mode adds but dropout.
+
+    Args:
+        network: In evaluation mode; not changed.
+        example: As the network takes it; not changed.
+    """
+    return [
+        module
+        for module in ran(network, example)
+        if (is_norm(module) and not is_frozen(module))
+        or is_random(module)
+        or isinstance(module, nn.RNNBase)
+    ]
+
+
+def work_on_copies(network: nn.Module, example: Any) -> None:
+    """Switches `inplace` of the modules of `network` off, where its answers stay the same.
+
+    What writes over a tensor may write over what the backward pass needs.
+    """
+    found = [m for m in network.modules() if getattr(m, "inplace", None) is True]
+    with torch.no_grad():
+        before = list(tensors_in(call(network, cloned(example)))) if found else []
+        _set_inplace(found, False)
+        after = list(tensors_in(call(network, cloned(example)))) if found else []
+    if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        _set_inplace(found, True)
+
+
+def _set_inplace(modules: list[nn.Module], value: bool) -> None:
+    for module in modules:
+        module.inplace = value  # type: ignore[assignment]
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters, and none that wants a gradient."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def frozen_norms(network: nn.Module) -> list[nn.Module]:
+    """Norms that are frozen in a network that is not frozen as a whole."""
+    if not any(p.requires_grad for p in network.parameters()):
+        return []
+    return [module for module in network.modules() if is_norm(module) and is_frozen(module)]
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Torch's transformer layers run their parts meanwhile, so that these are seen."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
