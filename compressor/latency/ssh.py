@@ -99,27 +99,25 @@ def find_device(device: str) -> Address:
     except (OSError, ValueError) as err:
         raise ConfigError(f"{path} cannot be read: {err}.") from err
     if device not in table:
+        known = unknown_name("device", device, table) if table else f"Unknown device {device!r}."
         raise ConfigError(
-            f"{unknown_name('device', device, table)} Give ssh://user@host[:port], or the name "
-            f"of a table in {path}."
+            f"{known} Give ssh://user@host[:port], or the name of a table in {path}."
         )
     entry = table[device]
-    known = {"address": str, "ssh_config": str, "python": str}
+    keys = {"address": str, "ssh_config": str, "python": str}
     if not isinstance(entry, dict) or "address" not in entry:
         raise ConfigError(f'{path}: [{device}] needs address = "ssh://user@host".')
     for key, value in entry.items():
-        if key not in known or not isinstance(value, known[key]):
+        if key not in keys or not isinstance(value, keys[key]):
             raise ConfigError(
-                f"{path}: [{device}] {key} = {value!r}; expected text under {', '.join(known)}."
+                f"{path}: [{device}] {key} = {value!r}; expected text under {', '.join(keys)}."
             )
     address = parse_address(entry["address"])
-    config = entry.get("ssh_config")
+    config = Path(entry["ssh_config"]).expanduser() if entry.get("ssh_config") else None
+    if config is not None and not config.exists():
+        raise ConfigError(f"{path}: [{device}] ssh_config: there is no file {config}.")
     return Address(
-        address.host,
-        address.user,
-        address.port,
-        Path(config).expanduser() if config else None,
-        entry.get("python", "python3"),
+        address.host, address.user, address.port, config, entry.get("python", "python3")
     )
 
 

@@ -32,7 +32,8 @@ LONG = "x" * 300  # no file can be called that
 BROKEN = {
     "text.toml": "opset = [",
     "keys.toml": 'description = "mine"\n[runtime]\nkind = "abacus"\n',
-    "devices.toml": '[shelf]\nuser = "me"\n',
+    "devices.toml": '[shelf]\nuser = "me"\n[attic]\naddress = "ssh://me@host"\n'
+    'ssh_config = "/none"\n',
 }
 READY = ("model.pt", "--target", "host-cpu", "--speedup", "2", "--data", "data.npz")
 
@@ -108,6 +109,7 @@ REFUSALS = [
     run("--device ssh://-oProxy", 2, "Expected --device ssh://user@host[:port]"),
     run("--device shelff", 2, "Unknown device 'shelff'. Did you mean 'shelf'?"),
     run("--device shelf", 2, '[shelf] needs address = "ssh://user@host"'),
+    run("--device attic", 2, "[attic] ssh_config: there is no file /none"),
     run("--device ssh://me@host --estimate", 2, "give either device (to measure) or estimate"),
     # The run folder.
     run("--out full", 2, "--out full holds other files; name a folder that is empty or new"),
