@@ -9,6 +9,8 @@ EfficientNet-Lite0 at 0.41 of its time fell from 67 % to below that in 200 steps
 and came to 79.5 % with gradients no longer than 5; at 1 to 78.3 %. ResNet-56, which needs none,
 ends as high with 5 (88.2 and 88.3 %), and a point lower with 1.
 
+What is trained is what evaluation runs: see `running` for which parts are in training mode.
+
 [hinton2015] Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.
 [pascanu2013] Pascanu, Mikolov, Bengio, On the difficulty of training RNNs, ICML 2013.
 """
@@ -32,12 +34,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compressor.augmentation import augmented
 from compressor.errors import MeasurementError
 from compressor.files import UNREADABLE, write_whole
-from compressor.hints import NO_HINTS, Hints, Read, hint_loss, keep
+from compressor.hints import NO_HINTS, Hints
+from compressor.learner import Learner, failures
 from compressor.tasks import CLASSIFICATION, Criterion
-from compressor.values import FINE_TUNING, Progress, ProgressCallback, Split, map_tensors
-from compressor.watching import watch
+from compressor.values import FINE_TUNING, Progress, ProgressCallback, Split
 
 SMALL_STEP, QUICK_STEP_S = 8, 5.0  # images, seconds: how a step is timed
+N_CHECKED = 2  # images of the step that shows whether anything can be learned
 CONTEST_SHARE, MIN_SHORT = 0.2, 50  # of all steps, and steps: short trainings of finalists
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the peak, of the way since it
     "cosine": lambda way: 0.5 * (1 + math.cos(math.pi * way)),
@@ -130,6 +133,9 @@ def fine_tune(
         checkpoint: Written after every pass. Where it is there already, and of this recipe,
             training goes on from it, and comes out as if it had never stopped.
         memory_format: In which images go through the network.
+
+    Raises:
+        TrainingError: The network's code, or that of the loss, failed.
     """
     training = _Training(model, fit, recipe, criterion, teacher, hints, score, memory_format)
     if checkpoint is not None and checkpoint.is_file() and not training.load(checkpoint):
@@ -144,6 +150,35 @@ def fine_tune(
     return Tuned(
         training.best.eval(), training.best_score, training.score_before, training.stopped_because
     )
+
+
+def check_step(
+    model: nn.Module,
+    fit: Split,
+    recipe: Recipe,
+    *,
+    criterion: Criterion,
+    teacher: nn.Module,
+    hints: Hints,
+    memory_format: torch.memory_format,
+) -> float:
+    """The loss of one step with a few images, after its backward pass; see `fine_tune`.
+
+    Raises:
+        TaskError: Nothing can be learned from the loss or distance of a task of the user's own.
+        TrainingError: The network cannot be trained.
+    """
+    n_images = min(N_CHECKED, recipe.batch_size, len(fit))
+    small = replace(recipe, n_steps=1, batch_size=n_images, is_compiled=False)
+    training = _Training(
+        model, fit, small, criterion, teacher, hints, lambda _model: 0.0, memory_format
+    )
+    training.learner.begin()
+    images, targets = next(training._batches(0, 1))
+    loss = training.learner.checked_loss(images, targets)
+    with failures("cannot be trained"):
+        loss.backward()
+    return loss.item()
 
 
 def step_seconds(
@@ -186,25 +221,16 @@ class _Training:
         memory_format: torch.memory_format,
     ) -> None:
         self.fit, self.recipe, self.criterion, self.score = fit, recipe, criterion, score
-        self._format = memory_format
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        student = copy.deepcopy(model).requires_grad_(True)
-        self.student = student.to(self._device).to(memory_format=memory_format)
-        self._forward = torch.compile(self.student) if recipe.is_compiled else self.student
-        self.teacher = None
-        self.hints = hints if recipe.hints and teacher is not None else NO_HINTS
-        if teacher is not None and (recipe.distillation or self.hints):
-            self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-            self.teacher.to(self._device).to(memory_format=memory_format)
+        self.learner = Learner(
+            model, fit.model_input(torch.arange(1)), criterion, teacher, hints, memory_format,
+            distillation=recipe.distillation, hints_weight=recipe.hints,
+            is_compiled=recipe.is_compiled,
+        )  # fmt: skip
+        self.student = self.learner.student
         self.average = None
         if recipe.ema_decay:
             averaged = get_ema_multi_avg_fn(recipe.ema_decay)
             self.average = AveragedModel(self.student, multi_avg_fn=averaged, use_buffers=True)
-        self._read: Read = {}
-        self._wanted: Read = {}
-        watch(self.student, self.hints, keep(self._read))
-        if self.teacher is not None:
-            watch(self.teacher, self.hints, keep(self._wanted))
         self.best = copy.deepcopy(model).eval()
         self.best_score = self.score_before = score(self.best)
         self.step = 0
@@ -225,15 +251,16 @@ class _Training:
     def go_on(self, end: int, on_progress: ProgressCallback) -> None:
         """Trains until step `end`, then looks at what has come of it."""
         epoch = self.step // self.n_batches
-        self.student.train()
+        self.learner.begin()
         for images, targets in _ahead(self._batches(epoch, end - self.step)):
-            loss = self._loss(images, targets)
+            loss = self.learner.loss(images, targets)
             if not torch.isfinite(loss):
                 self.stopped_because = f"the loss was {loss.item()} in epoch {epoch + 1}"
                 logger.warning("fine-tuning stopped: %s", self.stopped_because)
                 return
             self.optimizer.zero_grad()
-            loss.backward()
+            with failures("failed while it was trained"):
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_NORM)
             self.optimizer.step()
             self.schedule.step()
@@ -262,25 +289,6 @@ class _Training:
         for rows in order.split(self.recipe.batch_size)[:n]:
             images, targets = self.fit.batch(rows)
             yield augmented(images, self.recipe.augmentations, generator), targets
-
-    def _loss(self, images: Tensor, targets: Any) -> Tensor:
-        images = images.to(self._device, memory_format=self._format)
-        targets = map_tensors(lambda each: each.to(self._device), targets)
-        in_half = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=in_half):
-            outputs = self._forward(images)
-            loss = self.criterion.loss(outputs, targets)
-            if self.teacher is None:
-                return loss
-            with torch.no_grad():
-                wanted = self.teacher(images)
-        share = self.recipe.distillation
-        if share:
-            loss = (1 - share) * loss + share * self.criterion.distance(outputs, wanted)
-        if self.hints:
-            hinted = hint_loss(self.student, self.hints, self._read, self._wanted)
-            loss = loss + self.recipe.hints * hinted
-        return loss
 
     def _as_it_came(self) -> nn.Module:
         """The network to look at: a copy that nobody watches, on the CPU and contiguous."""
@@ -311,7 +319,7 @@ class _Training:
     def load(self, path: Path) -> bool:
         """Goes back to where `save` was called; False, and of no more use, where that fails."""
         try:
-            content = torch.load(path, weights_only=True, map_location=self._device)
+            content = torch.load(path, weights_only=True, map_location=self.learner.device)
             own = asdict(self.recipe), repr(self.criterion)
             if (content["recipe"], content["criterion"]) != own:
                 return False

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "compressor"
 
 BASE = {
     "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
-    "augmentation", "watching", "running",
+    "augmentation", "watching", "running", "learner",
 }  # fmt: skip
 STEPS = {
     "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "values": {"errors", "goals"},
     "files": set(),
     "watching": set(),
-    "running": {"errors", "values"},
+    "running": {"values"},
+    "learner": {"errors", "hints", "running", "tasks", "user_code", "values", "watching"},
     "hints": {"errors", "values", "watching"},
     "augmentation": {"errors", "values"},
     "user_code": {"errors"},
