@@ -17,6 +17,7 @@ from compressor.inputs import (
     check_model_file,
     check_study,
     check_task,
+    check_writable,
 )
 from compressor.latency.schema import choose
 from compressor.latency.ssh import find_device
@@ -80,7 +81,7 @@ def check_resumed(path: Path, *, trust: bool = False) -> None:
     config = config_of(path, trust=trust)
     if (path / run_folder.RESULT).is_file():
         return
-    run_folder.check_writable(path)
+    check_writable(path)
     run_folder.RunFolder(path).read_manifest()
     check_run(config, is_new=False)
 

@@ -25,7 +25,15 @@ from pydantic import (
 
 from compressor.errors import ConfigError, unknown_name
 from compressor.files import parsed_toml, read_text
-from compressor.goals import MACS, MAX_DROP, MAX_LATENCY, PARAMS, SPEEDUP, Constraint
+from compressor.goals import (
+    ASK_FOR_FEATURES,
+    MACS,
+    MAX_DROP,
+    MAX_LATENCY,
+    PARAMS,
+    SPEEDUP,
+    Constraint,
+)
 
 AUTO: Literal["auto"] = "auto"
 CONFIG_FILE = "compress.toml"
@@ -40,7 +48,6 @@ EXAMPLES: dict[str, object] = {  # of settings that have no default
     "constraint": {"macs": 0.5}, "weight": {"accuracy": 1.0, "time": 0.5}, "time_budget": "30m",
     "out": "runs/mine",
 }  # fmt: skip
-ASK_FOR_CLASSES = frozenset({"genetic", "swarm"})  # searches that look at images by class
 GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight", "pareto")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
@@ -216,7 +223,7 @@ class Config(BaseModel):
             given.append("augment")
         if given:
             raise ValueError(f"a task brings its own data; leave {', '.join(given)} away")
-        if self.search in ASK_FOR_CLASSES:
+        if self.search in ASK_FOR_FEATURES:
             raise ValueError(f"--search {self.search} looks at classes; a task has none")
 
     @property

@@ -12,6 +12,8 @@ MAX_DROP = "max-drop"
 MACS = "macs"
 PARAMS = "params"
 
+ASK_FOR_FEATURES = frozenset({"genetic", "swarm"})  # searches that look at images by class
+
 
 @dataclass(frozen=True)
 class Constraint:

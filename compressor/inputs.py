@@ -5,9 +5,17 @@ these functions first, so that no rule stands twice.
 """
 
 import difflib
+import tempfile
 from pathlib import Path
 
-from compressor.errors import CompressorError, DataError, ModelError, RunFolderError, TaskError
+from compressor.errors import (
+    CompressorError,
+    ConfigError,
+    DataError,
+    ModelError,
+    RunFolderError,
+    TaskError,
+)
 from compressor.user_code import check_can_be_found, is_installed
 
 LIBRARIES = ("torchvision", "timm")  # whose networks have names, which a file may give itself
@@ -149,6 +157,31 @@ def no_classes(folder: Path, source: Path) -> str:
         f"{folder} must hold one folder per class; it holds no folder. "
         f"Expected {source}/<class>/*.png or {source}/train/<class>/*.png."
     )
+
+
+def check_writable(wanted: Path) -> None:
+    """Whether the folder `wanted` can be written, or made, by what the system says to a try.
+
+    Permissions say less: the superuser passes them, and a disk may be read-only.
+
+    Raises:
+        ConfigError: `wanted` is or lies under a file.
+        RunFolderError: It cannot be written.
+    """
+    try:
+        there = next(p for p in (wanted, *wanted.absolute().parents) if p.exists())
+        if not there.is_dir():
+            where = "is" if there == wanted else f"lies under {there}, which is"
+            raise ConfigError(
+                f"The run folder {wanted} {where} a file; name one that is new with --out."
+            )
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, ValueError) as err:  # ValueError for a name that no file can have
+        said = err.strerror if isinstance(err, OSError) else err
+        raise RunFolderError(
+            f"The run folder {wanted} cannot be written: {said}. Name another one with --out."
+        ) from err
 
 
 def check_study(path: Path) -> None:

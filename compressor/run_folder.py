@@ -13,7 +13,6 @@ import logging
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from compressor.errors import ConfigError, RunFolderError
 from compressor.files import parsed_json, parsed_toml, read_text, write_whole
 from compressor.goals import MAX_LATENCY
+from compressor.inputs import check_writable
 
 if TYPE_CHECKING:
     from compressor.values import Data, LoadedModel, Result, Side, Target
@@ -254,31 +254,6 @@ def check_free(wanted: Path | None) -> None:
     if wanted.is_dir() and any(_listed(wanted)):
         what = "another run" if (wanted / CONFIG).exists() else "other files"
         raise ConfigError(f"--out {wanted} holds {what}; name a folder that is empty or new.")
-
-
-def check_writable(wanted: Path) -> None:
-    """Whether the folder `wanted` can be written, or made, by what the system says to a try.
-
-    Permissions say less: the superuser passes them, and a disk may be read-only.
-
-    Raises:
-        ConfigError: `wanted` is or lies under a file.
-        RunFolderError: It cannot be written.
-    """
-    try:
-        there = next(p for p in (wanted, *wanted.absolute().parents) if p.exists())
-        if not there.is_dir():
-            where = "is" if there == wanted else f"lies under {there}, which is"
-            raise ConfigError(
-                f"The run folder {wanted} {where} a file; name one that is new with --out."
-            )
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except (OSError, ValueError) as err:  # ValueError for a name that no file can have
-        said = err.strerror if isinstance(err, OSError) else err
-        raise RunFolderError(
-            f"The run folder {wanted} cannot be written: {said}. Name another one with --out."
-        ) from err
 
 
 def _listed(folder: Path) -> list[Path]:
