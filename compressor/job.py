@@ -1,10 +1,14 @@
 """What is compressed for what: read, checked, and in memory, before anything is written."""
 
+import logging
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from compressor import run_folder
@@ -12,8 +16,10 @@ from compressor.augmentation import suitable
 from compressor.bench import Recovery, check_surgery, images_at_once
 from compressor.config import AUTO, Config
 from compressor.datasets import load_data
-from compressor.errors import ConfigError, DataError
+from compressor.errors import ConfigError, DataError, TaskError, TrainingError
+from compressor.evaluate import memory_format
 from compressor.graph import outputs
+from compressor.hints import NO_HINTS, choose_hints
 from compressor.importance import IMPORTANCES
 from compressor.latency.ssh import find_device
 from compressor.latency.targets import load_target
@@ -28,10 +34,22 @@ from compressor.tasks import (
     load_task,
     task_data,
 )
-from compressor.training import Recipe
-from compressor.values import ChannelGroup, Data, LoadedModel, Split, Target, draw, tensors_in
+from compressor.training import Recipe, check_step
+from compressor.values import (
+    ChannelGroup,
+    Data,
+    LoadedModel,
+    Plan,
+    Split,
+    Target,
+    draw,
+    tensors_in,
+)
 
+LONG_CHECK_S = 2.0  # of the first networks whose training is tried; then there is no third
 N_RANKING_IMAGES = 500  # that gradients are averaged over, where importance looks at them
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +173,63 @@ def prepare(config: Config, *, is_new: bool = True) -> Job:
     )
     job = Job(config, target, loaded, criterion, data, prunable, space)
     check_surgery(prunable, space.plan(space.narrowest), data)
+    check_training(job)
     return job
+
+
+def check_training(job: Job) -> None:
+    """One step forward and back, on few images, of networks of every kind that may be trained.
+
+    These are the original, the narrowest network, and one without every second branch, each with
+    the loss that it would be trained with. Where a step takes long, the last one is left out.
+
+    Raises:
+        TaskError: Nothing can be learned from the task's loss or distance.
+        TrainingError: A network cannot be trained, or the original's loss is no number.
+    """
+    if not job.n_steps:
+        return
+    began = time.perf_counter()
+    space, names = job.space, [branch.name for branch in job.prunable.branches]
+    plans = {
+        "the original": Plan({}),
+        "the narrowest plan's network": space.plan(space.narrowest),
+    }
+    if names[::2] != names:
+        plans[f"the network without {', '.join(names[::2])}"] = Plan({}, tuple(names[::2]))
+    few = job.data.fit.model_input(torch.arange(min(2, len(job.data.fit))))
+    layout = memory_format(job.model, few)
+    for what, plan in plans.items():
+        if plan.dropped and plan.kept == {} and time.perf_counter() - began > LONG_CHECK_S:
+            logger.info("whether %s can be trained was not tried", what)
+            continue
+        loss = _one_step(job, what, plan, layout)
+        if not plan.kept and not plan.dropped and not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss of the original is {loss} on real images; expected a finite number. "
+                f"Look at what the loss divides by or takes a logarithm of, and at the targets."
+            )
+        if not math.isfinite(loss):
+            logger.warning("the loss of %s is %s before anything was repaired", what, loss)
+
+
+def _one_step(job: Job, what: str, plan: Plan, layout: torch.memory_format) -> float:
+    """The loss of the network that `plan` leaves; errors say which network it was."""
+    network = job.prunable.without(plan)
+    recipe, hints = job.recipe(1, job.config.seed), NO_HINTS
+    if recipe.hints:
+        kept = job.prunable.kept_positions(plan)
+        hints = choose_hints(job.model, network, kept, job.example.clone())
+    try:
+        return check_step(
+            network, job.data.fit, recipe,
+            criterion=job.lesson, teacher=job.model, hints=hints, memory_format=layout,
+        )  # fmt: skip
+    except TrainingError as err:
+        raise TrainingError(
+            f"{err} It was tried with {what}, before anything was searched. Nothing is trained "
+            f"with --fine-tune-epochs 0."
+        ) from err
 
 
 def _ranking_losses(fit: Split, criterion: Criterion, network: nn.Module) -> Iterator[Tensor]:
@@ -205,7 +279,15 @@ def _check_task(model: nn.Module, split: Split, task: OwnTask) -> None:
             f"For 2 images the model returns {shapes}; expected tensors whose first dimension "
             f"runs over the images. Leave what picks results (as NMS does) to the task's judge."
         )
-    task.loss(answers, targets)
+    try:
+        task.loss(answers, targets)
+    except TaskError as err:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
+        raise TaskError(
+            f"{err} It was given what the model returns in evaluation mode, a "
+            f"{type(answers).__name__} with {shapes} for 2 images. The network learns from that, "
+            f"too: parts that only training runs are not run."
+        ) from err
     task.metric(task.judge(answers, targets))
     task.distance(answers, answers)
 
