@@ -1,22 +1,25 @@
-"""A model timed against itself on a busy machine: what each way of timing makes of it.
+"""A model timed against itself, and against one of known speed, on a busy machine.
 
-Every ratio should be 1. Printed are the mean and the worst distance from it, how often the 95 %
-interval holds 1, and the seconds of a comparison; first with every core kept busy by other
-processes, then on the machine as it is. At the end a pair of models of known order is compared in
-the time of a trial, ten times, and beside a reference of a minute.
+Models of about 1, 3 and 10 ms, with the effort of a trial. Printed are, for a model against
+itself, the mean and the worst distance of the ratio from 1 and how often the 95 % interval holds
+1; for a pair, the mean and the worst distance from its ratio on the quiet machine; the seconds of
+a comparison; and the clock that decided. Beside the machine as it is, as many busy processes as
+there are cores, and six times as many, each in a session of its own (`benchmarks/busy.py`).
 
-    python benchmarks/latency_noise.py
+Root's runner has precedence over other work; rows "as a user" are those of a runner without it.
+At the end, what each part is for: ratios by the wall's clock, and one session after the other.
+
+    python -m benchmarks.latency_noise
 """
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
@@ -24,111 +27,124 @@ import torch
 from torch import nn
 
 import compressor
+from benchmarks.busy import busy_sessions
+from compressor.latency import runner
 from compressor.latency.device import Device
-from compressor.latency.timing import FINAL, TRIAL, Effort
+from compressor.latency.timing import TRIAL, Effort, paired_ratio
+from compressor.values import Clock, PairedLatency
 
-N_PIXELS = 40
-REFERENCE = Effort(min_pairs=60, max_pairs=400, budget_s=60, half_width=0.0)
-BUSY = "import numpy as n\na = n.random.rand(400, 400)\nwhile True: a = a @ a % 1.0"
+N_PIXELS = {"1 ms": 24, "3 ms": 40, "10 ms": 72}
+WHOLE, CUT = 64, 48  # channels
+REFERENCE = Effort(min_pairs=40, max_pairs=80, budget_s=15, half_width=0.002)
 
-Ratio = tuple[float, tuple[float, float]]
+Files = Mapping[int, Path]
 
 
 def network(n_channels: int) -> nn.Module:
-    """About 3 ms with 64 channels on one core."""
+    """Four convolutions."""
     body = [nn.Conv2d(n_channels, n_channels, 3, padding=1) for _ in range(3)]
     return nn.Sequential(nn.Conv2d(3, n_channels, 3, padding=1), nn.ReLU(), *body).eval()
 
 
 @contextmanager
-def busy_cores(n_processes: int) -> Iterator[None]:
-    """That many processes that never rest."""
-    one = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", BUSY], env=one) for _ in range(n_processes)
-    ]
-    time.sleep(1)
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def device_of(*, is_root: bool) -> Iterator[Device]:
+    """This machine; its runner, where it is not root's, asks for no precedence."""
+    niceness = str(runner.PRECEDENCE if is_root else 0)
+    target = compressor.load_target("host-cpu")
+    with (
+        mock.patch.dict(os.environ, {runner.PRECEDENCE_VARIABLE: niceness}),
+        compressor.open_device(target) as device,
+    ):
+        device.describe()
+        yield device
 
 
-def block_timing(path: Path, seed: int, n_runs: int = 200) -> Ratio:
-    """First all runs of one session, then all runs of another; a bootstrap over both."""
-    times = []
+def block_ratio(path: Path, n_runs: int = 100) -> float:
+    """First all runs of one session, then all runs of another."""
+    medians = []
     for _ in range(2):
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        image = {"input": np.random.default_rng(0).random((1, 3, N_PIXELS, N_PIXELS), np.float32)}
-        for _ in range(10):
-            session.run(None, image)
+        name, shape = session.get_inputs()[0].name, session.get_inputs()[0].shape
+        image = {name: np.random.default_rng(0).random(shape, np.float32)}
         taken = []
         for _ in range(n_runs):
             began = time.perf_counter()
             session.run(None, image)
             taken.append(time.perf_counter() - began)
-        times.append(np.array(taken))
-    generator = np.random.default_rng(seed)
-    resampled = [
-        np.median(generator.choice(times[0], n_runs))
-        / np.median(generator.choice(times[1], n_runs))
-        for _ in range(1000)
-    ]
-    low, high = np.percentile(resampled, (2.5, 97.5))
-    return float(np.median(times[0]) / np.median(times[1])), (float(low), float(high))
+        medians.append(np.median(taken[n_runs // 10 :]))
+    return float(medians[0] / medians[1])
 
 
-def paired(device: Device, path: Path, effort: Effort, seed: int) -> Ratio:
-    """As the product does it."""
-    pair = device.compare(path, path, effort=effort, seed=seed)
-    return pair.ratio, pair.ci95
+def far(ratios: Sequence[float], right: float) -> str:
+    """Mean and worst distance."""
+    distances = [abs(ratio / right - 1) for ratio in ratios]
+    return f"{np.mean(distances):6.2%} {max(distances):7.2%}"
 
 
-def report(name: str, n_repeats: int, compare: Callable[[int], Ratio]) -> None:
-    """One row of the table."""
+def row(
+    name: str, compare: Callable[[int, int], PairedLatency], n_repeats: int, right: float
+) -> str:
+    """What `n_repeats` comparisons of either kind came to."""
     began = time.perf_counter()
-    ratios = [compare(seed) for seed in range(n_repeats)]
-    seconds = (time.perf_counter() - began) / n_repeats
-    far = [abs(ratio - 1) for ratio, _ in ratios]
-    n_covered = sum(low <= 1 <= high for _, (low, high) in ratios)
-    print(f"{name:<28} {np.mean(far):>7.2%} {max(far):>7.2%}   {n_covered:>2} of {n_repeats}"
-          f"   {seconds:>6.2f}", flush=True)  # fmt: skip
+    same = [compare(WHOLE, seed) for seed in range(n_repeats)]
+    known = [compare(CUT, seed) for seed in range(n_repeats)]
+    seconds = (time.perf_counter() - began) / (2 * n_repeats)
+    n_covered = sum(pair.ci95[0] <= 1 <= pair.ci95[1] for pair in same)
+    n_by_cpu = sum(pair.clock is Clock.THREAD_CPU for pair in (*same, *known))
+    interrupted = np.mean([pair.interrupted or 0.0 for pair in (*same, *known)])
+    mean = np.exp(np.mean([np.log(pair.ratio) for pair in known])) / right - 1
+    wall = [paired_ratio(pair.session_pairs, Clock.WALL)[0] for pair in same]
+    return (
+        f"{name:<34} {far([p.ratio for p in same], 1)}  {n_covered:>2} of {n_repeats}  "
+        f"{far([p.ratio for p in known], right)} {mean:+7.2%}  {seconds:5.2f}  "
+        f"{interrupted:5.0%}  {n_by_cpu:>2} of {2 * n_repeats}   {far(wall, 1)}"
+    )
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=20)
     n_repeats = parser.parse_args().repeats
     n_cores = len(os.sched_getaffinity(0))
-    target = compressor.load_target("host-cpu")
-    with tempfile.TemporaryDirectory() as folder, compressor.open_device(target) as device:
-        example = torch.zeros(1, 3, N_PIXELS, N_PIXELS)
-        whole, half = (
-            compressor.export_onnx(network(n), example, Path(folder, f"{n}.onnx"))
-            for n in (64, 48)
-        )
-        described = device.describe()
-        print(f"{described['model']}, {n_cores} cores, ONNX Runtime {described['version']}")
-        for load, n_busy in (("every core busy", n_cores), ("as it is", 0)):
-            print(f"\n{load:<28} {'mean':>7} {'worst':>7}   covered    seconds")
-            with busy_cores(n_busy):
-                report("block timing, 200 runs each", n_repeats, lambda s: block_timing(whole, s))
-                report("a trial", n_repeats, lambda s: paired(device, whole, TRIAL, s))
-                report("a final figure", n_repeats, lambda s: paired(device, whole, FINAL, s))
-        reference = device.compare(whole, half, effort=REFERENCE)
-        low, high = reference.ci95
-        print(f"\n64 against 48 channels, {reference.original.median_ms:.2f} ms: reference of a "
-              f"minute {reference.ratio:.4f} [{low:.4f}, {high:.4f}]")  # fmt: skip
-        began = time.perf_counter()
-        trials = [device.compare(whole, half, effort=TRIAL, seed=s).ratio for s in range(10)]
-        seconds = (time.perf_counter() - began) / len(trials)
-        far = [abs(ratio / reference.ratio - 1) for ratio in trials]
-        print(f"ten trials of {seconds:.2f} s: mean {np.mean(far):.2%}, worst {max(far):.2%} away")
+    with tempfile.TemporaryDirectory() as folder:
+        models: dict[str, Files] = {
+            name: {
+                n: compressor.export_onnx(
+                    network(n), torch.zeros(1, 3, side, side), Path(folder, f"{n}-{side}.onnx")
+                )
+                for n in (WHOLE, CUT)
+            }
+            for name, side in N_PIXELS.items()
+        }
+        with device_of(is_root=True) as device:
+            described = device.describe()
+            print(f"{described['model']}, {n_cores} cores, ONNX Runtime {described['version']}; "
+                  f"{n_repeats} comparisons of each kind")  # fmt: skip
+            right = {}
+            for name, files in models.items():
+                pair = device.compare(files[WHOLE], files[CUT], effort=REFERENCE)
+                right[name] = pair.ratio
+                print(f"{name}: {pair.original.median_ms:.2f} ms, quiet ratio {pair.ratio:.4f} "
+                      f"[{pair.ci95[0]:.4f}, {pair.ci95[1]:.4f}]")  # fmt: skip
+        print(f"\n{'':<34} {'against itself':>14}  {'holds 1':>8}  {'a known pair':>14} "
+              f"{'bias':>7}  {'secs':>5}  {'inter':>5}  {'CPU clock':>8}  {'by the wall':>14}",
+              flush=True)  # fmt: skip
+        for n_busy in (0, n_cores, 6 * n_cores):
+            for is_root in (True, False):
+                with device_of(is_root=is_root) as device, busy_sessions(n_busy):
+                    for name, files in models.items():
+                        label = f"{n_busy} busy, {name}{'' if is_root else ', as a user'}"
+
+                        def compare(n: int, seed: int, files: Files = files) -> PairedLatency:
+                            return device.compare(files[WHOLE], files[n], effort=TRIAL, seed=seed)
+
+                        print(row(label, compare, n_repeats, right[name]), flush=True)
+        with busy_sessions(6 * n_cores):
+            ratios = [block_ratio(models["3 ms"][WHOLE]) for _ in range(max(2, n_repeats // 4))]
+        print(f"\n{6 * n_cores} busy, 3 ms, one session after the other: {far(ratios, 1)}")
 
 
 if __name__ == "__main__":

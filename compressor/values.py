@@ -340,6 +340,13 @@ class Latency:
     n: int
 
 
+class Clock(StrEnum):
+    """What times are taken by."""
+
+    WALL = "wall"  # of a GPU, its own
+    THREAD_CPU = "thread-cpu"  # the time that the one thread at work had a core
+
+
 @dataclass(frozen=True)
 class SessionPair:
     """Raw times of one pair of sessions.
@@ -349,11 +356,26 @@ class SessionPair:
         candidate_ms: Milliseconds, in the order taken.
         interleaved: Run `i` of both was taken in the same round, so that their ratio counts;
             False where each session ran by itself, as trtexec's do.
+        original_cpu_ms: CPU time of the thread in every run; empty where there is no such clock.
+        candidate_cpu_ms: CPU time of the thread in every run, of the candidate.
+        original_interruptions: How often other work took the core in every run; empty where
+            nobody counts.
+        candidate_interruptions: How often that was in every run of the candidate.
     """
 
     original_ms: tuple[float, ...]
     candidate_ms: tuple[float, ...]
     interleaved: bool = True
+    original_cpu_ms: tuple[float, ...] = ()
+    candidate_cpu_ms: tuple[float, ...] = ()
+    original_interruptions: tuple[int, ...] = ()
+    candidate_interruptions: tuple[int, ...] = ()
+
+    def by(self, clock: Clock) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(original, candidate) in milliseconds by that clock."""
+        if clock is Clock.THREAD_CPU:
+            return self.original_cpu_ms, self.candidate_cpu_ms
+        return self.original_ms, self.candidate_ms
 
 
 @dataclass(frozen=True)
@@ -370,6 +392,9 @@ class PairedLatency:
         conditions: What makes the figures doubtful, each in words with a remedy; empty where
             nothing does.
         basis: Whether anything was measured.
+        clock: That ratio and times were taken by.
+        interrupted: Share of the runs, in [0, 1], in which other work took the core; None where
+            nobody counts.
     """
 
     ratio: float
@@ -379,6 +404,8 @@ class PairedLatency:
     session_pairs: tuple[SessionPair, ...] = field(repr=False)
     conditions: tuple[str, ...] = ()
     basis: Basis = Basis.MEASURED
+    clock: Clock = Clock.WALL
+    interrupted: float | None = None
 
     @property
     def ranking_ci95(self) -> tuple[float, float]:

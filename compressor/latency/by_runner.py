@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from compressor.latency.timing import FINAL, Effort
 from compressor.values import KernelTime, PairedLatency, SessionPair, Target
 
 N_PROFILED = 50  # runs; the profiler slows each node by microseconds
-N_WARMUP_GPU = 50  # a GPU's clocks take longer to rise than a CPU's caches to fill
+# A GPU's clocks take longer to rise than a CPU's caches to fill.
+N_WARMUP_GPU, WARMUP_GPU_S = 50, 10.0
 START_S = 30.0  # of small requests, which may find the runner not yet started
 
-_KERNELS = TypeAdapter(tuple[KernelTime, ...])
+_KERNELS, _PAIR = TypeAdapter(tuple[KernelTime, ...]), TypeAdapter(SessionPair)
+_MEASURED = tuple(field.name for field in fields(SessionPair) if field.name != "interleaved")
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +61,11 @@ class RunnerDevice:
                 "candidate": prepared[1],
                 "options": self._options(),
                 "seconds": effort.pair_s,
+                "limit_s": effort.pair_limit_s,
                 "min_rounds": effort.min_rounds,
                 "max_rounds": effort.max_rounds,
                 "n_warmup": N_WARMUP_GPU if self._on_gpu else effort.n_warmup,
+                "warmup_s": WARMUP_GPU_S if self._on_gpu else effort.warmup_s,
             }
             before = self._runner.ask({"do": "state"}, limit_s=START_S)
             pair = timing.compare(partial(self._time_pair, request), effort, seed=seed)
@@ -134,10 +139,7 @@ class RunnerDevice:
     def _time_pair(self, request: Mapping[str, object], seed: int) -> SessionPair:
         answer = self._runner.ask({**request, "seed": seed}, limit_s=self._target.run_limit_s)
         try:
-            return SessionPair(
-                tuple(map(float, answer["original_ms"])),
-                tuple(map(float, answer["candidate_ms"])),
-            )
+            return _PAIR.validate_python({key: answer[key] for key in _MEASURED})
         except (KeyError, TypeError, ValueError) as err:
             raise MeasurementError(
                 f"{self._host.label} answered without times: {str(dict(answer))[:200]}"

@@ -120,6 +120,11 @@ class TensorRT:
             "gpu_problem": self.no_gpu,
         }
 
+    def runs_in_one_thread(self, options: Mapping[str, Any]) -> bool:
+        """The GPU does the work."""
+        del options
+        return False
+
     def open(self, path: str, options: Mapping[str, Any]) -> Callable[[], int]:
         """A fresh engine on fixed random inputs, as a function that runs it once."""
         del options

@@ -11,6 +11,7 @@ from compressor.values import (
     Basis,
     Branch,
     ChannelGroup,
+    Clock,
     Cost,
     PairedLatency,
     Replayed,
@@ -43,6 +44,7 @@ def text_report(result: Result) -> str:
         f"asked for   {_asked_for(result)} on {result.target} ({result.runtime})",
         f"verdict     {VERDICTS[result.verdict]}",
         f"speed-up    {speedup_of(result.speedup)}",
+        *(f"clock       {told}" for told in clock_of(result.speedup)),
         *(f"doubtful    {condition}" for condition in result.speedup.conditions),
         f"search      {result.search['strategy']}, {result.search['n_trials']} trials "
         f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s; "
@@ -151,6 +153,16 @@ def speedup_of(pair: PairedLatency) -> str:
         f"{pair.ratio:.3f}x, 95 % interval [{low:.3f}, {high:.3f}], {pair.basis}, "
         f"{pair.original.n} runs of each"
     )
+
+
+def clock_of(pair: PairedLatency) -> list[str]:
+    """Which clock a ratio comes from and how busy the machine was, in a line; or nothing."""
+    if pair.basis is Basis.ESTIMATE or pair.interrupted is None:
+        return []
+    share = f"other work interrupted {pair.interrupted:.0%} of the runs"
+    if pair.clock is Clock.THREAD_CPU:
+        return [f"CPU time of the thread, because {share}"]
+    return [f"the wall's; {share}"]
 
 
 def _engines(result: Result) -> str:
@@ -277,7 +289,8 @@ def latency_report(pair: PairedLatency, *, is_pair: bool) -> str:
     what = "original / candidate" if is_pair else "the model against itself (noise floor)"
     doubts = [f"doubtful: {condition}" for condition in pair.conditions]
     verdict = [] if pair.basis is Basis.ESTIMATE else [*(doubts or ["valid"])]
-    return "\n".join([*aligned(rows), "", f"{what}: {ratio}", *verdict])
+    clock = [f"clock: {told}" for told in clock_of(pair)]
+    return "\n".join([*aligned(rows), "", f"{what}: {ratio}", *clock, *verdict])
 
 
 def latency_json(pair: PairedLatency) -> str:

@@ -118,8 +118,8 @@ def latencies(result: Result) -> Figure | None:
     if not pairs:
         return None
     times = {
-        "original": [ms for pair in pairs for ms in pair.original_ms],
-        "compressed": [ms for pair in pairs for ms in pair.candidate_ms],
+        name: [ms for pair in pairs for ms in pair.by(result.speedup.clock)[side]]
+        for side, name in enumerate(("original", "compressed"))
     }
     shown = np.concatenate([np.asarray(each) for each in times.values()])
     low, high = float(shown.min()), float(np.quantile(shown, 0.995))

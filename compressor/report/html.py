@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 
-from compressor.report import before_and_after
+from compressor.report import before_and_after, clock_of
 from compressor.report.figures import Figure, figures
 from compressor.report.words import verdict_in_words, why
 from compressor.values import Result, Trial
@@ -84,7 +84,8 @@ def html_report(result: Result, trials: Sequence[Trial]) -> str:
 def _before_and_after(result: Result) -> list[str]:
     head, *rows = before_and_after(result)
     doubts = [f"<p>Doubtful: {_safe(c)}.</p>" for c in result.speedup.conditions]
-    return ["<h2>Before and after</h2>", *_table(head, rows), *doubts]
+    clock = [f"<p>Clock: {_safe(told)}.</p>" for told in clock_of(result.speedup)]
+    return ["<h2>Before and after</h2>", *_table(head, rows), *clock, *doubts]
 
 
 def _why(result: Result) -> list[str]:

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 from compressor.errors import RunFolderError
 from compressor.search.objective import Harmed, Problem, TimedPlan
 from compressor.search.space import SearchSpace
-from compressor.values import Accuracy, PairedLatency, Trial
+from compressor.values import Accuracy, Clock, PairedLatency, Trial
 
 STUDY_NAME = "compress"
 MEASURED = "measured"  # the one user attribute of a trial
@@ -161,8 +161,14 @@ class Study:
                 "latency_ms": trial.latency_ms,
                 "basis": latency.basis,
                 "doubtful": list(latency.conditions),
+                "clock": latency.clock,
+                "interrupted": latency.interrupted,
                 "rounds_ms": [
-                    [[round(ms, 5) for ms in side] for side in (p.original_ms, p.candidate_ms)]
+                    [[round(ms, 5) for ms in side] for side in p.by(Clock.WALL)]
+                    for p in latency.session_pairs
+                ],
+                "rounds_cpu_ms": [
+                    [[round(ms, 5) for ms in side] for side in p.by(Clock.THREAD_CPU)]
                     for p in latency.session_pairs
                 ],
             }

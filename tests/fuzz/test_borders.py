@@ -258,7 +258,7 @@ def read_answer(path: Path) -> None:
 
 
 def write_answer(path: Path) -> None:
-    lines = [{"protocol": 1, "runtime": "onnxruntime"}, {"original_ms": [1, 2], "clock": 1.0}]
+    lines = [{"protocol": 2, "runtime": "onnxruntime"}, {"original_ms": [1, 2], "clock": 1.0}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -44,7 +44,7 @@ from tests.conftest import ConvNet
 QUICK = Effort(min_pairs=3, max_pairs=3, budget_s=5, pair_s=0.05)
 PAIR = {
     "do": "pair", "options": {}, "seed": 0, "seconds": 0.01, "min_rounds": 2, "max_rounds": 5,
-    "n_warmup": 1,
+    "n_warmup": 1, "warmup_s": 0.1, "limit_s": 1.0,
 }  # fmt: skip
 RUNNER = Path(runner_module.__file__)
 
@@ -56,6 +56,9 @@ from compressor.latency import runner
 class Faulty:
     def hello(self):
         return {"runtime": "faulty", "version": "1"}
+
+    def runs_in_one_thread(self, options):
+        return False
 
     def open(self, path, options):
         if path == "segfault":

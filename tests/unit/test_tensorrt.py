@@ -214,7 +214,8 @@ def test_the_engine_cannot_be_written(
 def test_the_runner_as_a_child_process(exported: Callable[[str], Path], tmp_path: Path) -> None:
     engine = tmp_path / "e"
     pair = {"original": str(engine), "candidate": str(engine), "seed": 0, "seconds": 0.1,
-            "min_rounds": 2, "max_rounds": 4, "n_warmup": 1}  # fmt: skip
+            "min_rounds": 2, "max_rounds": 4, "n_warmup": 1, "warmup_s": 0.1,
+            "limit_s": 5.0}  # fmt: skip
     build = {"do": "build", "engine": str(engine), "options": {"precision": "fp16"}}
     requests = [
         {**build, "model": str(exported("conv_net"))},

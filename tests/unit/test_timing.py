@@ -1,26 +1,38 @@
 """The statistics of a comparison, under a fake clock and with known answers."""
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from benchmarks.busy import busy_sessions
 from compressor.errors import UnstableClockError
-from compressor.latency.runner import RunnerError, time_pair
+from compressor.export import export_onnx
+from compressor.latency import runner
+from compressor.latency.device import open_device
+from compressor.latency.runner import RunnerError, Samples, time_pair
+from compressor.latency.targets import load_target
 from compressor.latency.timing import (
     FINAL,
     MAX_SPREAD,
     TRIAL,
     Effort,
     compare,
+    decided_by,
+    has_thread_clock,
     is_win,
     paired_ratio,
     state_changes,
     summary,
     unsteady,
 )
-from compressor.values import Latency, PairedLatency, SessionPair
+from compressor.values import Clock, Latency, PairedLatency, SessionPair
 
 MS = 1_000_000
 
@@ -70,17 +82,18 @@ class FakeMachine:
             original, candidate = time_pair(
                 self.session("original", original_ms, n_cold),
                 self.session("candidate", candidate_ms, n_cold),
-                seed, effort.pair_s, effort.min_rounds, effort.max_rounds, effort.n_warmup,
-                self.clock_ns,
+                seed, effort.pair_s, effort.pair_limit_s, effort.min_rounds, effort.max_rounds,
+                effort.n_warmup, effort.warmup_s, self.clock_ns,
             )  # fmt: skip
-            return SessionPair(tuple(original), tuple(candidate))
+            return SessionPair(tuple(original.ms), tuple(candidate.ms))
 
         return timed
 
 
 EFFORT = Effort(
-    min_pairs=3, max_pairs=6, budget_s=100, pair_s=0.3, min_rounds=5, max_rounds=200, n_warmup=2
-)
+    min_pairs=3, max_pairs=6, budget_s=100, pair_s=0.3, min_rounds=5, max_rounds=200, n_warmup=2,
+    pair_limit_s=100, warmup_s=100,
+)  # fmt: skip
 
 
 def compared(
@@ -170,7 +183,7 @@ def test_it_ends_when_it_is_sure_or_when_its_pairs_or_its_time_are_spent() -> No
 @pytest.mark.parametrize("took_ns", [0, -5])
 def test_a_clock_that_runs_backwards_is_found(took_ns: int) -> None:
     with pytest.raises(RunnerError, match=f"took {took_ns} ns"):
-        time_pair(lambda: lambda: took_ns, lambda: lambda: 7, 0, 0.1, 2, 9, 0, lambda: 0)
+        time_pair(lambda: lambda: took_ns, lambda: lambda: 7, 0, 0.1, 1.0, 2, 9, 0, 1.0, lambda: 0)
 
 
 @pytest.mark.parametrize("times", [(), (1.0, 0.0), (1.0, -2.0), (float("nan"),), (float("inf"),)])
@@ -267,3 +280,155 @@ def test_stopping_when_it_is_sure_costs_little_of_that_surety(
 def test_summary_has_the_textbook_values() -> None:
     times = summary([float(i) for i in range(1, 12)])
     assert (times.median_ms, times.p90_ms, times.n) == (6.0, 10.0, 11)
+
+
+class BusyMachine:
+    """A machine on which other work takes the core away, by a plan; its clocks are exact."""
+
+    def __init__(self, taken_ms: Callable[[int], float], *, has_thread_clock: bool = True) -> None:
+        self.wall_ns = self.thread_ns = self.n_runs = self.n_switches = 0
+        self.taken_ms, self.has_thread_clock = taken_ms, has_thread_clock
+
+    def cpu_ns(self) -> int:
+        return self.thread_ns if self.has_thread_clock else 0
+
+    def n_interruptions(self) -> int | None:
+        return self.n_switches
+
+    def open(self, milliseconds: float) -> Callable[[], Callable[[], int]]:
+        def run() -> int:
+            self.n_runs += 1
+            taken = self.taken_ms(self.n_runs)
+            self.n_switches += taken > 0
+            self.thread_ns += round(milliseconds * MS)
+            took_ns = round((milliseconds + taken) * MS)
+            self.wall_ns += took_ns
+            return took_ns
+
+        return lambda: run
+
+    def compared(self, original_ms: float, candidate_ms: float) -> PairedLatency:
+        def timed(seed: int) -> SessionPair:
+            original, candidate = time_pair(
+                self.open(original_ms), self.open(candidate_ms), seed, 0.1, 10.0, 5, 200, 2, 1.0,
+                lambda: self.wall_ns, self,
+            )  # fmt: skip
+            return as_pair(original, candidate)
+
+        return compare(timed, EFFORT, clock_ns=lambda: self.wall_ns)
+
+
+def as_pair(original: Samples, candidate: Samples) -> SessionPair:
+    return SessionPair(
+        tuple(original.ms), tuple(candidate.ms), True, tuple(original.cpu_ms),
+        tuple(candidate.cpu_ms), tuple(original.interruptions), tuple(candidate.interruptions),
+    )  # fmt: skip
+
+
+def at_random(share: float, at_most_ms: float = 50.0) -> Callable[[int], float]:
+    generator = np.random.default_rng(0)
+    return lambda _run: float(generator.random() < share) * generator.uniform(1, at_most_ms)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_where_runs_are_interrupted_the_threads_own_clock_decides(share: float) -> None:
+    pair = BusyMachine(at_random(share)).compared(6.0, 4.0)
+    assert pair.clock is Clock.THREAD_CPU
+    assert pair.interrupted == pytest.approx(share, abs=0.1)
+    assert pair.ratio == pytest.approx(1.5)
+    assert pair.original.median_ms == pytest.approx(6.0)
+    assert pair.is_valid
+
+
+def test_a_busy_machine_gets_as_many_rounds_as_a_quiet_one() -> None:
+    quiet, busy = (BusyMachine(at_random(share)).compared(6.0, 4.0) for share in (0.0, 1.0))
+    assert quiet.clock is Clock.WALL
+    assert quiet.interrupted == 0
+    assert busy.original.n == quiet.original.n
+
+
+def test_rare_interruptions_leave_the_walls_clock() -> None:
+    pair = BusyMachine(at_random(0.02)).compared(6.0, 4.0)
+    assert pair.clock is Clock.WALL
+    assert pair.ratio == pytest.approx(1.5)
+
+
+def test_without_a_threads_clock_interrupted_rounds_are_taken_again() -> None:
+    machine = BusyMachine(at_random(0.3, 2.0), has_thread_clock=False)
+    pair = machine.compared(6.0, 4.0)
+    assert pair.clock is Clock.WALL
+    assert pair.ratio == pytest.approx(1.5)  # of the others
+    assert pair.is_valid
+    quiet = BusyMachine(at_random(0.0), has_thread_clock=False).compared(6.0, 4.0)
+    assert pair.original.n > quiet.original.n
+
+
+def test_without_a_threads_clock_a_machine_that_is_always_busy_is_doubtful() -> None:
+    pair = BusyMachine(at_random(1.0), has_thread_clock=False).compared(6.0, 4.0)
+    assert pair.clock is Clock.WALL
+    assert any("took the processor in 100% of the runs" in each for each in pair.conditions)
+
+
+INTERRUPTED = (1, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("wall", "cpu", "is_one"),
+    [
+        ((9.0, 2.0, 2.0, 7.0), (2.0, 2.0, 2.0, 2.0), True),
+        ((9.0, 2.0, 2.0, 7.0), (), False),  # none
+        ((9.0, 2.0, 2.0, 7.0), (2.0, 2.0, 2.0), False),  # of other runs
+        ((9.0, 2.0, 2.0, 7.0), (0.0, 0.0, 10.0, 0.0), False),  # in steps of 10 ms
+        ((9.0, 2.0, 2.0, 7.0), (1.0, 1.0, 1.0, 1.0), False),  # other threads do half of it
+        ((2.0, 2.0, 2.0, 2.0), (3.0, 3.0, 3.0, 3.0), False),  # counts more than there was
+        ((2.0, 2.0, 2.0, 2.0), (2.0, -2.0, 2.0, 2.0), False),  # jumps
+        ((2.0, 2.0, 2.0, 2.0), (2.0, float("nan"), 2.0, 2.0), False),
+    ],
+)
+def test_which_clocks_of_a_thread_are_believed(
+    wall: tuple[float, ...], cpu: tuple[float, ...], is_one: bool
+) -> None:
+    pair = SessionPair(wall, wall, True, cpu, cpu, INTERRUPTED, INTERRUPTED)
+    assert has_thread_clock(pair) is is_one
+    assert decided_by([pair]) == (Clock.THREAD_CPU if is_one else Clock.WALL, 0.5)
+
+
+def test_a_system_that_counts_nothing_is_taken_at_its_walls_clock() -> None:
+    assert decided_by([SessionPair((1.0, 2.0), (1.0, 2.0))]) == (Clock.WALL, None)
+
+
+def test_a_host_that_takes_time_from_a_virtual_machine_is_told() -> None:
+    before = {"busy_ticks": 100, "stolen_ticks": 7}
+    assert not state_changes(before, {"busy_ticks": 300, "stolen_ticks": 9})
+    (told,) = state_changes(before, {"busy_ticks": 300, "stolen_ticks": 57})
+    assert "took 25% of its time" in told
+
+
+def test_the_meter_reads_this_threads_clock_and_its_interruptions() -> None:
+    meter = runner.Meter(one_thread=True)
+    if not meter.has_thread_clock:
+        pytest.skip("this system has no clock of a thread")
+    before, began = meter.cpu_ns(), runner.clock_ns()
+    while runner.clock_ns() - began < 20 * MS:
+        pass
+    assert 0 < meter.cpu_ns() - before <= runner.clock_ns() - began
+    slept = meter.cpu_ns()
+    time.sleep(0.05)
+    assert meter.cpu_ns() - slept < 20 * MS
+    assert runner.Meter(one_thread=False).cpu_ns() == 0
+
+
+def test_a_busy_machine_changes_no_ratio(tmp_path: Path) -> None:
+    """Real processes, a real runner without precedence: an upper bound that no luck breaks."""
+    example = torch.zeros(1, 3, 24, 24)
+    files = [
+        export_onnx(nn.Sequential(*body).eval(), example, tmp_path / f"{len(body)}.onnx")
+        for body in ([nn.Conv2d(3, 3, 3)], [nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3)])
+    ]
+    target = load_target("host-cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(runner.PRECEDENCE_VARIABLE, "0")
+        with open_device(target) as device, busy_sessions(4 * (os.cpu_count() or 1)):
+            pair = device.compare(files[1], files[1], effort=TRIAL)
+    assert pair.interrupted is not None
+    assert pair.ratio == pytest.approx(1.0, abs=0.25)  # by the wall it is anything up to 3
