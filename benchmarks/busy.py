@@ -16,6 +16,10 @@ ARITHMETIC = "x = 1\nwhile True: x = (x * 1103515245 + 12345) % 2147483648"
 PRODUCTS = "import numpy as n\na = n.random.rand(400, 400)\nwhile True: a = a @ a % 1.0"
 MEMORY = "import numpy as n\na = n.zeros(2**24)\nb = a.copy()\nwhile True: b[:] = a; a[:] = b"
 KINDS = (ARITHMETIC, PRODUCTS, MEMORY)
+# They end with whoever started them, however that ends: its end of the pipe is closed then.
+UNTIL_ALONE = """import os, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
+"""
 
 
 @contextmanager
@@ -24,8 +28,11 @@ def busy_sessions(n_processes: int) -> Iterator[None]:
     one = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", KINDS[i % len(KINDS)]], env=one, start_new_session=True
-        )
+            [sys.executable, "-c", UNTIL_ALONE + KINDS[i % len(KINDS)]],
+            env=one,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
         for i in range(n_processes)
     ]
     time.sleep(2 if processes else 0)
@@ -34,7 +41,7 @@ def busy_sessions(n_processes: int) -> Iterator[None]:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def main() -> None:

@@ -214,20 +214,22 @@ def time_pair(
         run_candidate()
     original, candidate = Samples(), Samples()
     runs = [(run_original, original), (run_candidate, candidate)]
-    n_clean = 0  # rounds that nothing interrupted
+    n_clean, clean_ms = 0, 0.0  # rounds that nothing interrupted
     started = spent_ns()
     while len(original.ms) < max_rounds:
-        n_rounds = len(original.ms) if meter.has_thread_clock else n_clean
-        is_spent = spent_ns() - started >= seconds * 1e9 and n_rounds >= min_rounds
-        most_ns = limit_s * 1e9
-        if not meter.has_thread_clock:
-            most_ns = min(most_ns, MAX_RETAKEN * seconds * 1e9)
-        is_late = clock() - began >= most_ns and len(original.ms) >= min_rounds
+        if meter.has_thread_clock:
+            n_rounds, spent_s = len(original.ms), (spent_ns() - started) / 1e9
+            most_s = limit_s
+        else:
+            n_rounds, spent_s = n_clean, clean_ms / 1e3
+            most_s = min(limit_s, MAX_RETAKEN * seconds)
+        is_spent = spent_s > seconds - 1e-9 and n_rounds >= min_rounds
+        is_late = clock() - began >= most_s * 1e9 and len(original.ms) >= min_rounds
         if is_spent or is_late:
             break
         order.shuffle(runs)
-        # Both are run, whatever the first one says.
-        n_clean += all([samples.take(run, meter) for run, samples in runs])
+        if all([samples.take(run, meter) for run, samples in runs]):  # each of them is run
+            n_clean, clean_ms = n_clean + 1, clean_ms + original.ms[-1] + candidate.ms[-1]
     return original, candidate
 
 
