@@ -32,7 +32,7 @@ def busy_sessions(n_processes: int) -> Iterator[None]:
             env=one,
             stdin=subprocess.PIPE,
             start_new_session=True,
-        )  # fmt: skip
+        )
         for i in range(n_processes)
     ]
     time.sleep(2 if processes else 0)
