@@ -216,7 +216,11 @@ def check_training(job: Job) -> None:
 def _one_step(job: Job, what: str, plan: Plan, layout: torch.memory_format) -> float:
     """The loss of the network that `plan` leaves; errors say which network it was."""
     network = job.prunable.without(plan)
-    recipe, hints = job.recipe(1, job.config.seed), NO_HINTS
+    config, hints = job.config, NO_HINTS
+    recipe = Recipe(  # without augmentations, which take long to be chosen
+        1, config.learning_rate, config.batch_size, distillation=job.distillation,
+        hints=config.hints, seed=config.seed,
+    )  # fmt: skip
     if recipe.hints:
         kept = job.prunable.kept_positions(plan)
         hints = choose_hints(job.model, network, kept, job.example.clone())
