@@ -229,7 +229,7 @@ class LiveTable:
         self._left = TimeLeft(clock)
         self._began = clock()
         self._bars = Bars(
-            TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description:<30}"), BarColumn(bar_width=12), MofNCompleteColumn(),
             TextColumn("{task.fields[spent]}"), TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[note]}"), console=console, auto_refresh=False,
         )  # fmt: skip
@@ -279,10 +279,8 @@ class LiveTable:
             self._bars.update(task, completed=self._bars.tasks[task].total)
 
     def _tick(self, task: TaskID) -> None:
-        left, exceeded = self._left.of_phase, self._left.forecast_exceeded
+        left = self._left.of_phase
         said = f"left {duration(left)}" if left else ""
-        if exceeded is not None:
-            said = f"longer than the {duration(exceeded)} expected; {said}".removesuffix("; ")
         self._bars.update(task, spent=duration(self._left.in_phase), left=said)
 
     def _shown(self) -> Group:
@@ -305,6 +303,9 @@ class LiveTable:
         told = f"{duration(self._clock() - self._began)} so far"
         if self._left.of_run is not None:
             told += f", about {duration(self._left.of_run)} left in all"
+        exceeded = self._left.forecast_exceeded
+        if exceeded is not None:
+            told += f"; {self._left.phase} takes longer than the {duration(exceeded)} expected"
         return Group(*parts, Text(told, style="dim"))
 
 
