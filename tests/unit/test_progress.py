@@ -41,6 +41,11 @@ def left(clock: Clock) -> TimeLeft:
     return TimeLeft(clock)
 
 
+def figures(left: TimeLeft) -> tuple[float | None, float | None]:
+    """Of the phase and of the run."""
+    return left.of_phase, left.of_run
+
+
 def trial(number: int, accuracy: float = 0.9) -> Trial:
     return Trial(
         number=number, widths={"a": 8}, phase="layers", accuracy=Accuracy(accuracy, 100),
@@ -52,11 +57,11 @@ def test_the_forecast_holds_from_the_start_and_moves_with_the_clock(
     clock: Clock, left: TimeLeft
 ) -> None:
     left.tell(Progress("Measuring", 1, 1, expected=EXPECTED))
-    assert (left.of_phase, left.of_run) == (None, 180.0)
+    assert figures(left) == (None, 180.0)
     left.tell(Progress("Searching", 0, 10))
-    assert (left.of_phase, left.of_run) == (60.0, 180.0)
+    assert figures(left) == (60.0, 180.0)
     clock.move(4)
-    assert (left.of_phase, left.of_run) == (56.0, 176.0)
+    assert figures(left) == (56.0, 176.0)
 
 
 def test_what_was_seen_counts_more_the_more_was_seen(clock: Clock, left: TimeLeft) -> None:
@@ -78,10 +83,10 @@ def test_without_a_forecast_two_units_are_waited_for(clock: Clock, left: TimeLef
     left.tell(Progress("Timing", 0, 6))
     clock.move(4)
     left.tell(Progress("Timing", 1, 6))
-    assert left.of_phase is None
+    assert figures(left) == (None, None)
     clock.move(4)
     left.tell(Progress("Timing", 2, 6))
-    assert (left.of_phase, left.of_run) == (16.0, None)
+    assert figures(left) == (16.0, None)
 
 
 def test_a_unit_that_takes_long_lets_more_be_expected(clock: Clock, left: TimeLeft) -> None:
@@ -292,11 +297,11 @@ def test_nothing_is_written_after_the_end(
                 break
         else:
             pytest.fail("no beat in 5 s")
-    (thread,) = [t for t in threading.enumerate() if t.name == "heartbeat"] or [None]
     capsys.readouterr()
-    if thread is not None:
-        thread.join(timeout=5)
-        assert not thread.is_alive()
+    for thread in threading.enumerate():
+        if thread.name == "heartbeat":
+            thread.join(timeout=5)
+            assert not thread.is_alive()
     assert capsys.readouterr().err == ""
 
 
