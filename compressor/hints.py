@@ -37,7 +37,7 @@ def choose_hints(original: nn.Module, pruned: nn.Module, kept: Kept, example: Te
     last: dict[torch.Size, str] = {}
     left = _read_by(pruned, example)
     for name, tensor in _read_by(original, example).items():
-        if name in left and tensor is not example:  # which no network reads otherwise
+        if name in left:
             last[_map_size(original.get_submodule(name), tensor)] = name
     masks = {name: kept.get((f"{name}.weight", 1)) for name in last.values()}
     return {
@@ -76,16 +76,17 @@ def hint_loss(student: nn.Module, hints: Hints, read: Read, wanted: Read) -> Ten
 
 
 def _read_by(network: nn.Module, example: Tensor) -> Read:
-    """What every layer reads whose weight has a column for each channel of it."""
+    """What every layer reads whose weight has a column for each channel of it, but the image."""
     plain = [
         name
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Linear) or (isinstance(layer, CONVOLUTIONS) and layer.groups == 1)
     ]
     read: Read = {}
+    own = example.clone()  # the network may write over it
     with watched(network, plain, keep(read)), torch.inference_mode():
-        network(example)
-    return read
+        network(own)
+    return {name: tensor for name, tensor in read.items() if tensor is not own}
 
 
 def _map_size(layer: nn.Module, read: Tensor) -> torch.Size:
