@@ -38,10 +38,10 @@ from compressor.bench import (
     n_cores,
     timed,
 )
-from compressor.goals import MACS
+from compressor.goals import ASK_FOR_FEATURES, MACS
 from compressor.graph.costs import layer_costs
 from compressor.run_folder import cpu_name
-from compressor.search import ASK_FOR_FEATURES, STRATEGIES
+from compressor.search import STRATEGIES
 from compressor.search.bocr import Bocr
 from compressor.search.objective import (
     TIME,

@@ -121,8 +121,9 @@ def measure(
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             wanted = compressor.load_target(target, **how)
-            display.begins(f"Timing {onnx_file} against {against or 'itself'}")
-            pair = compressor.compare_latency(against or onnx_file, onnx_file, wanted)
+            pair = compressor.compare_latency(
+                against or onnx_file, onnx_file, wanted, on_progress=display.on_progress
+            )
         if as_json:
             print_result(compressor.latency_json(pair))
         else:

@@ -30,7 +30,7 @@ from compressor.graph.branches import residual_branches
 from compressor.graph.costs import ran
 from compressor.importance import IMPORTANCES
 from compressor.job import read_data, read_model
-from compressor.latency.device import open_device
+from compressor.latency.device import OPENING, TIMING_BOTH, open_device
 from compressor.latency.layers import Profiled, layer_rows, profiled
 from compressor.latency.probe import probe, save
 from compressor.latency.targets import load_target
@@ -66,8 +66,6 @@ from compressor.values import (
     Staircase,
     Target,
 )
-
-TIMING_BOTH = "Timing both networks"
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # (images, labels), anew at each call
 
@@ -244,7 +242,7 @@ def explain(
         for i, (network, file) in enumerate(zip(networks, files, strict=True)):
             on_progress(Progress("Exporting both networks", i, 2))
             export_onnx(network, example, file, opset=target.opset, max_ir=target.max_ir)
-        on_progress(Progress("Opening the device", 0, 1))
+        on_progress(Progress(OPENING, 0, 1))
         with open_device(target) as device:
             models: list[Profiled] = []
             expected: dict[str, float] = {}
@@ -284,7 +282,7 @@ def probe_target(
     """
     if target.basis is Basis.ESTIMATE:
         raise ConfigError("Nothing can be probed in an estimate; leave --estimate away.")
-    on_progress(Progress("Opening the device", 0, 1))
+    on_progress(Progress(OPENING, 0, 1))
     with open_device(target) as device:
         described = device.describe()
         staircase = probe(device, target, on_progress)

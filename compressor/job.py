@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressor import run_folder
+from compressor import border
 from compressor.augmentation import suitable
 from compressor.bench import Recovery, check_surgery, images_at_once
 from compressor.config import AUTO, Config
@@ -21,10 +21,8 @@ from compressor.evaluate import memory_format
 from compressor.graph import outputs
 from compressor.hints import NO_HINTS, choose_hints
 from compressor.importance import IMPORTANCES
-from compressor.latency.ssh import find_device
 from compressor.latency.targets import load_target
 from compressor.prunable import Prunable, load_model, make_prunable, with_branches
-from compressor.search import ASK_FOR_FEATURES
 from compressor.search.space import SearchSpace, make_space
 from compressor.tasks import (
     CLASSIFICATION,
@@ -139,11 +137,7 @@ def prepare(config: Config, *, is_new: bool = True) -> Job:
         config: What is asked for.
         is_new: Whether its folder must be free; not where a run goes on.
     """
-    config.check_goal()
-    if config.device is not None:
-        find_device(config.device)
-    if config.out is not None and is_new:
-        run_folder.check_free(config.out)
+    border.check_run(config, is_new=is_new)
     target = load_target(
         config.target,
         device=config.device,
@@ -299,14 +293,9 @@ def _check_task(model: nn.Module, split: Split, task: OwnTask) -> None:
 def read_task(config: Config) -> tuple[Criterion, Data]:
     """What the network is for, and its images."""
     if config.task is not None:
-        if config.search in ASK_FOR_FEATURES:
-            raise ConfigError(f"--search {config.search} looks at classes; a task has none.")
         task = load_task(config.task, beside=config.model.parent)
         return task, task_data(task)
-    if config.data is None:
-        raise ConfigError(
-            "No images to rank plans by; give --data FILE.npz, --data FOLDER, or --task."
-        )
+    assert config.data is not None  # see `Config.check_goal`
     return CLASSIFICATION, read_data(config, config.data)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from compressor import run_folder
 from compressor.bench import Bench
-from compressor.config import Config, make_config
+from compressor.border import config_of
+from compressor.config import Config
 from compressor.errors import DeviceError, InterruptedRunError, RunFolderError
 from compressor.finalists import bands, choose, contest, fastest_within_drop
 from compressor.forecast import forecast
@@ -105,7 +106,7 @@ def resume(
         CompressorError: As for `compress`; or there is nothing to go on with.
     """
     folder = RunFolder(path)
-    config = _config_of(path, trust=trust)
+    config = config_of(path, trust=trust)
     if (path / run_folder.RESULT).is_file():
         return run_folder.read_result(path)
     with searched_in(config, on_trial, on_progress, folder, force=force) as run:
@@ -132,7 +133,7 @@ def replay(
         CompressorError: There is no run, or model, data or `config.toml` are others now.
     """
     folder = RunFolder(path)
-    config = _config_of(path, trust=trust)
+    config = config_of(path, trust=trust)
     job = prepare(config, is_new=False)
     environment = run_folder.describe_environment(job.target, job.loaded, job.data)
     folder.check(environment, force=False)
@@ -153,11 +154,6 @@ def replay(
         same = [n for n, plan in plans.items() if is_shipped(job.prunable, plan, result)]
         shipped = same[0] if same else None
     return Replayed(len(trials), differs_at, shipped)
-
-
-def _config_of(path: Path, *, trust: bool) -> Config:
-    """What the run in the folder `path` was asked for; trust is not kept there."""
-    return make_config(run_folder.read_settings(path) | {"out": path, "trust": trust})
 
 
 @contextmanager

@@ -22,10 +22,10 @@ from compressor.bench import (
 )
 from compressor.config import Config
 from compressor.errors import ConfigError, MeasurementError, SearchError
-from compressor.goals import MACS, MAX_DROP, PARAMS
+from compressor.goals import ASK_FOR_FEATURES, MACS, MAX_DROP, PARAMS
 from compressor.graph.costs import layer_costs
 from compressor.job import Job
-from compressor.search import ASK_FOR_FEATURES, make_strategy
+from compressor.search import make_strategy
 from compressor.search.greedy import lazy_greedy
 from compressor.search.objective import (
     START,

@@ -14,8 +14,8 @@ from compressor.latency import runner, timing
 from compressor.latency.host import Host, LocalHost
 from compressor.latency.machine import Model, checked_machine, content_of, mismatch
 from compressor.latency.process import Runner
+from compressor.latency.schema import TENSORRT
 from compressor.latency.ssh import SshHost
-from compressor.latency.targets import TENSORRT
 from compressor.latency.timing import FINAL, Effort
 from compressor.values import KernelTime, PairedLatency, SessionPair, Target
 

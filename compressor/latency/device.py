@@ -19,12 +19,20 @@ from compressor.latency import estimate
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.host import Host, LocalHost
 from compressor.latency.machine import Model, check_is_this_machine, check_same_inputs, content_of
+from compressor.latency.schema import TENSORRT, TRTEXEC
 from compressor.latency.ssh import SshHost, find_device
-from compressor.latency.targets import TENSORRT, TRTEXEC
 from compressor.latency.timing import FINAL, Effort
 from compressor.latency.trtexec import TrtexecRunner
-from compressor.values import Basis, KernelTime, PairedLatency, Target
+from compressor.values import (
+    Basis,
+    KernelTime,
+    PairedLatency,
+    Progress,
+    ProgressCallback,
+    Target,
+)
 
+OPENING, TIMING_BOTH = "Opening the device", "Timing both networks"  # phases
 PATIENCE_S = 600.0  # a board reboots in one or two minutes; a person comes back in ten
 RETRY_S = (5.0, 10.0, 20.0, 30.0)  # pauses between tries; the last one is repeated
 
@@ -99,6 +107,7 @@ def compare_latency(
     *,
     effort: Effort = FINAL,
     seed: int = 0,
+    on_progress: ProgressCallback = lambda _progress: None,
 ) -> PairedLatency:
     """Both ONNX models timed in the same rounds on the target's device.
 
@@ -108,6 +117,7 @@ def compare_latency(
         target: Where, and by which runtime; see `load_target`.
         effort: `timing.TRIAL` or `timing.FINAL`.
         seed: Decides the order of runs.
+        on_progress: Told what is done, and how long that may take.
 
     Raises:
         MeasurementError: One of the models is at fault, or they take other inputs.
@@ -115,7 +125,9 @@ def compare_latency(
     """
     contents = content_of(original), content_of(candidate)
     check_same_inputs(*contents)
+    on_progress(Progress(OPENING, 0, 1, expected={TIMING_BOTH: effort.budget_s}))
     with open_device(target) as device:
+        on_progress(Progress(TIMING_BOTH, 0, 1))
         return device.compare(*contents, effort=effort, seed=seed)
 
 

@@ -5,8 +5,6 @@
 
 from compressor.latency import runner
 from compressor.latency.schema import BYTES_PER_NUMBER, ONNXRUNTIME, Chosen, Runtime, choose
-from compressor.latency.schema import TENSORRT as TENSORRT
-from compressor.latency.schema import TRTEXEC as TRTEXEC
 from compressor.values import Basis, Figure, Roofline, Target
 
 

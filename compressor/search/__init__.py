@@ -18,7 +18,6 @@ STRATEGIES: Mapping[str, Strategy] = {
     "genetic": Genetic(),
     "swarm": Swarm(),
 }
-ASK_FOR_FEATURES = frozenset({"genetic", "swarm"})
 
 
 def make_strategy(name: str, **options: Any) -> Strategy:

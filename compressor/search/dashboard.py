@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from compressor.errors import CompressorError, ConfigError
+from compressor.errors import ConfigError
+from compressor.inputs import check_has_dashboard
 from compressor.search.study import reading_storage
 
 HOST = "127.0.0.1"  # a study is nobody else's business
@@ -46,12 +47,9 @@ def dashboard_of(study: Path, port: int) -> Iterator[Dashboard]:
         ConfigError: The port cannot be had.
         CompressorError: optuna-dashboard is not installed.
     """
-    try:
-        from optuna_dashboard import wsgi
-    except ImportError as err:
-        raise CompressorError(
-            "The dashboard needs optuna-dashboard: pip install 'compressor[dashboard]'."
-        ) from err
+    check_has_dashboard()
+    from optuna_dashboard import wsgi
+
     try:
         server = make_server(HOST, port, wsgi(reading_storage(study)), handler_class=_Silent)
     except (OSError, OverflowError) as err:

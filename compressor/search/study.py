@@ -22,6 +22,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
 from compressor.errors import RunFolderError
+from compressor.inputs import check_study
 from compressor.search.objective import Harmed, Problem, TimedPlan
 from compressor.search.space import SearchSpace
 from compressor.values import Accuracy, Clock, PairedLatency, Trial
@@ -270,11 +271,7 @@ def _harm_on_disk(each: Harmed) -> dict[str, object]:
 
 
 def _load(path: Path) -> optuna.Study:
-    if not path.is_file():
-        raise RunFolderError(f"No study at {path}.")
-    with path.open("rb") as file:
-        if file.read(16) != b"SQLite format 3\0":  # Optuna would make a study of an empty file
-            raise RunFolderError(f"{path} holds no study of compress: it is not an SQLite file.")
+    check_study(path)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return optuna.load_study(study_name=STUDY_NAME, storage=_storage(path))
