@@ -188,7 +188,7 @@ def time_pair(
         n_warmup: Untimed runs of each, at most.
         warmup_s: It ends after this long, too, but for `MIN_WARMUP` runs.
         clock: Monotonic, in nanoseconds.
-        meter: What tells CPU time and interruptions; None for nothing.
+        meter: What tells CPU time and interruptions; None for those of this process.
 
     Returns:
         Of the original and the candidate, equally long; run `i` of both is of the same round.
@@ -202,35 +202,48 @@ def time_pair(
     else:
         run_candidate = open_candidate()
         run_original = open_original()
-
-    def spent_ns() -> int:
-        return int(meter.cpu_ns() if meter.has_thread_clock else clock())
-
-    started = spent_ns()
+    busy_ns = meter.cpu_ns if meter.has_thread_clock else clock
+    started = busy_ns()
     for i in range(n_warmup):
-        if i >= MIN_WARMUP and spent_ns() - started >= warmup_s * 1e9:
+        if i >= MIN_WARMUP and busy_ns() - started >= warmup_s * 1e9:
             break
         run_original()
         run_candidate()
     original, candidate = Samples(), Samples()
     runs = [(run_original, original), (run_candidate, candidate)]
-    n_clean, clean_ms = 0, 0.0  # rounds that nothing interrupted
-    started = spent_ns()
-    while len(original.ms) < max_rounds:
+    _take_rounds(runs, order, seconds, limit_s, min_rounds, max_rounds, began, clock, meter)
+    return original, candidate
+
+
+def _take_rounds(
+    runs: List[Tuple[Callable[[], int], Samples]],
+    order: random.Random,
+    seconds: float,
+    limit_s: float,
+    min_rounds: int,
+    max_rounds: int,
+    began: int,
+    clock: Callable[[], int],
+    meter: Any,
+) -> None:
+    """Fills the samples of both `runs`, round by round; see `time_pair`."""
+    samples = [each for _, each in runs]
+    n_rounds, n_clean, clean_ms = 0, 0, 0.0  # clean: nothing interrupted them
+    started = meter.cpu_ns()
+    while n_rounds < max_rounds:
         if meter.has_thread_clock:
-            n_rounds, spent_s = len(original.ms), (spent_ns() - started) / 1e9
-            most_s = limit_s
+            n_done, spent_s, most_s = n_rounds, (meter.cpu_ns() - started) / 1e9, limit_s
         else:
-            n_rounds, spent_s = n_clean, clean_ms / 1e3
+            n_done, spent_s = n_clean, clean_ms / 1e3
             most_s = min(limit_s, MAX_RETAKEN * seconds)
-        is_spent = spent_s > seconds - 1e-9 and n_rounds >= min_rounds
-        is_late = clock() - began >= most_s * 1e9 and len(original.ms) >= min_rounds
+        is_spent = spent_s > seconds - 1e-9 and n_done >= min_rounds
+        is_late = clock() - began >= most_s * 1e9 and n_rounds >= min_rounds
         if is_spent or is_late:
             break
         order.shuffle(runs)
-        if all([samples.take(run, meter) for run, samples in runs]):  # each of them is run
-            n_clean, clean_ms = n_clean + 1, clean_ms + original.ms[-1] + candidate.ms[-1]
-    return original, candidate
+        n_rounds += 1
+        if all([each.take(run, meter) for run, each in runs]):  # both are run in any case
+            n_clean, clean_ms = n_clean + 1, clean_ms + sum(each.ms[-1] for each in samples)
 
 
 def precedence() -> Dict[str, Any]:

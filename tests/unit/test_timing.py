@@ -37,6 +37,18 @@ from compressor.values import Clock, Latency, PairedLatency, SessionPair
 MS = 1_000_000
 
 
+class Unwatched:
+    """A system that tells neither CPU times nor interruptions."""
+
+    has_thread_clock = False
+
+    def cpu_ns(self) -> int:
+        return 0
+
+    def n_interruptions(self) -> int | None:
+        return None
+
+
 class FakeMachine:
     """A clock that only moves when a model runs, and models of known speed."""
 
@@ -83,7 +95,7 @@ class FakeMachine:
                 self.session("original", original_ms, n_cold),
                 self.session("candidate", candidate_ms, n_cold),
                 seed, effort.pair_s, effort.pair_limit_s, effort.min_rounds, effort.max_rounds,
-                effort.n_warmup, effort.warmup_s, self.clock_ns,
+                effort.n_warmup, effort.warmup_s, self.clock_ns, Unwatched(),
             )  # fmt: skip
             return SessionPair(tuple(original.ms), tuple(candidate.ms))
 
