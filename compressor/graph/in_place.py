@@ -325,7 +325,7 @@ class _Rewriting:
             value = lenses.given(node)[0] if name_of(node) != "zero_" else 0
             if self._fits(value, cell):
                 self.disposable.add(node)
-                return self._filled(old, value, spell)
+                return self._filled(old, value, cell, spell)
         self._refresh(node)
         if node.op == "call_module" and returns_it:
             if id(self.made.get_submodule(str(node.target))) in self.switched:
@@ -352,10 +352,10 @@ class _Rewriting:
         found = lenses.index_ranges(index, self._tensor(whole).ndim)
         if found is None or not self._fits(value, cell):
             args = fx.node.map_arg((old, index, value), self._fresh)
-            return self.graph.call_function(with_item, (old, *args[1:]))
+            return self.graph.call_function(lenses.with_item, (old, *args[1:]))
         part = self.graph.call_function(operator.getitem, (old, index))
         self.disposable.add(part)
-        new = self._filled(part, value, spell)
+        new = self._filled(part, value, cell, spell)
         return lenses.put_ranges(spell, old, found, new, self._tensor(whole).shape)
 
     def _fits(self, value: Any, cell: Cell) -> bool:
@@ -367,13 +367,21 @@ class _Rewriting:
             isinstance(value, float) and dtype.is_floating_point
         )
 
-    def _filled(self, part: fx.Node, value: Any, spell: Spelling) -> fx.Node:
-        """`value`, as large as `part` and of its kind."""
+    def _filled(self, part: fx.Node, value: Any, cell: Cell, spell: Spelling) -> fx.Node:
+        """`value`, as large as `part`, which lies in `cell`, and of its kind."""
         if not isinstance(value, fx.Node):
             zeros = spell.zeros_like(part)
             return spell.add(zeros, value) if value else zeros
         new = self._fresh(value)
-        return spell.expand_as(spell.type_as(new, part), part)
+        tensor = self._tensor(value)
+        if (tensor.shape, tensor.dtype) != (cell[2], cell[4]):
+            return spell.expand_as(spell.type_as(new, part), part)
+        is_safe = self._memory(value) is not None or not self._is_written(value)
+        return new if is_safe else spell.clone(new)
+
+    def _is_written(self, node: fx.Node) -> bool:
+        memory = self.seen.cells[node][0]
+        return any(cell[0] == memory for wrote in self.seen.writes.values() for cell in wrote)
 
     def _switch_off(self) -> None:
         """Gives the graph copies of its in-place modules that are not."""
@@ -385,13 +393,6 @@ class _Rewriting:
                     quiet = copies.setdefault(id(module), copy.copy(module))
                     quiet.inplace = False  # type: ignore[assignment]
                     self.made.set_submodule(str(node.target), quiet)
-
-
-def with_item(x: Tensor, index: Any, value: Any) -> Tensor:
-    """A copy of `x` with `value` at `index`, whatever that is: a mask, numbers, every second."""
-    changed = x.clone()
-    changed[index] = value
-    return changed
 
 
 def _meta(node: fx.Node) -> dict[str, Any]:

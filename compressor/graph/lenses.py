@@ -266,3 +266,10 @@ def _order(name: str, args: Sequence[Any], n_dims: int) -> list[int] | None:
     first, second = (d % n_dims for d in dims)
     order[first], order[second] = second, first
     return order
+
+
+def with_item(x: Tensor, index: Any, value: Any) -> Tensor:
+    """A copy of `x` with `value` at `index`, whatever that is: a mask, numbers, every second."""
+    changed = x.clone()
+    changed[index] = value
+    return changed

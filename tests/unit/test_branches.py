@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from compressor.api import prune
 from compressor.errors import GraphError, PlanError
 from compressor.evaluate import check_agree
 from compressor.export import candidate_writer
@@ -124,6 +125,28 @@ def test_sums_that_are_no_branches() -> None:
 def test_unknown_branches_are_named(net: nn.Module) -> None:
     with pytest.raises(PlanError, match=r"'oen'.*one"):
         prunable_of(net).without(Plan({}, ("oen",)))
+
+
+def test_prune_leaves_branches_out_and_what_is_left_can_be_trained(net: nn.Module) -> None:
+    before = copy.deepcopy(net.state_dict())
+    for dropped in (("one",), ("two", "inner"), tuple(NAMES)):
+        small = prune(net, IMAGE[:1], Plan({"three.0": (0, 2, 5)}, dropped))
+        assert not any(name.startswith(f"{dropped[0]}.") for name in small.state_dict())
+        plan = Plan({"three.0": (0, 2, 5)}, dropped)
+        with torch.no_grad():
+            torch.testing.assert_close(small(IMAGE), prunable_of(net).masked(plan)(IMAGE))
+        small.train()(IMAGE.clone()).square().sum().backward()
+        assert all(p.grad is not None for p in small.parameters())
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert all(m.inplace for m in net.modules() if isinstance(m, nn.ReLU))
+
+
+def test_prune_says_which_branches_there_are(net: nn.Module) -> None:
+    with pytest.raises(PlanError, match=r"Unknown residual branch 'oen'.*Known: .*one.*two"):
+        prune(net, IMAGE[:1], Plan({}, ("oen",)))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    with pytest.raises(PlanError, match="Plan leaves out one, but Sequential has no residual"):
+        prune(plain, IMAGE[:1], Plan({}, ("one",)))
 
 
 def test_code_that_cannot_be_traced_becomes_a_program() -> None:

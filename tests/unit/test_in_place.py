@@ -4,15 +4,20 @@ import copy
 import operator
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from compressor.api import prune
+from compressor.export import export_onnx
 from compressor.graph.branches import traced
 from compressor.graph.in_place import functional, writing_nodes
+from compressor.latency.onnxruntime import predictor
 from compressor.program import export_program
+from tests.conftest import randomised
 
 Code = Callable[[Tensor], Tensor]
 IMAGE = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -288,3 +293,31 @@ def test_numbers_added_in_place_stay_numbers() -> None:
     assert not writing_nodes(made, IMAGE)
     assert any(node.target is operator.add or node.target is operator.iadd
                for node in made.graph.nodes)  # fmt: skip
+
+
+class Scaled(nn.Module):
+    """Assigns into slices of channels that are pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 32, 3, padding=1), nn.Conv2d(32, 32, 3, 2, 1)
+        self.last = nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x[:, :8] *= 2
+        x[:, 20:24] = x[:, 4:8]
+        x = self.second(torch.relu(x))
+        x[:, 16:].relu_()
+        return self.last(x.mean((2, 3)))
+
+
+def test_a_pruned_program_with_slices_is_exported_rightly(tmp_path: Path) -> None:
+    net = randomised(Scaled())
+    small = prune(net, IMAGE[:1], 0.5)
+    assert small.get_parameter("first.weight").shape[0] < 32
+    file = export_onnx(small, IMAGE[:1], tmp_path / "small.onnx")
+    with torch.no_grad():
+        want = small(IMAGE[1:2])
+    torch.testing.assert_close(predictor(file, n_threads=1)(IMAGE[1:2]), want)
+    small.train()(IMAGE).sum().backward()
