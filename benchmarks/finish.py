@@ -21,7 +21,7 @@ from benchmarks.cifar import MEAN, STD, add_inputs, as_npz, load_cifar, load_res
 from compressor.bench import BATCH_SIZE
 from compressor.config import Config
 from compressor.evaluate import accuracy
-from compressor.finalists import choose, contest, train
+from compressor.finalists import Place, choose, contest, train
 from compressor.job import Job
 from compressor.pipeline import searched_in
 from compressor.training import halving
@@ -54,8 +54,9 @@ def main() -> None:
         })  # fmt: skip
         print("| way | test accuracy | of the seeds | seconds each |\n|---|--:|---|--:|")
         quiet = lambda _: None  # noqa: E731
-        with searched_in(config, quiet, quiet) as (job, bench, run, searched):
-            plans = choose(job, searched, bench, quiet)
+        with searched_in(config, quiet, quiet) as (run, searched):
+            job, bench = run.job, run.bench
+            plans = choose(job, searched, bench, quiet, run.budget).plans
             for name in args.way or WAYS:
                 flags = WAYS[name]
                 if "finalists" not in flags and not halving(len(plans), job.n_steps):
@@ -64,12 +65,13 @@ def main() -> None:
                 found = []
                 for seed in range(args.seeds):
                     changed = replaced(job, seed=seed, **flags)
-                    winner = contest(changed, plans, bench, run, quiet)
+                    place = Place(run.folder, 0, changed.n_steps)
+                    winner = contest(changed, plans, bench, place, quiet)[0]
                     recipe = changed.recipe(winner.n_steps_left, seed)
-                    stands = run.unfinished / "training.pt"
-                    plan, network = winner.plan, winner.network
-                    tuned = train(changed, plan, network, bench, recipe, quiet, stands)
-                    run.forget_unfinished()  # the next way starts from nothing
+                    stands = place.file("training.pt")
+                    plan, network = winner.plan, winner.network or bench.repaired(winner.plan, {})
+                    tuned = train(changed, plan, network, bench, recipe, quiet, stands, place)
+                    run.folder.forget_unfinished()  # the next way starts from nothing
                     found.append(accuracy(tuned.model, data.test, batch_size=BATCH_SIZE).value)
                 took = (time.perf_counter() - began) / args.seeds
                 every = ", ".join(f"{value:.2%}" for value in found)

@@ -139,8 +139,11 @@ Trust = Annotated[
 # Search.
 Trials = Annotated[int | None, _option(SEARCH, "Plans to measure. Default 60.")]
 TimeBudget = Annotated[
-    str | None, _option(SEARCH, "Begin no new trial after this long.", metavar="30m")
-]
+    str | None,
+    _option(
+        SEARCH, "The whole run takes no longer: search, training and measuring.", metavar="30m"
+    ),
+]  # fmt: skip
 Search = Annotated[
     str | None,
     _option(

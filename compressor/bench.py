@@ -38,11 +38,14 @@ from compressor.search.space import SearchSpace, Widths
 from compressor.tasks import CLASSIFICATION, Criterion
 from compressor.values import (
     BATCH_NORMS,
+    GATHERING,
+    MEASURING_ORIGINAL,
     TIMING_LAYERS,
     Accuracy,
     Data,
     GroupFeatures,
     LayerRow,
+    Original,
     PairedLatency,
     Plan,
     Progress,
@@ -61,6 +64,7 @@ N_HARM_IMAGES = 128  # of the search split
 N_FEATURE_IMAGES = 200  # as in the code of [chang2022]
 EPS = tuple(np.geomspace(0.001, 0.5, 12).tolist())  # strengths of merging alike maps
 DESIGN = Effort(min_pairs=3, max_pairs=6, budget_s=0.5, busy_budget_s=1.8, pair_s=0.1)
+N_ORIGINAL_PARTS = 4
 MIN_DESIGN, MAX_DESIGN = 8, 24  # plans that are timed before the search
 
 SURGERY, REPAIR, RECALIBRATION = "surgery", "least squares", "recalibration"
@@ -114,7 +118,21 @@ class Bench:
         recovery: Recovery,
         on_progress: ProgressCallback,
         criterion: Criterion = CLASSIFICATION,
+        measured: Original | None = None,
     ) -> None:
+        """Exports the original and measures it.
+
+        Args:
+            prunable: What is pruned.
+            space: What may be left out of it.
+            data: Images.
+            target: What it is for.
+            device: Where it is timed.
+            recovery: What is done to pruned networks.
+            on_progress: Told how far it has come, and when the device is waited for.
+            criterion: What answers are judged by.
+            measured: What was measured of the original on this very machine before.
+        """
         self.prunable, self.space, self.data = prunable, space, data
         self.recovery, self.criterion = recovery, criterion
         self._device, self._on_progress = device, on_progress
@@ -126,11 +144,13 @@ class Bench:
         self.batch_size = images_at_once(data.fit)
         batch = example.expand(self.batch_size, *example.shape[1:]).contiguous()
         self.like = outputs(prunable.module, example)
+        self._tell_original(0, "exporting")
         write = partial(
             candidate_writer, prunable.module, opset=target.opset, branches=prunable.branches
         )
         self._single = write(example, pruned)
         self._batched = write(batch, pruned)
+        self._tell_original(1, "checking the export")
         self._check_template(space.plan(space.narrowest), batch)
         self.seconds: dict[str, float] = {}
         with timed(self.seconds, EXPORT):
@@ -138,8 +158,22 @@ class Bench:
         self.memory_format = memory_format(prunable.module, batch)
         self._fitted: LeastSquares | None = None
         self._whole: Any = None  # the original's answers
+        self._tell_original(2, "timing it against itself")
+        if measured is not None:
+            self.noise_floor, self.original_accuracy = measured.noise_floor, measured.accuracy
+            self.seconds |= measured.seconds
+            return
         with timed(self.seconds, LATENCY):
             self.noise_floor = self.compare(self._original_onnx, self._original_onnx, TRIAL)
+        self._tell_original(3, "its accuracy")
+
+    def _tell_original(self, n_done: int, note: str) -> None:
+        self._on_progress(Progress(MEASURING_ORIGINAL, n_done, N_ORIGINAL_PARTS, note))
+
+    @property
+    def original(self) -> Original:
+        """What was measured of it."""
+        return Original(self.noise_floor, self.original_accuracy, self.seconds)
 
     def _check_template(self, plan: Plan, batch: Tensor) -> None:
         """Candidates without branches come from an edited graph: it must answer like torch."""
@@ -178,6 +212,7 @@ class Bench:
                 self._fitted = gather(
                     self.prunable.module, self.prunable.groups, self._repair_batches()
                 )
+                self._on_progress(Progress(GATHERING, N_REPAIR_IMAGES, N_REPAIR_IMAGES))
             with timed(seconds, REPAIR):
                 kept = self.prunable.kept_positions(plan)
                 self._fitted.repair(pruned, self.prunable.module, kept)
@@ -193,7 +228,9 @@ class Bench:
             )  # fmt: skip
 
     def _repair_batches(self) -> Iterator[Tensor]:
-        for rows in draw(self.data.fit, N_REPAIR_IMAGES).split(self.batch_size):
+        drawn = draw(self.data.fit, N_REPAIR_IMAGES)
+        for i, rows in enumerate(drawn.split(self.batch_size)):
+            self._on_progress(Progress(GATHERING, i * self.batch_size, len(drawn)))
             yield self.data.fit.model_input(rows)
 
     def measure(
@@ -209,9 +246,10 @@ class Bench:
             measured = self.accuracy(pruned)
         return measured, latency
 
-    def remeasure(self, plan: Plan) -> PairedLatency:
+    def remeasure(self, plan: Plan, effort: Effort = FINAL) -> PairedLatency:
         """The latency of a finalist, with the effort of a final figure."""
-        return self.compare(self._original_onnx, self._single(self.prunable.without(plan)))
+        candidate = self._single(self.prunable.without(plan))
+        return self.compare(self._original_onnx, candidate, effort)
 
     def compare(
         self, original: Model, candidate: Model, effort: Effort = FINAL, seed: int = 0
@@ -243,7 +281,14 @@ class Bench:
             logger.warning("the layers could not be timed one by one: %s", err)
             return ()
 
-    def timed_plans(self, seed: int, *, at_most: int, once: Once = _always) -> list[TimedPlan]:
+    def timed_plans(
+        self,
+        seed: int,
+        *,
+        at_most: int,
+        once: Once = _always,
+        has_time: Callable[[], bool] = lambda: True,
+    ) -> list[TimedPlan]:
         """Plans timed before the search: the fastest one, and some that differ in everything.
 
         What they cost tells what each layer costs; see `search.costs.LatencyTable`.
@@ -252,10 +297,13 @@ class Bench:
             seed: Decides which.
             at_most: So many beside the fastest one.
             once: Measures what was not measured before; see `Study.once`.
+            has_time: Asked before every plan but the first.
         """
         plans = design(self.space, seed)[: at_most + 1]
         found = []
         for i, widths in enumerate(plans):
+            if i and not has_time():
+                break
             self._on_progress(Progress(TIMING_LAYERS, i, len(plans)))
             try:
                 pair = once(f"timed before, {i}", partial(self._timed_plan, widths, seed + i))

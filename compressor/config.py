@@ -109,7 +109,8 @@ class Config(BaseModel):
             accuracy (as a share of the original's) and savings is looked for.
         pareto: Several models are wanted, the most accurate one for every band of speed.
         trials: Plans to measure.
-        time_budget: Seconds after which no new trial is begun.
+        time_budget: Seconds that the whole run may take: what is measured before the first trial,
+            trials, training and the last measurement.
         search: Strategy.
         clusters: Clusters that channel groups start in.
         clustering: What makes groups alike: the distance of their importances' densities

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,21 @@ from pathlib import Path
 from torch import nn
 
 from compressor.bench import Bench
+from compressor.budget import Budget
+from compressor.errors import TrainingError
 from compressor.evaluate import drop_of
 from compressor.hints import NO_HINTS, choose_hints
 from compressor.job import Job
+from compressor.latency.timing import FINAL
 from compressor.run_folder import RunFolder
-from compressor.search.objective import TIME, Objective, best_first, feasible_first
+from compressor.search.objective import (
+    TIME,
+    Correction,
+    Objective,
+    best_first,
+    feasible_first,
+    is_hopeless,
+)
 from compressor.training import Recipe, Tuned, fine_tune, halving
 from compressor.trials import Searched
 from compressor.values import (
@@ -32,6 +42,9 @@ from compressor.values import (
 
 FRONT_TIMES = (0.9, 0.75, 0.6, 0.45, 0.3)  # shares of the original's, between which bands lie
 N_FINALISTS = 8  # plans measured again, at most, before one is chosen
+SHARES_OF_FINALISTS, LEAST_FINALIST_S = 4, 3.0  # of the time budget's part for them; seconds
+MAX_CORRECTIONS = 2  # times that a search goes on
+FAR_FASTER = 1.08  # than asked; 8 % of the time buys accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +72,24 @@ def bands(searched: Searched) -> list[Searched]:
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class Finalists:
+    """Plans that were measured again.
+
+    Attributes:
+        plans: From which one is shipped, best first.
+        again: Number of a trial -> what it was measured at again.
+        is_met: Whether `plans` meet the limits.
+    """
+
+    plans: Sequence[Plan]
+    again: Mapping[int, PairedLatency]
+    is_met: bool
+
+
 def choose(
-    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback
-) -> list[Plan]:
+    job: Job, searched: Searched, bench: Bench, on_progress: ProgressCallback, budget: Budget
+) -> Finalists:
     """The best plans that meet the limits when they are measured again, with more effort.
 
     Plans just within a limit owe it partly to luck, and the device may be busier now than it was.
@@ -74,42 +102,122 @@ def choose(
     left = feasible_first(searched.trials, problem)
     if not left:
         nearest = best_first(searched.trials, problem)[0]
-        return [job.space.plan(job.space.from_names(nearest.widths))]
+        return Finalists([plan_of(job, nearest)], {}, is_met=False)
     min_speedup = 1 / problem.objective.limits.get(TIME, 1.0)
     n_most = min(N_FINALISTS, len(left))
-    again: list[tuple[Plan, PairedLatency]] = []
-    met: list[Plan] = []
-    surely: list[Plan] = []
+    has_files = any(each.is_by_files for each in searched.study.corrections)
+    after_files = ", after the files" if has_files else ""  # the machine has changed since
+    again: dict[int, PairedLatency] = {}
+    plans: dict[int, Plan] = {}
+    met: list[int] = []
+    surely: list[int] = []
     worth = 0.0  # accuracy in the search, from which on it is about that of the first that met it
     stays: list[float] = []  # of the search's speed-ups, when measured again
     while len(again) < n_most and len(surely) < job.config.finalists:
         on_progress(Progress(MEASURING_FINALISTS, len(again), n_most))
         wanted = min_speedup / statistics.median(stays or [1.0])
         expected = [trial for trial in left if speed_of(trial) >= wanted]
-        is_last = not expected or len(again) == n_most - 1
-        if met and (not expected or accuracy_of(expected[0]).value < worth):
+        is_over = not expected or _is_late(budget, again)
+        is_last = is_over or len(again) == n_most - 1
+        if met and (is_over or accuracy_of(expected[0]).value < worth):
             break
         trial = max(left, key=speed_of) if is_last and not met else expected[0]
         left.remove(trial)
-        plan = job.space.plan(job.space.from_names(trial.widths))
+        plans[trial.number] = plan_of(job, trial)
+        effort = budget.effort(FINAL, budget.of_finalists_s() / SHARES_OF_FINALISTS)
         latency = searched.study.once(
-            f"measured again, trial {trial.number}", partial(bench.remeasure, plan)
+            f"measured again, trial {trial.number}{after_files}",
+            partial(bench.remeasure, plans[trial.number], effort),
         )
         logger.info("finalist %d: speed-up %.3f %s", trial.number, latency.ratio, latency.ci95)
         stays.append(latency.ratio / speed_of(trial))
-        again.append((plan, latency))
+        again[trial.number] = latency
         if all(c.is_met_in_time(latency) for c in job.config.constraints):
             first = accuracy_of(trial)
             worth = worth if met else first.value - 2 * first.standard_error
-            met.append(plan)
+            met.append(trial.number)
             if latency.ci95[0] >= min_speedup:
-                surely.append(plan)
+                surely.append(trial.number)
         if is_last:
             break
     on_progress(Progress(MEASURING_FINALISTS, n_most, n_most))
-    if met:
-        return surely or met
-    return [max(again, key=lambda pair: pair[1].ratio)[0]]
+    chosen = surely or met or [max(again, key=lambda number: again[number].ratio)]
+    return Finalists([plans[number] for number in chosen], again, is_met=bool(met))
+
+
+def _is_late(budget: Budget, again: Mapping[int, PairedLatency]) -> bool:
+    """Whether there is no time for one more finalist."""
+    if budget.of_finalists_s() > LEAST_FINALIST_S or not again:
+        return False
+    budget.cut(f"{len(again)} finalists were measured again")
+    return True
+
+
+def plan_of(job: Job, trial: Trial) -> Plan:
+    """What the trial left out."""
+    return job.space.plan(job.space.from_names(trial.widths))
+
+
+def taught_by_finalists(searched: Searched, finalists: Finalists) -> Correction | None:
+    """What measuring again says against the search; None where the search need not go on.
+
+    It goes on where no plan met the limit on time any more, and where all are far faster than
+    asked although accuracy was paid for it.
+    """
+    known = {trial.number: trial for trial in searched.trials}
+    if not goes_on(searched) or not finalists.again:
+        return None
+    ratios = [finalists.again[number].ratio for number in finalists.again]
+    if finalists.is_met and not _is_far_faster(searched, ratios):
+        return None
+    moved = statistics.median(
+        latency.ratio / speed_of(known[number]) for number, latency in finalists.again.items()
+    )
+    again = {number: _as_measured(latency) for number, latency in finalists.again.items()}
+    return Correction(len(searched.study.trials), moved, again)
+
+
+def taught_by_files(
+    searched: Searched, shipped: Trial | None, speedup: PairedLatency
+) -> Correction | None:
+    """What measuring the finished files says against the search, as `taught_by_finalists` does.
+
+    Args:
+        searched: The search.
+        shipped: The trial whose plan the files are of.
+        speedup: Of the files.
+    """
+    if not goes_on(searched) or shipped is None:
+        return None
+    is_met = speedup.ratio >= 1 / searched.problem.objective.limits[TIME]
+    if is_met and not _is_far_faster(searched, [speedup.ratio]):
+        return None
+    moved = speedup.ratio / speed_of(shipped)
+    again = {shipped.number: _as_measured(speedup)}
+    return Correction(len(searched.study.trials), moved, again, is_by_files=True)
+
+
+def goes_on(searched: Searched) -> bool:
+    """Whether a search may go on after it ended: for the most accurate plan within a time."""
+    objective = searched.problem.objective
+    is_asked = TIME in objective.limits and not objective.front
+    is_plain = objective.weights is None and objective.min_accuracy is None
+    is_left = len(searched.study.corrections) < MAX_CORRECTIONS
+    return is_asked and is_plain and is_left and not is_hopeless(searched.problem)
+
+
+def _is_far_faster(searched: Searched, ratios: Sequence[float]) -> bool:
+    """Whether the slowest is far faster than asked, and the search has paid accuracy for it."""
+    wanted = 1 / searched.problem.objective.limits[TIME]
+    if min(ratios) < FAR_FASTER * wanted:
+        return False
+    original = searched.problem.original_accuracy
+    best = feasible_first(searched.trials, searched.problem)
+    return not best or accuracy_of(best[0]).value < original.value - original.standard_error
+
+
+def _as_measured(pair: PairedLatency) -> tuple[float, float, float]:
+    return pair.ratio, *pair.ci95
 
 
 def accuracy_of(trial: Trial) -> Accuracy:
@@ -125,12 +233,35 @@ def speed_of(trial: Trial) -> float:
 
 
 @dataclass(frozen=True, eq=False)
+class Place:
+    """Where and how long is trained.
+
+    Attributes:
+        folder: The run's, which keeps trainings that are not finished.
+        attempt: Models that were finished before.
+        n_steps: Of all training together.
+        has_time: Says no when training has to end.
+    """
+
+    folder: RunFolder
+    attempt: int
+    n_steps: int
+    has_time: Callable[[], bool] = lambda: True
+
+    def file(self, name: str) -> Path:
+        """Where a training stands."""
+        prefix = f"again-{self.attempt}-" if self.attempt else ""
+        return self.folder.unfinished / f"{prefix}{name}"
+
+
+@dataclass(frozen=True, eq=False)
 class Winner:
     """The plan that is shipped.
 
     Attributes:
         plan: What is left out.
-        network: Repaired, and trained a little where there were rivals.
+        network: Repaired, and trained a little where there were rivals; None where it has to be
+            made first.
         n_steps_left: Of the budget of steps.
         scores: Of every finalist, after each of its short trainings.
         score_before: Of the winner before any training; None where it had none yet.
@@ -138,7 +269,7 @@ class Winner:
     """
 
     plan: Plan
-    network: nn.Module
+    network: nn.Module | None
     n_steps_left: int
     scores: tuple[tuple[float, ...], ...]
     score_before: float | None = None
@@ -149,46 +280,84 @@ def contest(
     job: Job,
     finalists: Sequence[Plan],
     bench: Bench,
-    folder: RunFolder,
+    place: Place,
     on_progress: ProgressCallback,
-) -> Winner:
-    """The finalist that learns best, and its network as far as it was trained.
+) -> list[Winner]:
+    """The finalists, that which learns best first, and their networks as far as they were trained.
 
     The search ranks plans before training. Here each gets a short one, the better half another
-    one, and so on, all out of one budget of steps.
+    one, and so on, all out of one budget of steps. One that cannot be trained is out.
 
     Returns:
-        Plan, network, and the steps that are left.
+        Those of the last round, best first; then the others, in case these fail. Each with the
+        steps that are left.
+
+    Raises:
+        TrainingError: None can be trained.
     """
-    n_left = job.n_steps
+    n_left = place.n_steps
     rounds = halving(min(job.config.finalists, len(finalists)), n_left)
-    finalists = finalists[: rounds[0][0] if rounds else 1]
+    n_taking_part = rounds[0][0] if rounds else 1
+    spare = list(finalists[n_taking_part:])
+    finalists = finalists[:n_taking_part]
     networks = {number: bench.repaired(plan, {}) for number, plan in enumerate(finalists)}
     scores: list[list[float]] = [[] for _ in finalists]
     before: dict[int, float] = {}
+    order = list(networks)
     for n_plans, n_steps in rounds:
-        rivals: list[tuple[int, Tuned]] = []
-        for number, network in networks.items():
-            on_progress(Progress(TRAINING_FINALISTS, len(rivals), n_plans))
-            recipe = job.recipe(n_steps, job.config.seed + 1 + n_plans)  # other images each round
-            stands = folder.unfinished / f"finalist-{number}-of-{n_plans}.pt"
-            plan = finalists[number]
-            tuned = train(job, plan, network, bench, recipe, _in_silence, stands)
-            rivals.append((number, tuned))
-            n_left -= n_steps
+        tuned = {
+            number: result
+            for i, (number, network) in enumerate(networks.items())
+            if (result := _short(
+                job, finalists[number], network, bench, place,
+                (n_steps, job.config.seed + 1 + n_plans),  # other images each round
+                f"finalist-{number}-of-{n_plans}.pt", Progress(TRAINING_FINALISTS, i, n_plans),
+                on_progress,
+            )) is not None
+        }  # fmt: skip
+        n_left -= n_steps * len(networks)
         on_progress(Progress(TRAINING_FINALISTS, n_plans, n_plans))
-        rivals.sort(key=lambda pair: pair[1].score, reverse=True)
-        for number, tuned in rivals:
-            scores[number].append(tuned.score)
-            before.setdefault(number, tuned.score_before)
-        networks = {number: tuned.model for number, tuned in rivals[: (n_plans + 1) // 2]}
-    best = next(iter(networks))
+        if not tuned:
+            spare = list(finalists) + spare
+            break
+        ranked = sorted(tuned, key=lambda number: tuned[number].score, reverse=True)
+        for number in ranked:
+            scores[number].append(tuned[number].score)
+            before.setdefault(number, tuned[number].score_before)
+        order = [*ranked, *(number for number in order if number not in ranked)]
+        networks = {number: tuned[number].model for number in ranked[: (n_plans + 1) // 2]}
     every = tuple(map(tuple, scores))
-    return Winner(finalists[best], networks[best], n_left, every, before.get(best))
+    first = [number for number in order if number in networks]
+    winners = [
+        Winner(finalists[n], networks[n], n_left, every, before.get(n)) for n in first
+    ]
+    others = [finalists[n] for n in order if n not in networks] + spare
+    return winners + [Winner(plan, None, place.n_steps, every) for plan in others]
+
+
+def _short(
+    job: Job,
+    plan: Plan,
+    network: nn.Module,
+    bench: Bench,
+    place: Place,
+    steps_and_seed: tuple[int, int],
+    name: str,
+    progress: Progress,
+    on_progress: ProgressCallback,
+) -> Tuned | None:
+    """A short training of a finalist; None where it fails."""
+    on_progress(progress)
+    recipe = job.recipe(*steps_and_seed)
+    try:
+        return train(job, plan, network, bench, recipe, _in_silence, place.file(name), place)
+    except TrainingError as err:
+        logger.warning("a finalist cannot be trained, and is out: %s", err)
+        return None
 
 
 def fastest_within_drop(
-    job: Job, searched: Searched, bench: Bench, folder: RunFolder, on_progress: ProgressCallback
+    job: Job, searched: Searched, bench: Bench, place: Place, on_progress: ProgressCallback
 ) -> Winner:
     """The fastest plan that loses no more than it may once it is trained, by bisection.
 
@@ -205,9 +374,9 @@ def fastest_within_drop(
         middle = (low + high) // 2
         on_progress(Progress(TRAINING_FRONT, n_trained, len(plans).bit_length()))
         network = bench.repaired(plans[middle], {})
-        recipe = job.recipe(job.n_steps, job.config.seed)
-        stands = folder.unfinished / f"front-{middle}.pt"
-        tuned = train(job, plans[middle], network, bench, recipe, _in_silence, stands)
+        recipe = job.recipe(place.n_steps, job.config.seed)
+        stands = place.file(f"front-{middle}.pt")
+        tuned = train(job, plans[middle], network, bench, recipe, _in_silence, stands, place)
         n_trained += 1
         drop, error = drop_of(original, bench.judgements(tuned.model), bench.criterion)
         logger.info("plan %d of %d: drop %.4f +- %.4f", middle, len(plans), drop, error)
@@ -249,8 +418,13 @@ def train(
     recipe: Recipe,
     on_progress: ProgressCallback,
     checkpoint: Path,
+    place: Place,
 ) -> Tuned:
-    """Fine-tuning of `network`, pruned by `plan`; never worse on the search split than before."""
+    """Fine-tuning of `network`, pruned by `plan`; never worse on the search split than before.
+
+    Raises:
+        TrainingError: It fails.
+    """
     hints = NO_HINTS
     if recipe.hints and recipe.n_steps:
         kept = job.prunable.kept_positions(plan)
@@ -266,4 +440,5 @@ def train(
         on_progress=on_progress,
         checkpoint=checkpoint,
         memory_format=bench.memory_format,
+        has_time=place.has_time,
     )

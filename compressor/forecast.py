@@ -5,7 +5,6 @@ step of training. What nobody can know yet is guessed: how much cheaper pruned n
 many of the measurements are needed, how long NNI takes.
 """
 
-import math
 
 from compressor.bench import ACCURACY, EXPORT, LATENCY, N_HARM_IMAGES, Bench, design
 from compressor.finalists import FRONT_TIMES, N_FINALISTS
@@ -34,12 +33,13 @@ LEFT = 0.6  # of a network's cost, where the limits do not say
 NNI_S = 0.15  # a layer
 FIRST_PLAN_SHARE = 0.5  # of the harms that may be measured on the way to the limit
 BISECTIONS = 4  # trainings along a front
+ALONE = 1.5  # an image by itself, in the time of one among many
 
 
 def forecast(
     job: Job, bench: Bench, problem: Problem, *, n_trials_done: int = 0
-) -> dict[str, float]:
-    """Phase of the run -> seconds it may take.
+) -> tuple[dict[str, float], float]:
+    """(phase of the run -> seconds it may take, seconds of a step of training).
 
     Args:
         job: What is asked for.
@@ -54,15 +54,19 @@ def forecast(
     trial_s = latency_s + (1 + share) / 2 * accuracy_s + bench.seconds[EXPORT] + PROPOSING_S
     searching_s = trial_s * max(0, problem.n_trials - n_trials_done)
     layers = sum(1 for module in job.model.modules() if not any(True for _ in module.children()))
+    per_image_s = ALONE * accuracy_s / max(1, len(job.data.search))
     expected = {
-        SEARCHING: min(searching_s, job.config.time_budget or math.inf),
+        SEARCHING: searching_s,
         MEASURING_FINALISTS: FINAL_LATENCY * latency_s * N_FINALISTS,
         PRUNING: NNI_S * layers,
-        MEASURING_FILES: 2 * FINAL_LATENCY * latency_s,
+        MEASURING_FILES: (
+            2 * FINAL_LATENCY * latency_s + per_image_s * len(job.data.test) * (1 + share)
+        ),
     }
     if not n_trials_done:
         expected = _before_the_search(bench, problem) | expected
-    return expected | _training(job, bench, share)
+    training, step_s = _training(job, bench, share)
+    return expected | training, step_s
 
 
 def _before_the_search(bench: Bench, problem: Problem) -> dict[str, float]:
@@ -78,9 +82,9 @@ def _before_the_search(bench: Bench, problem: Problem) -> dict[str, float]:
     return found
 
 
-def _training(job: Job, bench: Bench, share: float) -> dict[str, float]:
+def _training(job: Job, bench: Bench, share: float) -> tuple[dict[str, float], float]:
     if not job.n_steps:
-        return {}
+        return {}, 0.0
     recipe = job.recipe(job.n_steps, job.config.seed)
     hints = choose_hints(job.model, job.model, {}, job.example) if recipe.hints else NO_HINTS
     step_s = step_seconds(
@@ -90,10 +94,12 @@ def _training(job: Job, bench: Bench, share: float) -> dict[str, float]:
     answers = int(bool(recipe.distillation or hints))  # of the original; back costs two forward
     whole_s = job.n_steps * step_s * (answers + 3 * share) / (answers + 3)
     whole_s += job.config.fine_tune_epochs * bench.seconds[ACCURACY]
+    step_s = whole_s / job.n_steps  # with what is looked at between passes
     if job.config.pareto:
         whole_s *= len(FRONT_TIMES)
     elif job.config.max_drop is not None:
-        return {TRAINING_FRONT: BISECTIONS * whole_s}
+        return {TRAINING_FRONT: BISECTIONS * whole_s}, step_s
     rounds = halving(job.config.finalists, job.n_steps)
     contest = CONTEST_SHARE if rounds else 0.0
-    return {TRAINING_FINALISTS: contest * whole_s, FINE_TUNING: (1 - contest) * whole_s}
+    phases = {TRAINING_FINALISTS: contest * whole_s, FINE_TUNING: (1 - contest) * whole_s}
+    return phases, step_s

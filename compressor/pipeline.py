@@ -6,17 +6,30 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from compressor import run_folder
-from compressor.bench import Bench
+from compressor.bench import N_ORIGINAL_PARTS, Bench
 from compressor.border import config_of
+from compressor.budget import CAUTION, Budget
 from compressor.config import Config
 from compressor.errors import DeviceError, InterruptedRunError, RunFolderError
-from compressor.finalists import bands, choose, contest, fastest_within_drop
+from compressor.finalists import (
+    Finalists,
+    Place,
+    bands,
+    choose,
+    contest,
+    fastest_within_drop,
+    front,
+    taught_by_files,
+    taught_by_finalists,
+)
 from compressor.forecast import forecast
 from compressor.job import Job, prepare
-from compressor.latency.device import open_device
+from compressor.latency.device import Device, open_device
+from compressor.run import Run
 from compressor.run_folder import RunFolder
-from compressor.search.study import Study, has_begun, read_trials
-from compressor.shipping import build, is_shipped
+from compressor.search.objective import corrected
+from compressor.search.study import Study, has_begun, read_corrections, read_trials
+from compressor.shipping import build, trial_shipped, write_result
 from compressor.trials import (
     Searched,
     TrialCallback,
@@ -27,7 +40,19 @@ from compressor.trials import (
     search,
     strategy_of,
 )
-from compressor.values import Progress, ProgressCallback, Replayed, Result
+from compressor.values import (
+    MEASURING_ORIGINAL,
+    Original,
+    Progress,
+    ProgressCallback,
+    Replayed,
+    Result,
+    Verdict,
+)
+
+LEAST_STEPS = 10  # of training: fewer only cost time
+# Of what a machine says of itself; where they are the same, what it measured stays true.
+MACHINE_KEYS = ("host", "machine", "model", "instruction_set", "n_cores", "runtime", "version")
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +77,7 @@ def compress(
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
     with searched_in(config, on_trial, on_progress) as run:
-        return finish_one(*run, on_progress)
+        return finish_one(*run)
 
 
 def compress_front(
@@ -76,7 +101,7 @@ def compress_front(
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
     with searched_in(config, on_trial, on_progress) as run:
-        return finish_front(*run, on_progress)
+        return finish_front(*run)
 
 
 def resume(
@@ -110,7 +135,7 @@ def resume(
     if (path / run_folder.RESULT).is_file():
         return run_folder.read_result(path)
     with searched_in(config, on_trial, on_progress, folder, force=force) as run:
-        return (finish_front if config.pareto else finish_one)(*run, on_progress)
+        return (finish_front if config.pareto else finish_one)(*run)
 
 
 def replay(
@@ -137,12 +162,13 @@ def replay(
     job = prepare(config, is_new=False)
     environment = run_folder.describe_environment(job.target, job.loaded, job.data)
     folder.check(environment, force=False)
-    trials = read_trials(folder.study)
+    trials, corrections = read_trials(folder.study), read_corrections(folder.study)
     problem, strategy = posed_before(job, folder.study), strategy_of(config)
     differs_at = None
     for n, trial in enumerate(trials):
         on_progress(Progress("Searching again", n, len(trials)))
-        proposal = proposed(strategy, problem, trials[:n])
+        known = corrected(trials[:n], [each for each in corrections if each.n_trials <= n])
+        proposal = proposed(strategy, problem, known)
         if proposal is None or job.space.by_name(proposal.widths) != trial.widths:
             differs_at = n
             break
@@ -150,9 +176,8 @@ def replay(
     shipped = None
     if (path / run_folder.RESULT).is_file():
         result = run_folder.read_result(path)
-        plans = {t.number: job.space.plan(job.space.from_names(t.widths)) for t in trials}
-        same = [n for n, plan in plans.items() if is_shipped(job.prunable, plan, result)]
-        shipped = same[0] if same else None
+        found = trial_shipped(job, trials, result)
+        shipped = None if found is None else found.number
     return Replayed(len(trials), differs_at, shipped)
 
 
@@ -164,13 +189,13 @@ def searched_in(
     stopped: RunFolder | None = None,
     *,
     force: bool = False,
-) -> Iterator[tuple[Job, Bench, RunFolder, Searched]]:
+) -> Iterator[tuple[Run, Searched]]:
     """What all ways to end a run begin with; the device stays open meanwhile.
 
     Args:
         config: What is asked for.
         on_trial: Told of every trial as it ends.
-        on_progress: Told how far long work has come.
+        on_progress: Told how far it has come.
         stopped: Of a run that goes on.
         force: See `resume`.
     """
@@ -178,61 +203,181 @@ def searched_in(
     with ExitStack() as stack:
         if stopped is not None:
             stack.enter_context(_worked_in(stopped))
+        budget = Budget(config.time_budget, file=stopped.spent if stopped else None)
         job = prepare(config, is_new=stopped is None)
         environment = run_folder.describe_environment(job.target, job.loaded, job.data)
         if stopped is not None:
             stopped.check(environment, force=force)
+        begun = stopped is not None and has_begun(stopped.study)
+        if not begun:
+            budget.check("reading model and data")
         device = stack.enter_context(open_device(job.target))
-        on_progress(Progress("Measuring the original", 0, 1))
+        study = Study.open(stopped.study, job.space) if stopped and begun else None
         bench = Bench(
             job.prunable, job.space, job.data, job.target, device,
             recovery=job.recovery, on_progress=on_progress, criterion=job.criterion,
+            measured=_measured_before(stopped, study, device) if stopped and study else None,
         )  # fmt: skip
-        if stopped is not None and has_begun(stopped.study):
-            folder, study = stopped, Study.open(stopped.study, job.space)
-            problem = posed_before(job, stopped.study)
-            expected = forecast(job, bench, problem, n_trials_done=len(study.trials))
-            on_progress(Progress("Measuring the original", 1, 1, expected=expected))
+        if stopped is not None and study is not None:
+            folder, problem = stopped, posed_before(job, stopped.study)
         else:
-            problem = pose(job, bench)  # the last thing that bad input can break
-            expected = forecast(job, bench, problem)
-            on_progress(Progress("Measuring the original", 1, 1, expected=expected))
+            _ = bench.original_accuracy
+            budget.check("reading model and data, and measuring the original")
+            problem = pose(job, bench)  # the last thing that bad input can break but for time
+        n_done = len(study.trials) if study else 0
+        expected, step_s = forecast(job, bench, problem, n_trials_done=n_done)
+        budget.divide(expected, is_new=study is None)
+        done = N_ORIGINAL_PARTS
+        on_progress(Progress(MEASURING_ORIGINAL, done, done, expected=budget.within(expected)))
+        if study is None:
             folder = stopped or stack.enter_context(_new_folder(job, environment, bench))
+        budget.keep_in(folder.spent)
+        if study is None:
             study = Study.begin(folder.study, job.space)
-            problem = informed(job, problem, bench, study, on_progress)
+            study.keep_original(bench.original)
+            problem = informed(job, problem, bench, study, on_progress, budget)
             study.keep(problem)
-        yield job, bench, folder, search(job, problem, bench, study, on_trial, on_progress)
+        run = Run(job, bench, folder, budget, step_s, on_trial, on_progress)
+        yield run, search(job, problem, bench, study, budget, on_trial, on_progress)
 
 
-def finish_one(
-    job: Job, bench: Bench, folder: RunFolder, searched: Searched, on_progress: ProgressCallback
-) -> Result:
-    """The best plan as a finished model."""
-    if searched.problem.objective.front and job.config.max_drop is not None:
-        winner = fastest_within_drop(job, searched, bench, folder, on_progress)
-    else:
-        finalists = choose(job, searched, bench, on_progress)
-        winner = contest(job, finalists, bench, folder, on_progress)
-    return build(job, searched, winner, bench, folder, on_progress)
+def _measured_before(folder: RunFolder, study: Study, device: Device) -> Original | None:
+    """What was measured of the original, where that was on the machine that is here now."""
+    then = folder.read_manifest().get("device")
+    now = device.describe()
+    if not isinstance(then, dict) or any(then.get(key) != now.get(key) for key in MACHINE_KEYS):
+        logger.warning("the run goes on on another machine; the original is measured again")
+        return None
+    return study.original()
 
 
-def finish_front(
-    job: Job, bench: Bench, folder: RunFolder, searched: Searched, on_progress: ProgressCallback
-) -> tuple[Result, ...]:
+def finish_one(run: Run, searched: Searched) -> Result:
+    """The best plan as a finished model.
+
+    Where the finished files miss the limit, or are far faster than asked, the search goes on with
+    what that taught, once; the better one of both models is shipped.
+    """
+    aside = run.folder.aside
+    if aside is not None and not any(c.is_by_files for c in searched.study.corrections):
+        searched = _goes_on(run, searched, aside)  # stopped in between
+    while True:
+        began_s = run.budget.spent_s
+        result = _built(run, searched, n_before=int(aside is not None))
+        if aside is not None:
+            break
+        shipped = trial_shipped(run.job, searched.trials, result)
+        correction = taught_by_files(searched, shipped, result.speedup)
+        if correction is None or run.budget.left_s < run.budget.spent_s - began_s:
+            return write_result(run, searched, result)
+        run.folder.set_aside(result)
+        aside = result
+        searched = _goes_on(run, searched, aside)
+    if worth(aside) > worth(result):
+        run.folder.take_back()
+        result = aside
+    return write_result(run, searched, result)
+
+
+def _goes_on(run: Run, searched: Searched, aside: Result) -> Searched:
+    """The search after what the finished files of `aside` taught."""
+    shipped = trial_shipped(run.job, searched.trials, aside)
+    correction = taught_by_files(searched, shipped, aside.speedup)
+    if correction is None:
+        return searched
+    logger.info("the search goes on: the files came out at %.3f", aside.speedup.ratio)
+    searched.study.correct(correction)
+    n_done = len(searched.study.trials)
+    expected, _ = forecast(run.job, run.bench, searched.problem, n_trials_done=n_done)
+    run.budget.divide(expected, is_new=False)
+    return _search_on(run, searched)
+
+
+def _built(run: Run, searched: Searched, n_before: int) -> Result:
+    """The best plan, built and measured; without a result in its folder."""
+    is_by_drop = searched.problem.objective.front and run.job.config.max_drop is not None
+    if is_by_drop:
+        place = place_of(run, searched, n_before, n_trainings=len(front(searched)).bit_length())
+        found = fastest_within_drop(run.job, searched, run.bench, place, run.on_progress)
+        return build(run, searched, [found], place)
+    searched, finalists = _settled(run, searched)
+    place = place_of(run, searched, n_before)
+    winners = contest(run.job, finalists.plans, run.bench, place, run.on_progress)
+    return build(run, searched, winners, place)
+
+
+def _settled(run: Run, searched: Searched) -> tuple[Searched, Finalists]:
+    """The finalists; the search goes on where measuring them again says that it should."""
+    while True:
+        finalists = choose(run.job, searched, run.bench, run.on_progress, run.budget)
+        correction = taught_by_finalists(searched, finalists)
+        if correction is None or run.budget.of_search_s() <= 0:
+            return searched, finalists
+        logger.info("the search goes on: finalists came out %.3f times as fast", correction.moved)
+        searched.study.correct(correction)
+        searched = _search_on(run, searched)
+
+
+def _search_on(run: Run, searched: Searched) -> Searched:
+    """Some trials more, with what was taught."""
+    return search(
+        run.job, searched.problem, run.bench, searched.study, run.budget, run.on_trial,
+        run.on_progress,
+    )  # fmt: skip
+
+
+def place_of(run: Run, searched: Searched, n_before: int, *, n_trainings: int = 1) -> Place:
+    """Where and how long is trained, as far as the time budget goes.
+
+    Args:
+        run: With its budget.
+        searched: Whose study keeps how many steps were decided on.
+        n_before: Models that were finished before.
+        n_trainings: Whole trainings that share the time.
+    """
+    whole = run.job.n_steps
+
+    def affordable() -> float:
+        left_s = run.budget.of_training_s() / CAUTION / max(1, n_trainings)
+        if not whole or run.step_s * whole <= left_s:
+            return whole
+        n_steps = int(max(0.0, left_s) / run.step_s)
+        return n_steps if n_steps >= LEAST_STEPS else 0
+
+    key = f"training steps, {run.folder.path.name if n_trainings > 1 else ''}{n_before}"
+    n_steps = int(searched.study.number_once(key, affordable))
+    if n_steps < whole:
+        run.budget.cut(f"{n_steps} of {whole} training steps")
+    return Place(run.folder, n_before, n_steps, lambda: run.budget.of_training_s() > 0)
+
+
+def worth(result: Result) -> tuple[float, ...]:
+    """Larger is better: limits that are met, then accuracy on the search split, then speed.
+
+    The test split has no say.
+    """
+    training = result.training
+    learned = training["search_accuracy"] if training and "steps" in training else 0.0
+    is_met = result.verdict is Verdict.MET
+    return float(is_met), learned if is_met else 0.0, result.speedup.ratio
+
+
+def finish_front(run: Run, searched: Searched) -> tuple[Result, ...]:
     """The best plan of every band of speed as a finished model; those that are there stay.
 
     The order is that of the last measurements: near a band's edge it may differ from the search's.
     """
     results: list[Result] = []
-    for band in bands(searched):
-        point = folder.within(f"point-{len(results) + 1}", job.config.as_toml())
-        if (point.path / run_folder.RESULT).is_file():
-            results.append(run_folder.read_result(point.path))
+    every_band = bands(searched)
+    for n, band in enumerate(every_band):
+        point = run.within(f"point-{n + 1}", run.job.config.as_toml())
+        if (point.folder.path / run_folder.RESULT).is_file():
+            results.append(run_folder.read_result(point.folder.path))
             continue
-        finalists = choose(job, band, bench, on_progress)
-        winner = contest(job, finalists, bench, point, on_progress)
-        results.append(build(job, searched, winner, bench, point, on_progress))
-    folder.forget_unfinished()
+        finalists = choose(run.job, band, run.bench, run.on_progress, run.budget)
+        place = place_of(point, band, n, n_trainings=len(every_band) - n)
+        winners = contest(run.job, finalists.plans, run.bench, place, run.on_progress)
+        results.append(write_result(point, band, build(point, band, winners, place)))
+    run.folder.forget_unfinished()
     return tuple(sorted(results, key=lambda r: (r.compressed is not None, r.speedup.ratio)))
 
 

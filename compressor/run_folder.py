@@ -38,6 +38,7 @@ RESULT, STUDY, CONFIG, LOG = "result.json", "study.db", "config.toml", "log.txt"
 MODEL_ONNX, ORIGINAL_ONNX, MODEL_PT = "model.onnx", "original.onnx", "model.pt"
 REPORT = "report.html"
 MANIFEST, UNFINISHED, LOCK = "manifest.json", ".unfinished", "lock"
+ASIDE, SPENT = "aside", "spent.json"
 # Of what a run follows from; with another one it would not be the same run.
 IDENTITIES = {
     "model_sha256": "the model file",
@@ -87,6 +88,28 @@ class RunFolder:
         path.mkdir(exist_ok=True)
         return path
 
+    def set_aside(self, result: "Result") -> None:
+        """Keeps a finished model while a better one is looked for; its result is written last."""
+        path = self.unfinished / ASIDE
+        path.mkdir(exist_ok=True)
+        for name in (MODEL_ONNX, MODEL_PT):
+            if (self.path / name).is_file():
+                (self.path / name).replace(path / name)
+        RunFolder(path).write_result(result)
+
+    @property
+    def aside(self) -> "Result | None":
+        """The result of the model that `set_aside` keeps; None where there is none."""
+        path = self.unfinished / ASIDE
+        return read_result(path) if (path / RESULT).is_file() else None
+
+    def take_back(self) -> None:
+        """Puts the model that `set_aside` keeps in place of the later one."""
+        for name in (MODEL_ONNX, MODEL_PT):
+            (self.path / name).unlink(missing_ok=True)
+            if (self.unfinished / ASIDE / name).is_file():
+                (self.unfinished / ASIDE / name).replace(self.path / name)
+
     def forget_unfinished(self) -> None:
         """Removes what is only needed to go on."""
         shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
@@ -113,7 +136,9 @@ class RunFolder:
             )
         if changed:
             for file in self.unfinished.iterdir():
-                if file.name != LOCK:  # half-trained networks of what it was
+                if file.is_dir():  # a network of what it was
+                    shutil.rmtree(file)
+                elif file.name not in (LOCK, SPENT):  # half-trained ones
                     file.unlink()
         if begun.get("versions") != now.get("versions"):
             logger.warning(
@@ -147,6 +172,11 @@ class RunFolder:
                 f"version of compress that began the run."
             )
         return dict(content)
+
+    @property
+    def spent(self) -> Path:
+        """What of the time budget was spent."""
+        return self.unfinished / SPENT
 
     @property
     def study(self) -> Path:

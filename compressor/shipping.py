@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,19 +10,19 @@ from torch import Tensor, nn
 
 from compressor import run_folder
 from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery, n_cores
-from compressor.errors import EngineError, EquivalenceError, ExportError
+from compressor.errors import EngineError, EquivalenceError, ExportError, TrainingError
 from compressor.evaluate import accuracy, check_agree
 from compressor.export import export_onnx
 from compressor.files import write_whole
-from compressor.finalists import Winner, train
+from compressor.finalists import Place, Winner, train
 from compressor.graph import cost
 from compressor.job import Job
 from compressor.latency.onnxruntime import predictor
 from compressor.latency.precision import FP16, half_onnx
-from compressor.latency.timing import is_win
+from compressor.latency.timing import FINAL, is_win
 from compressor.prunable import MODULE, TRACED, Prunable
 from compressor.report.html import html_report
-from compressor.run_folder import RunFolder
+from compressor.run import Run
 from compressor.search.clustering import importance_tree
 from compressor.surgery import check_dropped, groups_left, prune_with_nni, remove_branches
 from compressor.training import Tuned
@@ -37,44 +38,57 @@ from compressor.values import (
     PairedLatency,
     Plan,
     Progress,
-    ProgressCallback,
     Result,
     SearchCost,
     Side,
     Trained,
     Tree,
+    Trial,
     Untrained,
     Verdict,
 )
 
+NNI_SHARE = 0.1  # of the time budget: with less left, NNI is not asked
+FILES_SHARE = 0.4  # of what is left, for timing the files; the rest is for their accuracy
+N_FINISH_PARTS = 5
 FP16_TOLERANCE = 3e-2  # of the largest output; each of some 50 layers rounds to 1 in 2,048
 
 logger = logging.getLogger(__name__)
 
 
-def build(
-    job: Job,
-    searched: Searched,
-    winner: Winner,
-    bench: Bench,
-    folder: RunFolder,
-    on_progress: ProgressCallback,
-) -> Result:
-    """Prunes for real, trains on, exports and proves."""
-    compact, engines = cut_out(job, winner.plan, on_progress)
-    recipe = job.recipe(winner.n_steps_left, job.config.seed)
-    stands = folder.unfinished / "training.pt"
-    tuned = train(job, winner.plan, winner.network, bench, recipe, on_progress, stands)
-    compact.load_state_dict(tuned.model.state_dict())
-    training = training_report(job, winner, tuned)
-    return finish(
-        job, searched, winner.plan, compact, engines, training, bench, folder, on_progress
-    )
+def build(run: Run, searched: Searched, winners: Sequence[Winner], place: Place) -> Result:
+    """Prunes for real, trains on, exports and proves; `write_result` ends it.
+
+    Args:
+        run: That it belongs to.
+        searched: Where the plans come from.
+        winners: The first one that can be trained is built.
+        place: Where and how long is trained.
+
+    Raises:
+        TrainingError: None can be trained.
+    """
+    for n_left, winner in zip(reversed(range(len(winners))), winners, strict=True):
+        compact, engines = cut_out(run, winner.plan)
+        network = winner.network or run.bench.repaired(winner.plan, {})
+        recipe = run.job.recipe(winner.n_steps_left, run.job.config.seed)
+        try:
+            tuned = train(
+                run.job, winner.plan, network, run.bench, recipe, run.on_progress,
+                place.file("training.pt"), place,
+            )  # fmt: skip
+        except TrainingError as err:
+            if not n_left:
+                raise
+            logger.warning("this plan cannot be trained, so the next one is taken: %s", err)
+            continue
+        compact.load_state_dict(tuned.model.state_dict())
+        training = training_report(run.job, winner, tuned, place.n_steps)
+        return finish(run, searched, winner.plan, compact, engines, training)
+    raise AssertionError
 
 
-def cut_out(
-    job: Job, plan: Plan, on_progress: ProgressCallback
-) -> tuple[nn.Module, dict[str, float | str]]:
+def cut_out(run: Run, plan: Plan) -> tuple[nn.Module, dict[str, float | str]]:
     """The compact network, and how far each engine's outputs are from it on real images.
 
     It is NNI's where NNI can process the network and answers the same, else that of our own
@@ -83,10 +97,15 @@ def cut_out(
     Raises:
         EquivalenceError: The masked original answers differently.
     """
-    on_progress(Progress(PRUNING, 0, 1))
+    job = run.job
+    run.on_progress(Progress(PRUNING, 0, 2, "own surgery"))
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
     compact, error = check_surgery(job.prunable, plan, job.data)
     engines: dict[str, float | str] = {"masked": error}
+    if run.budget.left_s < NNI_SHARE * run.budget.total_s:
+        run.budget.cut("NNI was not asked to prune the network too")
+        return compact, engines | {"nni": "the time budget had no time for it"}
+    run.on_progress(Progress(PRUNING, 1, 2, "NNI"))
     dropped = check_dropped(job.prunable.branches, plan)
     network = remove_branches(job.model, dropped)
     groups = groups_left(job.groups, dropped, network)
@@ -101,28 +120,36 @@ def cut_out(
 
 
 def finish(
-    job: Job,
+    run: Run,
     searched: Searched,
     plan: Plan,
     tuned: nn.Module,
     engines: dict[str, float | str],
     training: Trained | Untrained | None,
-    bench: Bench,
-    folder: RunFolder,
-    on_progress: ProgressCallback,
 ) -> Result:
-    """Exports both models, proves and measures the files, and writes the result last."""
-    on_progress(Progress(MEASURING_FILES, 0, 1))
+    """Exports both models, proves and measures the files; leaves them in the run's folder."""
+    job, bench, folder = run.job, run.bench, run.folder
+
+    def tell(n_done: int, note: str) -> None:
+        run.on_progress(Progress(MEASURING_FILES, n_done, N_FINISH_PARTS, note))
+
+    tell(0, "exporting")
     images = job.data.test.model_input(slice(0, N_PROOF_IMAGES))
     original_file = folder.original_onnx
     with folder.unproven_onnx() as unproven:
         engines = {
             **engines, **export_both(job, tuned, (original_file, unproven), images, bench)
         }  # fmt: skip
-        speedup = bench.compare(original_file, unproven)
+        tell(1, "timing them")
+        effort = run.budget.effort(FINAL, FILES_SHARE * run.budget.left_s)
+        speedup = bench.compare(original_file, unproven, effort)
+        tell(2, "timing the layers")
         layers = bench.layers(original_file, unproven, tuned)
+        tell(3, "accuracy of the original")
         before = measured_side(job, job.model, original_file, speedup.original, bench)
+        tell(4, "accuracy of the compressed network")
         after = measured_side(job, tuned, unproven, speedup.candidate, bench, before.metric)
+        tell(N_FINISH_PARTS, "")
         are_met = [c.is_met(speedup, before, after) for c in job.config.constraints]
         verdict = judge(speedup, searched.noise_floor, are_met)
         handed_back = verdict is not Verdict.NOT_FASTER
@@ -130,7 +157,7 @@ def finish(
             folder.write_checkpoint(rebuildable(job, plan, tuned))
             unproven.replace(folder.model_onnx)
     errors = [e for e in engines.values() if isinstance(e, float)]
-    result = Result(
+    return Result(
         verdict=verdict,
         target=job.target.name,
         runtime=job.target.runtime,
@@ -149,7 +176,7 @@ def finish(
             "n_inputs": len(images),
             "max_abs_error": max(errors),
         },
-        search=search_report(job, searched),
+        search=search_report(run, searched),
         groups=groups_table(job.prunable, plan),
         environment={
             **run_folder.describe_environment(job.target, job.loaded, job.data),
@@ -157,20 +184,30 @@ def finish(
         },
         out=folder.path,
     )
-    folder.write_report(html_report(result, searched.study.trials))
-    folder.write_result(result)
-    folder.forget_unfinished()
+
+
+def write_result(run: Run, searched: Searched, result: Result) -> Result:
+    """Writes report and result, which ends the run."""
+    search = search_report(run, searched)
+    result = replace(result, search=search, out=run.folder.path)
+    run.folder.write_report(html_report(result, searched.trials))
+    run.folder.write_result(result)
+    run.folder.forget_unfinished()
     return result
 
 
-def training_report(job: Job, winner: Winner, tuned: Tuned) -> Trained | Untrained | None:
-    """How the shipped network was trained."""
+def training_report(
+    job: Job, winner: Winner, tuned: Tuned, n_steps: int
+) -> Trained | Untrained | None:
+    """How the shipped network was trained, in `n_steps` steps."""
     if not job.data.is_trainable and job.config.fine_tune_epochs:
         return {"skipped_because": "there is no fit split to learn from"}
     if not job.n_steps:
         return None
+    if not n_steps:
+        return {"skipped_because": "the time budget had no time for it"}
     return {
-        "steps": job.n_steps,
+        "steps": n_steps,
         "batch_size": job.config.batch_size,
         "finalists": [list(scores) for scores in winner.scores],
         "distillation": job.distillation,
@@ -278,6 +315,15 @@ def is_shipped(prunable: Prunable, plan: Plan, result: Result) -> bool:
     return same_groups and branches_table(prunable.branches, plan) == list(result.branches)
 
 
+def trial_shipped(job: Job, trials: Sequence[Trial], result: Result) -> Trial | None:
+    """The trial whose plan `result` shipped; None where there is none."""
+    for trial in trials:
+        plan = job.space.plan(job.space.from_names(trial.widths))
+        if trial.accuracy is not None and is_shipped(job.prunable, plan, result):
+            return trial
+    return None
+
+
 def judge(speedup: PairedLatency, noise_floor: PairedLatency, are_met: Sequence[bool]) -> Verdict:
     """Whether the limits are met; and what is no faster than noise can make it is no win.
 
@@ -290,9 +336,9 @@ def judge(speedup: PairedLatency, noise_floor: PairedLatency, are_met: Sequence[
     return Verdict.MET if all(are_met) else Verdict.INFEASIBLE
 
 
-def search_report(job: Job, searched: Searched) -> SearchCost:
+def search_report(run: Run, searched: Searched) -> SearchCost:
     """How the plan was found, and what a trial cost: seconds a trial, part by part."""
-    trials = searched.trials
+    job, trials = run.job, searched.trials
     parts = {
         part: sum(t.seconds.get(part, 0.0) for t in trials) / len(trials) for part in TRIAL_PARTS
     }
@@ -315,5 +361,7 @@ def search_report(job: Job, searched: Searched) -> SearchCost:
         "noise_floor": {"ratio": floor.ratio, "ci95": floor.ci95},
         "seconds_per_trial": {**parts, "all": wall},
         "tree": tree,
+        "n_corrections": len(searched.study.corrections),
+        "cut_short": list(run.budget.cut_short),
         "overhead_seconds_per_trial": wall - sum(parts[part] for part in INHERENT_PARTS),
     }

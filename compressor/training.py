@@ -115,6 +115,7 @@ def fine_tune(
     on_progress: ProgressCallback,
     checkpoint: Path | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    has_time: Callable[[], bool] = lambda: True,
 ) -> Tuned:
     """A trained copy: SGD with Nesterov momentum; the best by `score` is kept.
 
@@ -133,6 +134,7 @@ def fine_tune(
         checkpoint: Written after every pass. Where it is there already, and of this recipe,
             training goes on from it, and comes out as if it had never stopped.
         memory_format: In which images go through the network.
+        has_time: Asked after every step; where it says no, training ends there.
 
     Raises:
         TrainingError: The network's code, or that of the loss, failed.
@@ -144,7 +146,7 @@ def fine_tune(
     per_pass = training.n_batches
     while training.step < recipe.n_steps and training.stopped_because is None:
         end = min((training.step // per_pass + 1) * per_pass, recipe.n_steps)
-        training.go_on(end, on_progress)
+        training.go_on(end, on_progress, has_time)
         if checkpoint is not None:
             training.save(checkpoint)
     return Tuned(
@@ -248,7 +250,12 @@ class _Training:
             self.optimizer, partial(_rate_at, n_steps=recipe.n_steps, schedule=recipe.schedule)
         )
 
-    def go_on(self, end: int, on_progress: ProgressCallback) -> None:
+    def go_on(
+        self,
+        end: int,
+        on_progress: ProgressCallback,
+        has_time: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Trains until step `end`, then looks at what has come of it."""
         epoch = self.step // self.n_batches
         self.learner.begin()
@@ -270,6 +277,11 @@ class _Training:
             if self.step % 10 == 0:
                 note = f"loss {loss.item():.3f}"
                 on_progress(Progress(FINE_TUNING, self.step, self.recipe.n_steps, note))
+            if self.step < end and not has_time():
+                n_steps = self.recipe.n_steps
+                self.stopped_because = f"the time budget was spent at step {self.step}/{n_steps}"
+                logger.warning("fine-tuning stopped: %s", self.stopped_because)
+                break
         candidate = self._as_it_came()
         try:
             score = self.score(candidate)

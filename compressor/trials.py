@@ -1,6 +1,7 @@
 """What is asked of the search, what is measured before it, and its trials."""
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from compressor.bench import (
     features,
     timed,
 )
+from compressor.budget import Budget
 from compressor.config import Config
 from compressor.errors import ConfigError, MeasurementError, SearchError
 from compressor.goals import ASK_FOR_FEATURES, MACS, MAX_DROP, PARAMS
@@ -51,6 +53,8 @@ from compressor.values import (
     Trial,
 )
 
+MORE, MIN_MORE = 1 / 6, 3  # of the trials, and trials: after a correction
+N_TYPICAL = 5  # trials that tell what the next one takes
 MIN_INFORMED = 10  # trials; below that, trying every variable first would cost more than they do
 PROPOSAL = "proposal"
 TRIAL_PARTS = (PROPOSAL, SURGERY, REPAIR, RECALIBRATION, EXPORT, LATENCY, ACCURACY)
@@ -82,13 +86,21 @@ def pose(job: Job, bench: Bench) -> Problem:
 
 
 def informed(
-    job: Job, problem: Problem, bench: Bench, study: Study, on_progress: ProgressCallback
+    job: Job,
+    problem: Problem,
+    bench: Bench,
+    study: Study,
+    on_progress: ProgressCallback,
+    budget: Budget,
 ) -> Problem:
     """`problem` with what is measured before the first trial; what `study` has of it stays."""
-    problem = replace(
-        problem,
-        timed=bench.timed_plans(problem.seed, at_most=problem.n_trials // 2, once=study.once),
+    at_most = problem.n_trials // 2
+    timed_plans = bench.timed_plans(
+        problem.seed, at_most=at_most, once=study.once, has_time=lambda: budget.of_before_s() > 0
     )
+    if budget.of_before_s() <= 0:
+        budget.cut(f"only {len(timed_plans)} plans were timed before the first trial")
+    problem = replace(problem, timed=timed_plans)
     if not is_looked_into(problem):
         return problem
     if job.config.search in ASK_FOR_FEATURES:
@@ -97,7 +109,7 @@ def informed(
     def harm(widths: Widths) -> float:
         return study.number_once(f"harm of {widths}", partial(bench.harm, widths))
 
-    return with_harm(problem, harm, on_progress)
+    return with_harm(problem, harm, on_progress, budget)
 
 
 def posed_before(job: Job, study: Path) -> Problem:
@@ -143,15 +155,22 @@ def _with_features(job: Job, problem: Problem) -> Problem:
 
 
 def with_harm(
-    problem: Problem, harm: Callable[[Widths], float], on_progress: ProgressCallback
+    problem: Problem,
+    harm: Callable[[Widths], float],
+    on_progress: ProgressCallback,
+    budget: Budget | None = None,
 ) -> Problem:
     """`problem` with what every variable costs alone, and the greedy path to the limit.
 
-    Together they look at no more images than a quarter of the search's trials do.
+    Together they look at no more images than a quarter of the search's trials do. Where there is
+    no time for every variable, none is looked at: half of them would mislead.
     """
-    space = problem.space
+    space, budget = problem.space, budget or Budget(None)
     damages: dict[str, float] = {}
     for name, widths in zip(space.names, space.each_alone(), strict=True):
+        if budget.of_before_s() <= 0:
+            budget.cut("what each group and branch does alone was not looked at")
+            return problem
         on_progress(Progress(TRYING_EACH, len(damages), len(space.names)))
         damages[name] = harm(widths)
     problem = replace(problem, damages=damages)
@@ -161,7 +180,12 @@ def with_harm(
     def on_step(share: float) -> None:
         on_progress(Progress(FIRST_PLAN, round(100 * share), 100))
 
-    path, measured = lazy_greedy(problem, harm, at_most=at_most, on_step=on_step)
+    path, measured = lazy_greedy(
+        problem, harm, at_most=at_most, on_step=on_step,
+        has_time=lambda: budget.of_before_s() > 0,
+    )  # fmt: skip
+    if budget.of_before_s() <= 0:
+        budget.cut("the first plan was made from fewer measurements")
     alone = [
         Harmed(space.by_name(widths), problem.damages[name])
         for name, widths in zip(space.names, space.each_alone(), strict=True)
@@ -175,7 +199,7 @@ class Searched:
 
     Attributes:
         problem: What was asked.
-        trials: Those that count.
+        trials: Those that count, with the speed-ups that are expected of them now.
         study: All of them, on disk.
         seconds: That they took.
         noise_floor: Of their measurements.
@@ -188,11 +212,22 @@ class Searched:
     noise_floor: PairedLatency
 
 
+def n_trials_wanted(problem: Problem, study: Study) -> int:
+    """Trials of the search; after a correction, some more."""
+    if is_hopeless(problem):
+        return 1
+    if not study.corrections:
+        return problem.n_trials
+    more = max(MIN_MORE, round(MORE * problem.n_trials))
+    return study.corrections[-1].n_trials + more
+
+
 def search(
     job: Job,
     problem: Problem,
     bench: Bench,
     study: Study,
+    budget: Budget,
     on_trial: TrialCallback,
     on_progress: ProgressCallback,
 ) -> Searched:
@@ -203,31 +238,39 @@ def search(
     strategy = strategy_of(job.config)
     before = sum(sum(trial.seconds.values()) for trial in study.trials)
     started = time.perf_counter() - before
-    budget = job.config.time_budget or float("inf")
-    hopeless = is_hopeless(problem)
-    n_trials = 1 if hopeless else problem.n_trials
+    n_trials = n_trials_wanted(problem, study)
 
-    def tell(n_total: int) -> None:
-        best = next(iter(best_first(study.trials, problem)), None)
-        on_progress(Progress(SEARCHING, len(study.trials), n_total, best=best))
+    def tell() -> None:
+        best = next(iter(best_first(study.known, problem)), None)
+        on_progress(Progress(SEARCHING, len(study.trials), n_trials, best=best))
 
-    while len(study.trials) < n_trials and time.perf_counter() - started < budget:
-        tell(problem.n_trials)
+    while len(study.trials) < n_trials:
+        if study.trials and budget.of_search_s() < _typical_seconds(study.trials):
+            budget.cut(f"{len(study.trials)} trials, not {n_trials}")
+            break
+        tell()
         seconds: dict[str, float] = {}
         with timed(seconds, PROPOSAL):
-            proposal = proposed(strategy, problem, study.trials)
+            proposal = proposed(strategy, problem, study.known)
         if proposal is None:
             logger.info("every plan of the space was tried")
             break
         on_trial(_run_trial(job, study, proposal, bench, seconds))
-    if hopeless:
+        budget.note()
+    if is_hopeless(problem):
         logger.info("the fastest plan stays far beyond the limit; no need to go on")
-    tell(len(study.trials))
+    tell()
     if not any(trial.accuracy for trial in study.trials):
         reasons = {trial.failed_because for trial in study.trials}
         raise SearchError(f"None of {len(study.trials)} trials could be measured: {reasons}.")
     seconds_spent = time.perf_counter() - started
-    return Searched(problem, study.trials, study, seconds_spent, bench.noise_floor)
+    return Searched(problem, study.known, study, seconds_spent, bench.noise_floor)
+
+
+def _typical_seconds(trials: Sequence[Trial]) -> float:
+    """Of one trial, by the latest ones."""
+    latest = [sum(trial.seconds.values()) for trial in trials[-N_TYPICAL:]]
+    return statistics.fmean(latest)
 
 
 def proposed(strategy: Strategy, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:

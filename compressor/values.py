@@ -419,6 +419,21 @@ class PairedLatency:
 
 
 @dataclass(frozen=True)
+class Original:
+    """What was measured of the original before anything was searched.
+
+    Attributes:
+        noise_floor: The original against itself; what differs from 1 in it is noise.
+        accuracy: On the search split.
+        seconds: Part of a trial -> what it took of the original.
+    """
+
+    noise_floor: PairedLatency
+    accuracy: "Accuracy"
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Figure:
     """One number about a device, and why anyone should believe it.
 
@@ -591,9 +606,11 @@ class Progress:
 
 
 # Phases of a run that take long enough to be forecast, in the order they come in.
+MEASURING_ORIGINAL = "Measuring the original"
 TIMING_LAYERS = "Timing the layers"
 TRYING_EACH = "Trying every group and branch"
 FIRST_PLAN = "Finding a first plan"
+GATHERING = "Gathering what layers read"  # for least squares, before the first repair
 SEARCHING = "Searching"
 MEASURING_FINALISTS = "Measuring finalists"
 TRAINING_FINALISTS = "Training finalists"
@@ -845,6 +862,8 @@ class SearchCost(TypedDict):
     noise_floor: NotRequired[Interval]
     seconds_per_trial: NotRequired[dict[str, float]]
     tree: NotRequired[Tree]
+    n_corrections: NotRequired[int]
+    cut_short: NotRequired[list[str]]
 
 
 class GroupRow(TypedDict):

@@ -47,8 +47,10 @@ def text_report(result: Result) -> str:
         *(f"clock       {told}" for told in clock_of(result.speedup)),
         *(f"doubtful    {condition}" for condition in result.speedup.conditions),
         f"search      {result.search['strategy']}, {result.search['n_trials']} trials "
-        f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s; "
+        f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s"
+        f"{_went_on(result)}; "
         f"{overhead:.2f} s a trial outside forward passes and measuring",
+        *(f"cut short   {what}: the time budget" for what in result.search.get("cut_short", ())),
         *_training(result),
         f"proof       largest output difference {result.equivalence['max_abs_error']:.1e} on "
         f"{result.equivalence['n_inputs']} real images: {_engines(result)}",
@@ -57,6 +59,11 @@ def text_report(result: Result) -> str:
         f"locked      {', '.join(str(g['name']) for g in locked) or 'none'}",
         f"files       {result.out} (open report.html)",
     ])  # fmt: skip
+
+
+def _went_on(result: Result) -> str:
+    n = result.search.get("n_corrections", 0)
+    return f", which went on {'once' if n == 1 else f'{n} times'} after measuring again" * bool(n)
 
 
 def before_and_after(result: Result) -> list[tuple[str, str, str, str]]:

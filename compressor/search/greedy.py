@@ -32,6 +32,7 @@ def lazy_greedy(
     *,
     at_most: int,
     on_step: Callable[[float], None] = lambda _share: None,
+    has_time: Callable[[], bool] = lambda: True,
 ) -> tuple[list[Harmed], list[Harmed]]:
     """The plans on the way from the original to the hardest limit.
 
@@ -40,6 +41,7 @@ def lazy_greedy(
         harm: What a plan does, in nats.
         at_most: So many plans are measured; from then on, rates stay as they are.
         on_step: Told which share of the way is done.
+        has_time: Where it says no, no further plan is measured.
 
     Returns:
         The path, and all plans that were measured to find it.
@@ -63,7 +65,7 @@ def lazy_greedy(
         while True:
             rates = np.where(saved < SMALLEST, np.inf, rising / np.maximum(saved, SMALLEST))
             best = int(rates.argmin())
-            if best in totals or len(measured) >= at_most:
+            if best in totals or len(measured) >= at_most or not has_time():
                 break
             totals[best] = harm(after[best])
             rising[best] = max(totals[best] - here, SMALLEST)

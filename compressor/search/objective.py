@@ -76,6 +76,50 @@ class TimedPlan:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What measuring finalists, or finished files, taught about the trials before.
+
+    The trials that were measured again have their new figures; the others are expected to have
+    moved as those did, because selection by a noisy figure, or a machine that has changed, moves
+    them all alike.
+
+    Attributes:
+        n_trials: Trials before it; later ones are measured as things are now.
+        moved: New speed-up / old one, of those that were measured again.
+        again: Number of a trial -> its speed-up when it was measured again, and the interval.
+        is_by_files: Whether it is the finished files that taught it.
+    """
+
+    n_trials: int
+    moved: float
+    again: Mapping[int, tuple[float, float, float]]
+    is_by_files: bool = False
+
+
+def corrected(trials: Sequence[Trial], corrections: Sequence[Correction]) -> tuple[Trial, ...]:
+    """`trials` with the speed-ups that are expected of them now."""
+    found = list(trials)
+    known: set[int] = set()  # measured with the effort of a final figure
+    for each in corrections:
+        for i, trial in enumerate(found[: each.n_trials]):
+            if trial.speedup is None or trial.speedup_ci95 is None or trial.latency_ms is None:
+                continue
+            if trial.number in each.again:
+                ratio, low, high = each.again[trial.number]
+            elif trial.number in known and not each.is_by_files:
+                continue
+            else:
+                ratio = trial.speedup * each.moved
+                low, high = (bound * each.moved for bound in trial.speedup_ci95)
+            found[i] = replace(
+                trial, speedup=ratio, speedup_ci95=(low, high),
+                latency_ms=trial.latency_ms * trial.speedup / ratio,
+            )  # fmt: skip
+        known |= each.again.keys()
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class Harmed:
     """A plan whose answers were looked at before the search.
 

@@ -23,17 +23,19 @@ from sqlalchemy.pool import NullPool
 
 from compressor.errors import RunFolderError
 from compressor.inputs import check_study
-from compressor.search.objective import Harmed, Problem, TimedPlan
+from compressor.search.objective import Correction, Harmed, Problem, TimedPlan, corrected
 from compressor.search.space import SearchSpace
-from compressor.values import Accuracy, Clock, PairedLatency, Trial
+from compressor.values import Accuracy, Clock, Original, PairedLatency, Trial
 
 STUDY_NAME = "compress"
 MEASURED = "measured"  # the one user attribute of a trial
-BEFORE = "before"  # of the study
+BEFORE, CORRECTIONS, ORIGINAL = "before", "corrections", "original"  # of the study
 
 _PAIR, _NUMBER, _TRIAL = TypeAdapter(PairedLatency), TypeAdapter(float), TypeAdapter(Trial)
 _SHARES, _TIMED = TypeAdapter(dict[str, float]), TypeAdapter(TimedPlan)
 _HARMED = TypeAdapter(tuple[Harmed, ...])
+_ORIGINAL = TypeAdapter(Original)
+_CORRECTIONS = TypeAdapter(tuple[Correction, ...])
 _T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class Study:
         self._space = space
         self._trials: list[Trial] = []
         self._kept: dict[str, Any] = dict(study.user_attrs)
+        self._corrections = _corrections_in(self._kept)
 
     @classmethod
     def create(cls, path: Path, space: SearchSpace) -> "Study":
@@ -126,8 +129,19 @@ class Study:
         return self._once(what, measure, _PAIR)
 
     def number_once(self, what: str, compute: Callable[[], float]) -> float:
-        """The same of a number."""
+        """The number that `compute` returns, or returned before this study was stopped."""
         return self._once(what, compute, _NUMBER)
+
+    def keep_original(self, original: Original) -> None:
+        """Writes what was measured of the original."""
+        self._once(ORIGINAL, lambda: original, _ORIGINAL)
+
+    def original(self) -> Original | None:
+        """What was measured of the original; None where it was stopped before that."""
+        if ORIGINAL not in self._kept:
+            return None
+        with _read("what was measured of the original"):
+            return _ORIGINAL.validate_json(self._kept[ORIGINAL])
 
     def _once(self, key: str, make: Callable[[], _T], kind: TypeAdapter[_T]) -> _T:
         if key not in self._kept:
@@ -140,8 +154,25 @@ class Study:
 
     @property
     def trials(self) -> Sequence[Trial]:
-        """All trials that were finished or failed."""
+        """All trials that were finished or failed, as they were measured."""
         return tuple(self._trials)
+
+    @property
+    def corrections(self) -> tuple[Correction, ...]:
+        """What measuring again has taught, in order."""
+        return self._corrections
+
+    @property
+    def known(self) -> tuple[Trial, ...]:
+        """All trials, with the speed-ups that are expected of them now."""
+        return corrected(self._trials, self._corrections)
+
+    def correct(self, correction: Correction) -> None:
+        """Writes what measuring again has taught."""
+        self._corrections = (*self._corrections, correction)
+        with _written():
+            written = _CORRECTIONS.dump_python(self._corrections, mode="json")
+            self._study.set_user_attr(CORRECTIONS, written)
 
     def add(self, trial: Trial, latency: PairedLatency | None) -> None:
         """Writes a trial that was finished or failed, with every raw time.
@@ -206,6 +237,20 @@ def _written() -> Iterator[None]:
     except (DatabaseError, optuna.exceptions.StorageInternalError) as err:
         reason = str(err.__cause__ or err).splitlines()[0]
         raise RunFolderError(f"The study cannot be written: {reason}.") from err
+
+
+def _corrections_in(attributes: Mapping[str, Any]) -> tuple[Correction, ...]:
+    with _read("what measuring again has taught"):
+        return _CORRECTIONS.validate_python(attributes.get(CORRECTIONS, ()))
+
+
+def read_corrections(path: Path) -> tuple[Correction, ...]:
+    """What measuring again has taught the run whose study is the file at `path`.
+
+    Raises:
+        RunFolderError: There is no study in it.
+    """
+    return _corrections_in(_load(path).user_attrs)
 
 
 def has_begun(path: Path) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import compressor
 from compressor import evaluate, export, prunable, shipping, surgery
 from compressor.bench import Bench
+from compressor.budget import Budget
 from compressor.config import Config
 from compressor.errors import (
     DataError,
@@ -121,7 +122,7 @@ class FakeBench:
     def __init__(self, *again: PairedLatency) -> None:
         self.again = list(again)
 
-    def remeasure(self, _plan: object) -> PairedLatency:
+    def remeasure(self, _plan: object, _effort: object) -> PairedLatency:
         return self.again.pop(0)
 
 
@@ -141,8 +142,8 @@ def chosen_widths(
     study = Study.create(Path(tempfile.mkdtemp()) / "study.db", space)
     searched = Searched(problem, trials, study, 1.0, paired(1, 1, 1))
     bench = cast(Bench, FakeBench(*again))
-    plans = choose(job, searched, bench, lambda _p: None)
-    return [len(plan.kept["g"]) for plan in plans]
+    found = choose(job, searched, bench, lambda _p: None, Budget(None))
+    return [len(plan.kept["g"]) for plan in found.plans]
 
 
 def test_the_surest_of_the_most_accurate_plans_are_finalists(make_config: Make) -> None:

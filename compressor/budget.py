@@ -1,0 +1,212 @@
+"""How long a run may take (`--time-budget`), and what each part of it gets.
+
+The time of a run is that of all its parts: what is measured before the first trial, trials,
+finalists, training, and the last measurement. A run that was stopped has spent what it spent
+before, so that going on costs no more than never having stopped.
+
+What has to be at the end is put aside first; training then gets half of the rest at most, and what
+is measured before the first trial a quarter of it. Trials have what is left.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from compressor.errors import ConfigError
+from compressor.files import parsed_json, read_text, write_whole
+from compressor.latency.timing import Effort
+from compressor.values import (
+    FINE_TUNING,
+    FIRST_PLAN,
+    MEASURING_FILES,
+    MEASURING_FINALISTS,
+    PRUNING,
+    SEARCHING,
+    TIMING_LAYERS,
+    TRAINING_FINALISTS,
+    TRAINING_FRONT,
+    TRYING_EACH,
+)
+
+BEFORE = (TIMING_LAYERS, TRYING_EACH, FIRST_PLAN)
+TRAINING = (TRAINING_FINALISTS, FINE_TUNING, TRAINING_FRONT)
+AT_THE_END = (MEASURING_FINALISTS, PRUNING, MEASURING_FILES)
+
+CAUTION = 1.25  # what was forecast may take that many times as long
+MOST_AT_THE_END, MOST_TRAINING, MOST_BEFORE = 0.5, 0.5, 0.25  # of what is left, then of the rest
+LEAST_EFFORT_S = 2.0  # of a comparison whose figure is reported
+KEEP_S = 5.0  # between two notes of what was spent
+
+logger = logging.getLogger(__name__)
+
+
+class Budget:
+    """The seconds of one run, over all processes that worked on it.
+
+    Attributes:
+        total_s: All of them; infinite where none was given.
+        cut_short: What was left out for lack of time, in words, each once.
+    """
+
+    def __init__(
+        self,
+        total_s: float | None,
+        *,
+        file: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begins to count.
+
+        Args:
+            total_s: None for no limit.
+            file: Where what was spent is kept; what an earlier process wrote there counts.
+            clock: Monotonic, in seconds.
+        """
+        self.total_s = math.inf if total_s is None else total_s
+        self.cut_short: dict[str, None] = {}
+        self._clock, self._file = clock, file
+        self._before_s = _spent_in(file)
+        self._began = clock()
+        self._kept = self._began
+        self._until: dict[str, float] = {}
+
+    @property
+    def spent_s(self) -> float:
+        """So far, by this process and those before it."""
+        return self._before_s + self._clock() - self._began
+
+    @property
+    def left_s(self) -> float:
+        """Of the whole budget; below 0 where it is overdrawn."""
+        return self.total_s - self.spent_s
+
+    def keep_in(self, file: Path) -> None:
+        """From now on what is spent is written to `file`."""
+        self._file = file
+        self.note(is_due=True)
+
+    def note(self, *, is_due: bool = False) -> None:
+        """Writes what was spent, where that was long ago."""
+        if self._file is None or math.isinf(self.total_s):
+            return
+        if is_due or self._clock() - self._kept >= KEEP_S:
+            self._kept = self._clock()
+            write_whole(self._file, json.dumps({"spent_s": round(self.spent_s, 1)}))
+
+    def check(self, what: str) -> None:
+        """Raises `ConfigError` where all is spent after `what`, before anything was searched."""
+        if self.left_s <= 0:
+            raise ConfigError(
+                f"--time-budget {self.total_s:g}s is spent: {what} alone took "
+                f"{self.spent_s:.0f} s. Give it at least {_rounded_up(4 * self.spent_s)}s."
+            )
+
+    def within(self, expected: Mapping[str, float]) -> dict[str, float]:
+        """`expected`, no phase of which takes more than its share."""
+        ends = {
+            **dict.fromkeys(BEFORE, self.of_before_s()), SEARCHING: self.of_search_s(),
+            **dict.fromkeys(TRAINING, self.of_training_s() - self.of_finalists_s()),
+        }  # fmt: skip
+        if math.isinf(self.total_s):
+            return dict(expected)
+        return {p: max(0.0, min(s, ends.get(p, math.inf))) for p, s in expected.items()}
+
+    def divide(self, expected: Mapping[str, float], *, is_new: bool = True) -> None:
+        """Gives every part its share of what is left.
+
+        Args:
+            expected: Phase to come -> seconds that it is forecast to take.
+            is_new: Whether nothing was searched yet; else what is there is finished in any case.
+
+        Raises:
+            ConfigError: It is not enough for what has to be measured at the end.
+        """
+        if math.isinf(self.total_s):
+            return
+        left = max(0.0, self.left_s)
+        wanted = {
+            phases: CAUTION * sum(expected.get(phase, 0.0) for phase in phases)
+            for phases in (BEFORE, TRAINING, AT_THE_END)
+        }
+        at_the_end = wanted[AT_THE_END]
+        if is_new and at_the_end > left:
+            needed = self.spent_s + 2 * at_the_end
+            raise ConfigError(
+                f"--time-budget {self.total_s:g}s is too short: {self.spent_s:.0f} s went into "
+                f"reading the model and measuring the original, and about {at_the_end:.0f} s are "
+                f"needed to measure what comes out. Give it at least {_rounded_up(needed)}s."
+            )
+        at_the_end = max(min(at_the_end, MOST_AT_THE_END * left), at_the_end / CAUTION)
+        rest = left - at_the_end
+        training = min(wanted[TRAINING], MOST_TRAINING * rest)
+        before = min(wanted[BEFORE], MOST_BEFORE * rest)
+        share = at_the_end / max(wanted[AT_THE_END], 1e-9)
+        files = share * CAUTION * sum(expected.get(p, 0.0) for p in (PRUNING, MEASURING_FILES))
+        self._until = {
+            MEASURING_FILES: self.total_s,
+            FINE_TUNING: self.total_s - files,
+            MEASURING_FINALISTS: self.total_s - files - training,
+            TRYING_EACH: self.spent_s + before,
+        }
+        self._until[SEARCHING] = self.total_s - at_the_end - training
+        logger.info("shares of the time budget: %s", {k: round(v) for k, v in self._until.items()})
+
+    def of_before_s(self) -> float:
+        """What is left of the share of what is measured before the first trial."""
+        return self._until.get(TRYING_EACH, math.inf) - self.spent_s
+
+    def of_search_s(self) -> float:
+        """What is left of the share of trials."""
+        return self._until.get(SEARCHING, math.inf) - self.spent_s
+
+    def of_finalists_s(self) -> float:
+        """What is left until training has to begin."""
+        return self._until.get(MEASURING_FINALISTS, math.inf) - self.spent_s
+
+    def of_training_s(self) -> float:
+        """What is left until the files have to be made."""
+        return self._until.get(FINE_TUNING, math.inf) - self.spent_s
+
+    def effort(self, effort: Effort, at_most_s: float) -> Effort:
+        """`effort`, in no more than `at_most_s` seconds."""
+        most = max(LEAST_EFFORT_S, at_most_s)
+        busy_s = effort.busy_budget_s or effort.budget_s
+        if most >= max(effort.budget_s, busy_s):
+            return effort
+        return replace(
+            effort, budget_s=min(effort.budget_s, most), busy_budget_s=min(busy_s, most)
+        )
+
+    def cut(self, what: str) -> None:
+        """Says that something was left out; once."""
+        if what not in self.cut_short:
+            self.cut_short[what] = None
+            logger.warning("cut short by --time-budget: %s", what)
+
+
+def _spent_in(file: Path | None) -> float:
+    """What an earlier process noted; 0 where there was none."""
+    if file is None or not file.is_file():
+        return 0.0
+    try:
+        spent = parsed_json(read_text(file))["spent_s"]
+        if not isinstance(spent, (int, float)) or not 0 <= spent < math.inf:
+            raise ValueError(f"spent_s = {spent!r}")
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        logger.warning("%s does not say what was spent (%s); counted anew", file, err)
+        return 0.0
+    return float(spent)
+
+
+def _rounded_up(seconds: float) -> int:
+    """To ten seconds.
+
+    Example:
+        >>> _rounded_up(31.2)
+        40
+    """
+    return max(10, math.ceil(seconds / 10) * 10)

@@ -1,0 +1,41 @@
+"""One run: what is asked, what measures, where files go, and how long it may take."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from compressor.bench import Bench
+from compressor.budget import Budget
+from compressor.job import Job
+from compressor.run_folder import RunFolder
+from compressor.values import Progress, Trial
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """All that the parts of a run share.
+
+    Attributes:
+        job: What is compressed for what.
+        bench: Measures plans.
+        folder: Where files are left.
+        budget: How long it may take.
+        step_s: Seconds that a step of training is forecast to take; 0 where nothing is trained.
+        on_trial: Told of every trial as it ends.
+        on_progress: Told how far it has come.
+    """
+
+    job: Job
+    bench: Bench
+    folder: RunFolder
+    budget: Budget
+    step_s: float
+    on_trial: Callable[[Trial], None]
+    on_progress: Callable[[Progress], None]
+
+    def within(self, name: str, settings: Mapping[str, object]) -> "Run":
+        """A part of it that leaves its files in a folder within this one's."""
+        folder = self.folder.within(name, settings)
+        return Run(
+            self.job, self.bench, folder, self.budget, self.step_s, self.on_trial,
+            self.on_progress,
+        )  # fmt: skip
