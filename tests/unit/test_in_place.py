@@ -4,6 +4,7 @@ import copy
 import operator
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -204,11 +205,16 @@ FORMS: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
 }  # fmt: skip
 
 
+@cache
+def graph_of(code: Code, form: str) -> fx.GraphModule:
+    return FORMS[form](network_of(code))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("code", CODES, ids=lambda code: code.__name__)
 def test_answers_are_the_same_and_nothing_is_written_over(code: Code, form: str) -> None:
     net = network_of(code)
-    graph = FORMS[form](net)
+    graph = graph_of(code, form)
     state, before = copy.deepcopy(graph.state_dict()), str(graph.code)
     made = functional(graph, IMAGE)
     left = writing_nodes(made, IMAGE)
@@ -229,7 +235,7 @@ def test_answers_are_the_same_and_nothing_is_written_over(code: Code, form: str)
 @pytest.mark.parametrize("code", [c for c in CODES if c not in PARTLY], ids=lambda c: c.__name__)
 def test_gradients_are_those_of_torchs_own_functional_form(code: Code, form: str) -> None:
     net = network_of(code)
-    made = functional(FORMS[form](net), IMAGE).requires_grad_(True)
+    made = functional(graph_of(code, form), IMAGE).requires_grad_(True)
     made(IMAGE.clone()).square().mean().backward()
     got = next(p.grad for p in made.parameters() if p.ndim == 4)
 
