@@ -32,12 +32,12 @@ from compressor.latency.timing import FINAL, TRIAL, Effort
 from compressor.least_squares import LeastSquares, gather
 from compressor.prunable import Prunable
 from compressor.recovery import recalibrate_batch_norm
+from compressor.running import is_norm
 from compressor.search.clustering import n_distinct
 from compressor.search.objective import TimedPlan
 from compressor.search.space import SearchSpace, Widths
 from compressor.tasks import CLASSIFICATION, Criterion
 from compressor.values import (
-    BATCH_NORMS,
     GATHERING,
     MEASURING_ORIGINAL,
     TIMING_LAYERS,
@@ -137,7 +137,7 @@ class Bench:
         self.recovery, self.criterion = recovery, criterion
         self._device, self._on_progress = device, on_progress
         self.described = device.describe()
-        example = data.fit.model_input(slice(0, 1))
+        example = data.fit.model_input(slice(0, 1)).clone()
         floors = tuple(choice[0] for choice in space.choices[: len(space.groups)])
         thin = space.plan((*floors, *(1 for _ in space.branches)))
         pruned = prunable.without(thin)
@@ -269,7 +269,7 @@ class Bench:
 
     def layers(self, original: Path, candidate: Path, compact: nn.Module) -> tuple[LayerRow, ...]:
         """What every layer takes on the device; empty where it does not tell."""
-        example = self.data.fit.model_input(slice(0, 1))
+        example = self.data.fit.model_input(slice(0, 1)).clone()
         networks = (original, self.prunable.module), (candidate, compact)
         try:
             before, after = (
@@ -332,8 +332,8 @@ class Bench:
     def _answers(self, model: nn.Module) -> Any:
         """To some images of the search split; batch-norms of `model` are changed."""
         for module in model.modules():
-            if isinstance(module, BATCH_NORMS):
-                module.train()
+            if is_norm(module):
+                module.training = True
         split = self.data.search
         rows = draw(split, N_HARM_IMAGES * self.batch_size // BATCH_SIZE)
         with torch.inference_mode():

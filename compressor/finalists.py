@@ -298,62 +298,40 @@ def contest(
     n_left = place.n_steps
     rounds = halving(min(job.config.finalists, len(finalists)), n_left)
     n_taking_part = rounds[0][0] if rounds else 1
-    spare = list(finalists[n_taking_part:])
-    finalists = finalists[:n_taking_part]
-    networks = {number: bench.repaired(plan, {}) for number, plan in enumerate(finalists)}
-    scores: list[list[float]] = [[] for _ in finalists]
+    networks = {n: bench.repaired(finalists[n], {}) for n in range(n_taking_part)}
+    scores: list[list[float]] = [[] for _ in networks]
     before: dict[int, float] = {}
-    order = list(networks)
+    failed: dict[int, TrainingError] = {}
     for n_plans, n_steps in rounds:
-        tuned = {
-            number: result
-            for i, (number, network) in enumerate(networks.items())
-            if (result := _short(
-                job, finalists[number], network, bench, place,
-                (n_steps, job.config.seed + 1 + n_plans),  # other images each round
-                f"finalist-{number}-of-{n_plans}.pt", Progress(TRAINING_FINALISTS, i, n_plans),
-                on_progress,
-            )) is not None
-        }  # fmt: skip
-        n_left -= n_steps * len(networks)
+        recipe = job.recipe(n_steps, job.config.seed + 1 + n_plans)  # other images each round
+        tuned: dict[int, Tuned] = {}
+        for number, network in networks.items():
+            on_progress(Progress(TRAINING_FINALISTS, len(tuned), n_plans))
+            stands = place.file(f"finalist-{number}-of-{n_plans}.pt")
+            plan = finalists[number]
+            try:
+                tuned[number] = train(
+                    job, plan, network, bench, recipe, _in_silence, stands, place
+                )
+            except TrainingError as err:
+                logger.warning("finalist %d cannot be trained, and is out: %s", number, err)
+                failed[number] = err
+            n_left -= n_steps
         on_progress(Progress(TRAINING_FINALISTS, n_plans, n_plans))
-        if not tuned:
-            spare = list(finalists) + spare
-            break
         ranked = sorted(tuned, key=lambda number: tuned[number].score, reverse=True)
         for number in ranked:
             scores[number].append(tuned[number].score)
             before.setdefault(number, tuned[number].score_before)
-        order = [*ranked, *(number for number in order if number not in ranked)]
         networks = {number: tuned[number].model for number in ranked[: (n_plans + 1) // 2]}
     every = tuple(map(tuple, scores))
-    first = [number for number in order if number in networks]
-    winners = [
-        Winner(finalists[n], networks[n], n_left, every, before.get(n)) for n in first
+    first = [
+        Winner(finalists[n], net, n_left, every, before.get(n)) for n, net in networks.items()
     ]
-    others = [finalists[n] for n in order if n not in networks] + spare
-    return winners + [Winner(plan, None, place.n_steps, every) for plan in others]
-
-
-def _short(
-    job: Job,
-    plan: Plan,
-    network: nn.Module,
-    bench: Bench,
-    place: Place,
-    steps_and_seed: tuple[int, int],
-    name: str,
-    progress: Progress,
-    on_progress: ProgressCallback,
-) -> Tuned | None:
-    """A short training of a finalist; None where it fails."""
-    on_progress(progress)
-    recipe = job.recipe(*steps_and_seed)
-    try:
-        return train(job, plan, network, bench, recipe, _in_silence, place.file(name), place)
-    except TrainingError as err:
-        logger.warning("a finalist cannot be trained, and is out: %s", err)
-        return None
+    others = [n for n in range(len(finalists)) if n not in networks and n not in failed]
+    winners = first + [Winner(finalists[n], None, place.n_steps, every) for n in others]
+    if not winners:
+        raise next(iter(failed.values()))
+    return winners
 
 
 def fastest_within_drop(

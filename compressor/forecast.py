@@ -5,7 +5,6 @@ step of training. What nobody can know yet is guessed: how much cheaper pruned n
 many of the measurements are needed, how long NNI takes.
 """
 
-
 from compressor.bench import ACCURACY, EXPORT, LATENCY, N_HARM_IMAGES, Bench, design
 from compressor.finalists import FRONT_TIMES, N_FINALISTS
 from compressor.goals import MACS

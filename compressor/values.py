@@ -721,6 +721,8 @@ class LabelledImages:
     def model_input(self, rows: Tensor | slice) -> Tensor:
         """`(n_rows, c, h, w)` float32, as the model takes them."""
         images = self.images[rows]
+        if isinstance(rows, slice):
+            images = images.clone()  # a network may write into what it is given
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if self.mean:

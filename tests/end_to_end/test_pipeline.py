@@ -1,7 +1,9 @@
 """`compress()` itself: what stops a model from being handed back, and what is told meanwhile."""
 
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 import compressor
-from compressor import evaluate, export, prunable, shipping, surgery
+from compressor import evaluate, export, finalists, prunable, shipping, surgery
 from compressor.bench import Bench
 from compressor.budget import Budget
 from compressor.config import Config
 from compressor.errors import (
+    ConfigError,
     DataError,
     EngineError,
     EquivalenceError,
     GraphError,
     MeasurementError,
     SearchError,
+    TrainingError,
 )
 from compressor.finalists import choose
 from compressor.goals import Constraint
@@ -34,6 +38,7 @@ from compressor.latency import onnxruntime as runtime
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, TRIAL, Effort
+from compressor.report import text_report
 from compressor.search import STRATEGIES
 from compressor.search.objective import TIME, Objective, Problem
 from compressor.search.space import make_space
@@ -46,6 +51,7 @@ from compressor.values import (
     ChannelGroup,
     Latency,
     PairedLatency,
+    Plan,
     Progress,
     Side,
     Trial,
@@ -349,9 +355,26 @@ def test_a_search_in_which_nothing_could_be_measured_says_so(
         compressor.compress(make_config())
 
 
-def test_the_time_budget_begins_no_new_trial(make_config: Make) -> None:
-    result = compressor.compress(make_config(trials=10_000, time_budget="10ms"))
-    assert result.search["n_trials"] == 1
+def test_a_time_budget_shorter_than_measuring_the_original_is_said_at_once(
+    make_config: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"--time-budget 0.01s is spent: reading model and data"):
+        compressor.compress(make_config(time_budget="10ms"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_time_budget_bounds_the_whole_run_and_says_what_it_cost(make_config: Make) -> None:
+    began = time.perf_counter()
+    result = compressor.compress(
+        make_config(trials=10_000, fine_tune_epochs=500, time_budget="40s")
+    )
+    assert time.perf_counter() - began < 70
+    cut_short = result.search.get("cut_short", [])
+    assert any(re.fullmatch(r"\d+ trials, not 10000", what) for what in cut_short)
+    assert any(re.fullmatch(r"\d+ of 4500 training steps", what) for what in cut_short)
+    assert all(f"cut short   {what}: the time budget" in text_report(result) for what in cut_short)
+    assert result.search["n_trials"] >= 1
+    assert training_of(result)["steps"] > 0
 
 
 def test_more_classes_than_logits_are_refused_before_anything_is_written(
@@ -561,3 +584,134 @@ def test_prune_never_returns_a_wrong_network(monkeypatch: pytest.MonkeyPatch) ->
 
 def no_program(*_args: object) -> nn.Module:
     raise GraphError("not today")
+
+
+class Moved:
+    """`Bench.compare` of a machine on which pairs of files come out at other ratios than plans."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.n_files = factor, 0
+
+    def __call__(self, compare: Callable[..., PairedLatency]) -> Callable[..., PairedLatency]:
+        def moved(bench: Bench, original: Model, candidate: Model, *args: object) -> PairedLatency:
+            pair = compare(bench, original, candidate, *args)
+            if not isinstance(original, Path):
+                return pair
+            self.n_files += 1
+            factor = self.factor if self.n_files == 1 else 1.0
+            low, high = pair.ci95
+            return replace(
+                pair, ratio=pair.ratio * factor, ci95=(low * factor, high * factor),
+                candidate=replace(
+                    pair.candidate, median_ms=pair.candidate.median_ms / factor
+                ),
+            )  # fmt: skip
+
+        return moved
+
+
+@pytest.fixture
+def by_macs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency is a noiseless function of the file's size: what a test expects does not hang on."""
+
+    def compare(
+        _device: object, original: Model, candidate: Model, **_options: object
+    ) -> PairedLatency:
+        sizes = [
+            len(each if isinstance(each, bytes) else each.read_bytes())
+            for each in (original, candidate)
+        ]
+        ratio = sizes[0] / sizes[1]
+        return PairedLatency(
+            ratio, (0.999 * ratio, 1.001 * ratio), Latency(2, 2, 9), Latency(2 / ratio, 2, 9), ()
+        )
+
+    monkeypatch.setattr(RunnerDevice, "compare", compare)
+
+
+@pytest.mark.usefixtures("by_macs")
+@pytest.mark.parametrize("factor", [0.8, 1.6])
+def test_a_search_goes_on_where_the_files_miss_the_limit_or_are_far_faster(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, factor: float
+) -> None:
+    monkeypatch.setattr(Bench, "compare", Moved(factor)(Bench.compare))
+    monkeypatch.setattr(
+        "compressor.finalists.accuracy_of",
+        lambda trial: Accuracy(min(trial.accuracy.value, 0.5), trial.accuracy.n),
+    )  # so that accuracy was paid for the speed
+    config = make_config(speedup=1.4, trials=8, fine_tune_epochs=1)
+    result = compressor.compress(config)
+    assert result.search.get("n_corrections") == 1
+    assert result.search["n_trials"] in (9, 10, 11)
+    assert result.verdict is Verdict.MET
+    assert result.speedup.ratio >= 1.4
+    assert "which went on once after measuring again" in text_report(result)
+    found = compressor.replay(tmp_path / "run")
+    assert (found.n_trials, found.differs_at) == (result.search["n_trials"], None)
+    assert (tmp_path / "run" / "model.onnx").is_file()
+    assert not (tmp_path / "run" / ".unfinished").exists()
+
+
+@pytest.mark.usefixtures("by_macs")
+def test_a_run_that_met_its_limit_does_not_go_on(make_config: Make) -> None:
+    result = compressor.compress(make_config(speedup=1.4, trials=8))
+    assert result.verdict is Verdict.MET
+    assert result.search.get("n_corrections") == 0
+    assert result.search["n_trials"] == 8
+
+
+@pytest.mark.usefixtures("by_macs")
+@pytest.mark.parametrize("lost", [0.85, 0.7])
+def test_a_search_goes_on_where_finalists_miss_the_limit(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, lost: float
+) -> None:
+    """Trials come out faster than they are: no finalist meets the limit, later trials do."""
+    honest = Bench.measure
+    n_measured = 0
+
+    def flattered(
+        bench: Bench, plan: Plan, seconds: dict[str, float], seed: int
+    ) -> tuple[Accuracy, PairedLatency]:
+        nonlocal n_measured
+        n_measured += 1
+        accuracy, pair = honest(bench, plan, seconds, seed)
+        factor = 1 / lost if n_measured <= 8 else 1.0
+        ratio, (low, high) = pair.ratio * factor, pair.ci95
+        return accuracy, replace(pair, ratio=ratio, ci95=(low * factor, high * factor))
+
+    monkeypatch.setattr(Bench, "measure", flattered)
+    monkeypatch.setattr("compressor.finalists.N_FINALISTS", 3)
+    result = compressor.compress(make_config(speedup=1.6, trials=8))
+    assert result.verdict is Verdict.MET
+    assert result.speedup.ratio >= 1.6
+
+
+def test_where_training_a_finalist_fails_the_next_one_is_taken(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = finalists.fine_tune
+    n_failed = 0
+
+    def fails_once(*args: object, **options: object) -> object:
+        nonlocal n_failed
+        if n_failed == 0:
+            n_failed += 1
+            raise TrainingError("the network failed while it was trained: one of the variables")
+        return trained(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(finalists, "fine_tune", fails_once)
+    result = compressor.compress(make_config(trials=6, fine_tune_epochs=1, finalists=2))
+    assert n_failed == 1
+    assert result.training is not None
+    assert training_of(result)["steps"] > 0
+
+
+def test_where_no_finalist_can_be_trained_the_error_is_one_line(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_args: object, **_options: object) -> None:
+        raise TrainingError("the network failed while it was trained: one of the variables")
+
+    monkeypatch.setattr(finalists, "fine_tune", fails)
+    with pytest.raises(TrainingError, match="one of the variables"):
+        compressor.compress(make_config(trials=6, fine_tune_epochs=1))
