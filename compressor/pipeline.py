@@ -262,7 +262,7 @@ def finish_one(run: Run, searched: Searched) -> Result:
         searched = _goes_on(run, searched, aside)  # stopped in between
     while True:
         began_s = run.budget.spent_s
-        result = _built(run, searched, n_before=int(aside is not None))
+        searched, result = _built(run, searched, n_before=int(aside is not None))
         if aside is not None:
             break
         shipped = trial_shipped(run.job, searched.trials, result)
@@ -292,17 +292,20 @@ def _goes_on(run: Run, searched: Searched, aside: Result) -> Searched:
     return _search_on(run, searched)
 
 
-def _built(run: Run, searched: Searched, n_before: int) -> Result:
-    """The best plan, built and measured; without a result in its folder."""
+def _built(run: Run, searched: Searched, n_before: int) -> tuple[Searched, Result]:
+    """The search as far as it went, and its best plan built and measured.
+
+    There is no result in its folder yet.
+    """
     is_by_drop = searched.problem.objective.front and run.job.config.max_drop is not None
     if is_by_drop:
         place = place_of(run, searched, n_before, n_trainings=len(front(searched)).bit_length())
         found = fastest_within_drop(run.job, searched, run.bench, place, run.on_progress)
-        return build(run, searched, [found], place)
+        return searched, build(run, searched, [found], place)
     searched, finalists = _settled(run, searched)
     place = place_of(run, searched, n_before)
     winners = contest(run.job, finalists.plans, run.bench, place, run.on_progress)
-    return build(run, searched, winners, place)
+    return searched, build(run, searched, winners, place)
 
 
 def _settled(run: Run, searched: Searched) -> tuple[Searched, Finalists]:
