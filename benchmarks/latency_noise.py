@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -103,6 +104,11 @@ def row(
     )
 
 
+def compared(device: Device, files: Files, n_channels: int, seed: int) -> PairedLatency:
+    """The whole network against the one of so many channels, as a trial does it."""
+    return device.compare(files[WHOLE], files[n_channels], effort=TRIAL, seed=seed)
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -132,16 +138,14 @@ def main() -> None:
         print(f"\n{'':<34} {'against itself':>14}  {'holds 1':>8}  {'a known pair':>14} "
               f"{'bias':>7}  {'secs':>5}  {'inter':>5}  {'CPU clock':>8}  {'by the wall':>14}",
               flush=True)  # fmt: skip
-        for n_busy in (0, n_cores, 6 * n_cores):
-            for is_root in (True, False):
-                with device_of(is_root=is_root) as device, busy_sessions(n_busy):
-                    for name, files in models.items():
-                        label = f"{n_busy} busy, {name}{'' if is_root else ', as a user'}"
-
-                        def compare(n: int, seed: int, files: Files = files) -> PairedLatency:
-                            return device.compare(files[WHOLE], files[n], effort=TRIAL, seed=seed)
-
-                        print(row(label, compare, n_repeats, right[name]), flush=True)
+        for n_busy, is_root in (
+            (0, True), (n_cores, True), (6 * n_cores, True), (6 * n_cores, False)
+        ):  # fmt: skip
+            with device_of(is_root=is_root) as device, busy_sessions(n_busy):
+                for name, files in models.items():
+                    label = f"{n_busy} busy, {name}{'' if is_root else ', as a user'}"
+                    compare = partial(compared, device, files)
+                    print(row(label, compare, n_repeats, right[name]), flush=True)
         with busy_sessions(6 * n_cores):
             ratios = [block_ratio(models["3 ms"][WHOLE]) for _ in range(max(2, n_repeats // 4))]
         print(f"\n{6 * n_cores} busy, 3 ms, one session after the other: {far(ratios, 1)}")

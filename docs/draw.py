@@ -82,24 +82,27 @@ def staircase() -> Figure:
 
 
 def noise() -> Figure:
-    """How far a model seems to be from its own time, by three ways of measuring."""
-    loads: dict[str, list[tuple[str, float, float]]] = {}
-    for line in _text(NOISE).splitlines():
-        if line.endswith("seconds"):
-            loads[line.split("  ")[0]] = []
-        found = re.match(r"(.+?)\s{2,}([\d.]+)%\s+([\d.]+)%", line)
-        if found:
-            loads[list(loads)[-1]].append((found[1], float(found[2]), float(found[3])))
-    figure, axes = _axes(6.4, 2.8)
+    """How far a model seems to be from its own time: as trials measure, and by the wall."""
+    figure, axes = _axes(6.4, 3.8)
     labels: list[str] = []
-    for load, rows in loads.items():
-        for name, mean, worst in rows:
-            place = len(labels)
-            labels.append(f"{load}: {name}")
-            color = ORANGE if name.startswith("block") else BLUE
+    for line in _text(NOISE).splitlines():
+        name, _, figures = line.partition("  ")
+        shares = [float(each) for each in re.findall(r"([\d.]+)%", figures)]
+        if not re.match(r"\d+ busy", name) or len(shares) < 2:
+            continue
+        place = len(labels)
+        labels.append(name)
+        is_block = "after the other" in name
+        pairs = [(ORANGE, shares[0], shares[1])]
+        if not is_block:
+            pairs = [(BLUE, shares[0], shares[1]), (ORANGE, shares[-2], shares[-1])]
+        for color, mean, worst in pairs:
             axes.plot([mean, worst], [place, place], color=color, linewidth=1.5)
             axes.plot(mean, place, "o", color=color, markersize=6)
             axes.plot(worst, place, "|", color=color, markersize=11, markeredgewidth=2)
+    axes.plot([], [], "o-", color=BLUE, label="as a trial measures")
+    axes.plot([], [], "o-", color=ORANGE, label="by the clock on the wall")
+    axes.legend(loc="lower right")
     axes.set_xscale("log")
     axes.set_xticks([0.1, 1, 10, 100], ["0.1 %", "1 %", "10 %", "100 %"])
     axes.set_yticks(range(len(labels)), labels)

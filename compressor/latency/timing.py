@@ -78,7 +78,7 @@ class Effort:
 
 
 # Ranks a plan.
-TRIAL = Effort(min_pairs=4, max_pairs=12, budget_s=1.2, busy_budget_s=3.6, pair_s=0.15)
+TRIAL = Effort(min_pairs=4, max_pairs=12, budget_s=1.2, busy_budget_s=4.0, pair_s=0.15)
 # What is reported.
 FINAL = Effort(min_pairs=8, max_pairs=40, budget_s=20.0, busy_budget_s=30.0, half_width=0.005)
 
