@@ -34,10 +34,13 @@ from compressor.tasks import (
 )
 from compressor.training import Recipe, check_step
 from compressor.values import (
+    READING,
     ChannelGroup,
     Data,
     LoadedModel,
     Plan,
+    Progress,
+    ProgressCallback,
     Split,
     Target,
     draw,
@@ -45,6 +48,7 @@ from compressor.values import (
 )
 
 LONG_CHECK_S = 2.0  # of the first networks whose training is tried; then there is no third
+N_PARTS = 7  # of what is read and checked
 N_RANKING_IMAGES = 500  # that gradients are averaged over, where importance looks at them
 
 logger = logging.getLogger(__name__)
@@ -130,13 +134,24 @@ class Job:
         return self.loaded.example_input
 
 
-def prepare(config: Config, *, is_new: bool = True) -> Job:
+def prepare(
+    config: Config,
+    *,
+    is_new: bool = True,
+    on_progress: ProgressCallback = lambda _progress: None,
+) -> Job:
     """Everything that bad input can break, before anything is written.
 
     Args:
         config: What is asked for.
         is_new: Whether its folder must be free; not where a run goes on.
+        on_progress: Told which part is being read or checked.
     """
+
+    def tell(n_done: int, note: str) -> None:
+        on_progress(Progress(READING, n_done, N_PARTS, note))
+
+    tell(0, "images")
     border.check_run(config, is_new=is_new)
     target = load_target(
         config.target,
@@ -149,12 +164,16 @@ def prepare(config: Config, *, is_new: bool = True) -> Job:
         raise ConfigError(
             f"--input-shape is {config.input_shape}, but the images are {data.input_shape}."
         )
+    tell(1, "the model")
     loaded = read_model(config, data.input_shape)
     _check_outputs(loaded, data, criterion, config)
+    tell(2, "channel groups")
     prunable = make_prunable(loaded.module, loaded.example_input)
     if config.depth:
+        tell(3, "residual branches")
         prunable = with_branches(prunable, loaded.example_input)
     groups = prunable.groups
+    tell(4, "which channels matter")
     scores = IMPORTANCES[config.importance].scores(
         prunable.module, groups, partial(_ranking_losses, data.fit, criterion)
     )
@@ -166,8 +185,11 @@ def prepare(config: Config, *, is_new: bool = True) -> Job:
         branches=prunable.branches,
     )
     job = Job(config, target, loaded, criterion, data, prunable, space)
+    tell(5, "whether the narrowest network answers rightly")
     check_surgery(prunable, space.plan(space.narrowest), data)
+    tell(6, "whether networks can be trained")
     check_training(job)
+    tell(N_PARTS, "")
     return job
 
 

@@ -42,6 +42,7 @@ from compressor.trials import (
 )
 from compressor.values import (
     MEASURING_ORIGINAL,
+    READING,
     Original,
     Progress,
     ProgressCallback,
@@ -199,12 +200,12 @@ def searched_in(
         stopped: Of a run that goes on.
         force: See `resume`.
     """
-    on_progress(Progress("Reading model and data", 0, 1))
+    on_progress(Progress(READING, 0, 1))
     with ExitStack() as stack:
         if stopped is not None:
             stack.enter_context(_worked_in(stopped))
         budget = Budget(config.time_budget, file=stopped.spent if stopped else None)
-        job = prepare(config, is_new=stopped is None)
+        job = prepare(config, is_new=stopped is None, on_progress=on_progress)
         environment = run_folder.describe_environment(job.target, job.loaded, job.data)
         if stopped is not None:
             stopped.check(environment, force=force)

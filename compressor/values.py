@@ -606,6 +606,7 @@ class Progress:
 
 
 # Phases of a run that take long enough to be forecast, in the order they come in.
+READING = "Reading model and data"
 MEASURING_ORIGINAL = "Measuring the original"
 TIMING_LAYERS = "Timing the layers"
 TRYING_EACH = "Trying every group and branch"
