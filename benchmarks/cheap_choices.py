@@ -27,9 +27,9 @@ from torch import nn
 
 import compressor
 from benchmarks.cifar import add_inputs, load_cifar, searched_resnet56
-from compressor.bench import BATCH_SIZE, Bench, Recovery
+from compressor.bench import BATCH_SIZE, Bench
 from compressor.evaluate import accuracy
-from compressor.recovery import recalibrate_batch_norm
+from compressor.recovery import Recovery, recalibrate_batch_norm
 from compressor.training import Recipe, fine_tune
 from compressor.values import Accuracy, LabelledImages, Plan, Split
 

@@ -33,14 +33,14 @@ from compressor.bench import (
     LATENCY,
     RECALIBRATION,
     Bench,
-    Recovery,
     features,
     n_cores,
     timed,
 )
+from compressor.environment import cpu_name
 from compressor.goals import ASK_FOR_FEATURES, MACS
 from compressor.graph.costs import layer_costs
-from compressor.run_folder import cpu_name
+from compressor.recovery import Recovery
 from compressor.search import STRATEGIES
 from compressor.search.bocr import Bocr
 from compressor.search.objective import (

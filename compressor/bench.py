@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +30,11 @@ from compressor.latency.onnxruntime import predictor
 from compressor.latency.timing import FINAL, TRIAL, Effort
 from compressor.least_squares import LeastSquares, gather
 from compressor.prunable import Prunable
-from compressor.recovery import recalibrate_batch_norm
+from compressor.recovery import Recovery, recalibrate_batch_norm
 from compressor.running import is_norm
 from compressor.search.clustering import n_distinct
 from compressor.search.objective import TimedPlan
-from compressor.search.space import SearchSpace, Widths
+from compressor.search.space import SearchSpace, Widths, design
 from compressor.tasks import CLASSIFICATION, Criterion
 from compressor.values import (
     GATHERING,
@@ -65,7 +64,6 @@ N_FEATURE_IMAGES = 200  # as in the code of [chang2022]
 EPS = tuple(np.geomspace(0.001, 0.5, 12).tolist())  # strengths of merging alike maps
 DESIGN = Effort(min_pairs=3, max_pairs=6, budget_s=0.5, busy_budget_s=1.8, pair_s=0.1)
 N_ORIGINAL_PARTS = 4
-MIN_DESIGN, MAX_DESIGN = 8, 24  # plans that are timed before the search
 
 SURGERY, REPAIR, RECALIBRATION = "surgery", "least squares", "recalibration"
 EXPORT, LATENCY, ACCURACY = "export", "latency", "accuracy"
@@ -73,19 +71,6 @@ EXPORT, LATENCY, ACCURACY = "export", "latency", "accuracy"
 _T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What is done to a pruned network before its accuracy is taken.
-
-    Attributes:
-        least_squares: Layers that read fewer channels are refitted.
-        n_recalibration_images: For batch-norm's statistics; 0 leaves them as they were.
-    """
-
-    least_squares: bool = True
-    n_recalibration_images: int = 256
 
 
 Once = Callable[[str, Callable[[], PairedLatency]], PairedLatency]
@@ -385,23 +370,6 @@ def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module
     compact = prunable.without(plan)
     oracle = prunable.masked(plan)
     return compact, check_agree("Own surgery and the masked original", compact, oracle, images)
-
-
-def design(space: SearchSpace, seed: int) -> list[Widths]:
-    """The fastest plan, and random ones in which every variable is at its least half of the time.
-
-    Their number grows with the square root of that of the variables: layers are alike.
-    """
-    n = len(space.choices)
-    n_plans = int(np.clip(round(3 * np.sqrt(n)), MIN_DESIGN, MAX_DESIGN))
-    generator = np.random.default_rng(seed)
-    floors = space.floors
-    shares = generator.uniform(0.1, 0.9, size=(n_plans, 1))
-    ratios = np.where(generator.random((n_plans, n)) < shares, floors, 1.0)
-    between = generator.random((n_plans, n)) < 0.3
-    ratios = np.where(between, space.ratios_at(generator.random((n_plans, n))), ratios)
-    plans = [space.narrowest, *space.snap(ratios)]
-    return [plan for plan in dict.fromkeys(plans) if plan != space.original]
 
 
 def images_at_once(split: Split) -> int:

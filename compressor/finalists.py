@@ -11,20 +11,19 @@ from pathlib import Path
 from torch import nn
 
 from compressor.bench import Bench
-from compressor.budget import Budget
+from compressor.budget import CAUTION, Budget
 from compressor.errors import TrainingError
 from compressor.evaluate import drop_of
 from compressor.hints import NO_HINTS, choose_hints
 from compressor.job import Job
 from compressor.latency.timing import FINAL
+from compressor.run import Run
 from compressor.run_folder import RunFolder
 from compressor.search.objective import (
     TIME,
-    Correction,
     Objective,
     best_first,
     feasible_first,
-    is_hopeless,
 )
 from compressor.training import Recipe, Tuned, fine_tune, halving
 from compressor.trials import Searched
@@ -41,10 +40,9 @@ from compressor.values import (
 )
 
 FRONT_TIMES = (0.9, 0.75, 0.6, 0.45, 0.3)  # shares of the original's, between which bands lie
+LEAST_STEPS = 10  # of training: fewer only cost time
 N_FINALISTS = 8  # plans measured again, at most, before one is chosen
 SHARES_OF_FINALISTS, LEAST_FINALIST_S = 4, 3.0  # of the time budget's part for them; seconds
-MAX_CORRECTIONS = 2  # times that a search goes on
-FAR_FASTER = 1.08  # than asked; 8 % of the time buys accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -158,68 +156,6 @@ def plan_of(job: Job, trial: Trial) -> Plan:
     return job.space.plan(job.space.from_names(trial.widths))
 
 
-def taught_by_finalists(searched: Searched, finalists: Finalists) -> Correction | None:
-    """What measuring again says against the search; None where the search need not go on.
-
-    It goes on where no plan met the limit on time any more, and where all are far faster than
-    asked although accuracy was paid for it.
-    """
-    known = {trial.number: trial for trial in searched.trials}
-    if not goes_on(searched) or not finalists.again:
-        return None
-    ratios = [finalists.again[number].ratio for number in finalists.again]
-    if finalists.is_met and not _is_far_faster(searched, ratios):
-        return None
-    moved = statistics.median(
-        latency.ratio / speed_of(known[number]) for number, latency in finalists.again.items()
-    )
-    again = {number: _as_measured(latency) for number, latency in finalists.again.items()}
-    return Correction(len(searched.study.trials), moved, again)
-
-
-def taught_by_files(
-    searched: Searched, shipped: Trial | None, speedup: PairedLatency
-) -> Correction | None:
-    """What measuring the finished files says against the search, as `taught_by_finalists` does.
-
-    Args:
-        searched: The search.
-        shipped: The trial whose plan the files are of.
-        speedup: Of the files.
-    """
-    if not goes_on(searched) or shipped is None:
-        return None
-    is_met = speedup.ratio >= 1 / searched.problem.objective.limits[TIME]
-    if is_met and not _is_far_faster(searched, [speedup.ratio]):
-        return None
-    moved = speedup.ratio / speed_of(shipped)
-    again = {shipped.number: _as_measured(speedup)}
-    return Correction(len(searched.study.trials), moved, again, is_by_files=True)
-
-
-def goes_on(searched: Searched) -> bool:
-    """Whether a search may go on after it ended: for the most accurate plan within a time."""
-    objective = searched.problem.objective
-    is_asked = TIME in objective.limits and not objective.front
-    is_plain = objective.weights is None and objective.min_accuracy is None
-    is_left = len(searched.study.corrections) < MAX_CORRECTIONS
-    return is_asked and is_plain and is_left and not is_hopeless(searched.problem)
-
-
-def _is_far_faster(searched: Searched, ratios: Sequence[float]) -> bool:
-    """Whether the slowest is far faster than asked, and the search has paid accuracy for it."""
-    wanted = 1 / searched.problem.objective.limits[TIME]
-    if min(ratios) < FAR_FASTER * wanted:
-        return False
-    original = searched.problem.original_accuracy
-    best = feasible_first(searched.trials, searched.problem)
-    return not best or accuracy_of(best[0]).value < original.value - original.standard_error
-
-
-def _as_measured(pair: PairedLatency) -> tuple[float, float, float]:
-    return pair.ratio, *pair.ci95
-
-
 def accuracy_of(trial: Trial) -> Accuracy:
     """That before training, on the search split."""
     assert trial.accuracy is not None
@@ -252,6 +188,31 @@ class Place:
         """Where a training stands."""
         prefix = f"again-{self.attempt}-" if self.attempt else ""
         return self.folder.unfinished / f"{prefix}{name}"
+
+
+def place_of(run: Run, searched: Searched, n_before: int, *, n_trainings: int = 1) -> Place:
+    """Where and how long is trained, as far as the time budget goes.
+
+    Args:
+        run: With its budget.
+        searched: Whose study keeps how many steps were decided on.
+        n_before: Models that were finished before.
+        n_trainings: Whole trainings that share the time.
+    """
+    whole = run.job.n_steps
+
+    def affordable() -> float:
+        left_s = run.budget.of_training_s() / CAUTION / max(1, n_trainings)
+        if not whole or run.step_s * whole <= left_s:
+            return whole
+        n_steps = int(max(0.0, left_s) / run.step_s)
+        return n_steps if n_steps >= LEAST_STEPS else 0
+
+    key = f"training steps, {run.folder.path.name if n_trainings > 1 else ''}{n_before}"
+    n_steps = int(searched.study.number_once(key, affordable))
+    if n_steps < whole:
+        run.budget.cut(f"{n_steps} of {whole} training steps")
+    return Place(run.folder, n_before, n_steps, lambda: run.budget.of_training_s() > 0)
 
 
 @dataclass(frozen=True, eq=False)

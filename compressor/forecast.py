@@ -5,12 +5,13 @@ step of training. What nobody can know yet is guessed: how much cheaper pruned n
 many of the measurements are needed, how long NNI takes.
 """
 
-from compressor.bench import ACCURACY, EXPORT, LATENCY, N_HARM_IMAGES, Bench, design
+from compressor.bench import ACCURACY, EXPORT, LATENCY, N_HARM_IMAGES, Bench
 from compressor.finalists import FRONT_TIMES, N_FINALISTS
 from compressor.goals import MACS
 from compressor.hints import NO_HINTS, choose_hints
 from compressor.job import Job
 from compressor.search.objective import TIME, Problem
+from compressor.search.space import design
 from compressor.training import CONTEST_SHARE, halving, step_seconds
 from compressor.trials import is_looked_into
 from compressor.values import (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor import border
 from compressor.augmentation import suitable
-from compressor.bench import Recovery, check_surgery, images_at_once
+from compressor.bench import check_surgery, images_at_once
 from compressor.config import AUTO, Config
 from compressor.datasets import load_data
 from compressor.errors import ConfigError, DataError, TaskError, TrainingError
@@ -23,6 +23,7 @@ from compressor.hints import NO_HINTS, choose_hints
 from compressor.importance import IMPORTANCES
 from compressor.latency.targets import load_target
 from compressor.prunable import Prunable, load_model, make_prunable, with_branches
+from compressor.recovery import Recovery
 from compressor.search.space import SearchSpace, make_space
 from compressor.tasks import (
     CLASSIFICATION,

@@ -8,19 +8,19 @@ from pathlib import Path
 from compressor import run_folder
 from compressor.bench import N_ORIGINAL_PARTS, Bench
 from compressor.border import config_of
-from compressor.budget import CAUTION, Budget
+from compressor.budget import Budget
 from compressor.config import Config
+from compressor.corrections import taught_by_files, taught_by_finalists
+from compressor.environment import describe_environment
 from compressor.errors import DeviceError, InterruptedRunError, RunFolderError
 from compressor.finalists import (
     Finalists,
-    Place,
     bands,
     choose,
     contest,
     fastest_within_drop,
     front,
-    taught_by_files,
-    taught_by_finalists,
+    place_of,
 )
 from compressor.forecast import forecast
 from compressor.job import Job, prepare
@@ -51,7 +51,6 @@ from compressor.values import (
     Verdict,
 )
 
-LEAST_STEPS = 10  # of training: fewer only cost time
 # Of what a machine says of itself; where they are the same, what it measured stays true.
 MACHINE_KEYS = ("host", "machine", "model", "instruction_set", "n_cores", "runtime", "version")
 
@@ -161,7 +160,7 @@ def replay(
     folder = RunFolder(path)
     config = config_of(path, trust=trust)
     job = prepare(config, is_new=False)
-    environment = run_folder.describe_environment(job.target, job.loaded, job.data)
+    environment = describe_environment(job.target, job.loaded, job.data)
     folder.check(environment, force=False)
     trials, corrections = read_trials(folder.study), read_corrections(folder.study)
     problem, strategy = posed_before(job, folder.study), strategy_of(config)
@@ -206,7 +205,7 @@ def searched_in(
             stack.enter_context(_worked_in(stopped))
         budget = Budget(config.time_budget, file=stopped.spent if stopped else None)
         job = prepare(config, is_new=stopped is None, on_progress=on_progress)
-        environment = run_folder.describe_environment(job.target, job.loaded, job.data)
+        environment = describe_environment(job.target, job.loaded, job.data)
         if stopped is not None:
             stopped.check(environment, force=force)
         begun = stopped is not None and has_begun(stopped.study)
@@ -327,31 +326,6 @@ def _search_on(run: Run, searched: Searched) -> Searched:
         run.job, searched.problem, run.bench, searched.study, run.budget, run.on_trial,
         run.on_progress,
     )  # fmt: skip
-
-
-def place_of(run: Run, searched: Searched, n_before: int, *, n_trainings: int = 1) -> Place:
-    """Where and how long is trained, as far as the time budget goes.
-
-    Args:
-        run: With its budget.
-        searched: Whose study keeps how many steps were decided on.
-        n_before: Models that were finished before.
-        n_trainings: Whole trainings that share the time.
-    """
-    whole = run.job.n_steps
-
-    def affordable() -> float:
-        left_s = run.budget.of_training_s() / CAUTION / max(1, n_trainings)
-        if not whole or run.step_s * whole <= left_s:
-            return whole
-        n_steps = int(max(0.0, left_s) / run.step_s)
-        return n_steps if n_steps >= LEAST_STEPS else 0
-
-    key = f"training steps, {run.folder.path.name if n_trainings > 1 else ''}{n_before}"
-    n_steps = int(searched.study.number_once(key, affordable))
-    if n_steps < whole:
-        run.budget.cut(f"{n_steps} of {whole} training steps")
-    return Place(run.folder, n_before, n_steps, lambda: run.budget.of_training_s() > 0)
 
 
 def worth(result: Result) -> tuple[float, ...]:

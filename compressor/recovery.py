@@ -1,12 +1,26 @@
 """What repairs accuracy without training: batch-norm recalibration."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from compressor.running import is_norm, ran
 from compressor.values import Split, draw
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What is done to a pruned network before its accuracy is taken.
+
+    Attributes:
+        least_squares: Layers that read fewer channels are refitted.
+        n_recalibration_images: For batch-norm's statistics; 0 leaves them as they were.
+    """
+
+    least_squares: bool = True
+    n_recalibration_images: int = 256
 
 
 def recalibrate_batch_norm(

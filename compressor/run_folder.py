@@ -10,13 +10,10 @@ import io
 import itertools
 import json
 import logging
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +27,8 @@ from compressor.goals import MAX_LATENCY
 from compressor.inputs import check_writable
 
 if TYPE_CHECKING:
-    from compressor.values import Data, LoadedModel, Result, Side, Target
+    from compressor.values import Result, Side
 
-VERSION = metadata.version("compressor")
 SCHEMA = 1
 RESULT, STUDY, CONFIG, LOG = "result.json", "study.db", "config.toml", "log.txt"
 MODEL_ONNX, ORIGINAL_ONNX, MODEL_PT = "model.onnx", "original.onnx", "model.pt"
@@ -356,42 +352,6 @@ def _as_json() -> "TypeAdapter[Result]":
 
 def _are_positive(side: "Side") -> bool:
     return min(side.macs, side.params, side.file_bytes, side.latency_ms.median_ms) > 0
-
-
-def describe_environment(
-    target: "Target", loaded: "LoadedModel", data: "Data"
-) -> dict[str, object]:
-    """Versions, machine, and hashes of model and data, for `result.json`."""
-    packages = ("torch", "onnx", "onnxruntime", "nni", "botorch", "optuna", "numpy")
-    versions = {name: metadata.version(name) for name in packages}
-    return {
-        "versions": {"compressor": VERSION, "python": platform.python_version(), **versions},
-        "cpu": cpu_name(),
-        "threads": target.n_threads,
-        "channel_step": f"{target.step} ({target.step_source})",
-        "git": _git_commit(),
-        "model_sha256": loaded.provenance["sha256"],
-        "data_fingerprint": data.fingerprint,
-    }
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git_commit() -> str | None:
-    """The commit of the project that the run was started in; None outside a repository."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
-        )
-        return done.stdout.strip()
-    return None
 
 
 def to_json(result: "Result") -> dict[str, object]:

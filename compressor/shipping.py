@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from compressor import run_folder
 from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery, n_cores
+from compressor.environment import describe_environment
 from compressor.errors import EngineError, EquivalenceError, ExportError, TrainingError
 from compressor.evaluate import accuracy, check_agree
 from compressor.export import export_onnx
@@ -33,6 +33,7 @@ from compressor.values import (
     Basis,
     Branch,
     BranchRow,
+    Equivalence,
     GroupRow,
     Latency,
     PairedLatency,
@@ -156,7 +157,6 @@ def finish(
         if handed_back:
             folder.write_checkpoint(rebuildable(job, plan, tuned))
             unproven.replace(folder.model_onnx)
-    errors = [e for e in engines.values() if isinstance(e, float)]
     return Result(
         verdict=verdict,
         target=job.target.name,
@@ -171,19 +171,20 @@ def finish(
         compressed=after if handed_back else None,
         speedup=speedup,
         accuracy_drop_points=100 * (before.accuracy - after.accuracy) if handed_back else None,
-        equivalence={
-            "engines": engines,
-            "n_inputs": len(images),
-            "max_abs_error": max(errors),
-        },
+        equivalence=_agreed(engines, len(images)),
         search=search_report(run, searched),
         groups=groups_table(job.prunable, plan),
         environment={
-            **run_folder.describe_environment(job.target, job.loaded, job.data),
+            **describe_environment(job.target, job.loaded, job.data),
             "device": dict(bench.described),
         },
         out=folder.path,
     )
+
+
+def _agreed(engines: dict[str, float | str], n_inputs: int) -> Equivalence:
+    errors = [e for e in engines.values() if isinstance(e, float)]
+    return {"engines": engines, "n_inputs": n_inputs, "max_abs_error": max(errors)}
 
 
 def write_result(run: Run, searched: Searched, result: Result) -> Result:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from compressor.report.clock import clock_of, went_on
 from compressor.values import (
     Basis,
     Branch,
     ChannelGroup,
-    Clock,
     Cost,
     PairedLatency,
     Replayed,
@@ -48,7 +48,7 @@ def text_report(result: Result) -> str:
         *(f"doubtful    {condition}" for condition in result.speedup.conditions),
         f"search      {result.search['strategy']}, {result.search['n_trials']} trials "
         f"({result.search['n_failed']} failed) in {result.search['seconds']:.0f} s"
-        f"{_went_on(result)}; "
+        f"{went_on(result)}; "
         f"{overhead:.2f} s a trial outside forward passes and measuring",
         *(f"cut short   {what}: the time budget" for what in result.search.get("cut_short", ())),
         *_training(result),
@@ -59,11 +59,6 @@ def text_report(result: Result) -> str:
         f"locked      {', '.join(str(g['name']) for g in locked) or 'none'}",
         f"files       {result.out} (open report.html)",
     ])  # fmt: skip
-
-
-def _went_on(result: Result) -> str:
-    n = result.search.get("n_corrections", 0)
-    return f", which went on {'once' if n == 1 else f'{n} times'} after measuring again" * bool(n)
 
 
 def before_and_after(result: Result) -> list[tuple[str, str, str, str]]:
@@ -160,16 +155,6 @@ def speedup_of(pair: PairedLatency) -> str:
         f"{pair.ratio:.3f}x, 95 % interval [{low:.3f}, {high:.3f}], {pair.basis}, "
         f"{pair.original.n} runs of each"
     )
-
-
-def clock_of(pair: PairedLatency) -> list[str]:
-    """Which clock a ratio comes from and how busy the machine was, in a line; or nothing."""
-    if pair.basis is Basis.ESTIMATE or pair.interrupted is None:
-        return []
-    share = f"other work interrupted {pair.interrupted:.0%} of the runs"
-    if pair.clock is Clock.THREAD_CPU:
-        return [f"CPU time of the thread, because {share}"]
-    return [f"the wall's; {share}"]
 
 
 def _engines(result: Result) -> str:

@@ -11,7 +11,8 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 
-from compressor.report import before_and_after, clock_of
+from compressor.report import before_and_after
+from compressor.report.clock import clock_of
 from compressor.report.figures import Figure, figures
 from compressor.report.words import verdict_in_words, why
 from compressor.values import Result, Trial

@@ -22,6 +22,8 @@ from compressor.values import Branch, ChannelGroup, Plan
 Widths = tuple[int, ...]
 Ratios = npt.NDArray[np.float64]  # (..., n_variables), share that is kept, in [0, 1]
 
+MIN_DESIGN, MAX_DESIGN = 8, 24  # plans that are timed before a search
+
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
@@ -196,3 +198,20 @@ def make_space(
         choices=(*(choices[g.name] for g in free), *((0, 1) for _ in branches)),
         branches=tuple(branches),
     )
+
+
+def design(space: SearchSpace, seed: int) -> list[Widths]:
+    """The fastest plan, and random ones in which every variable is at its least half of the time.
+
+    Their number grows with the square root of that of the variables: layers are alike.
+    """
+    n = len(space.choices)
+    n_plans = int(np.clip(round(3 * np.sqrt(n)), MIN_DESIGN, MAX_DESIGN))
+    generator = np.random.default_rng(seed)
+    floors = space.floors
+    shares = generator.uniform(0.1, 0.9, size=(n_plans, 1))
+    ratios = np.where(generator.random((n_plans, n)) < shares, floors, 1.0)
+    between = generator.random((n_plans, n)) < 0.3
+    ratios = np.where(between, space.ratios_at(generator.random((n_plans, n))), ratios)
+    plans = [space.narrowest, *space.snap(ratios)]
+    return [plan for plan in dict.fromkeys(plans) if plan != space.original]

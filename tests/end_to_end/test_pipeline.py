@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import compressor
-from compressor import evaluate, export, finalists, pipeline, prunable, shipping, surgery, training
+from compressor import (
+    corrections,
+    evaluate,
+    export,
+    finalists,
+    pipeline,
+    prunable,
+    shipping,
+    surgery,
+    training,
+)
 from compressor.bench import Bench
 from compressor.budget import Budget
 from compressor.config import Config
@@ -717,14 +727,16 @@ def test_when_files_send_a_search_on(ratio: float, accuracy: float, goes_on: boo
     study = Study.create(Path(tempfile.mkdtemp()) / "study.db", space)
     study.add(trial, paired(2.05, 2.0, 2.1))
     searched = Searched(problem, [trial], study, 1.0, paired(1, 1, 1))
-    taught = finalists.taught_by_files(searched, trial, paired(ratio, ratio - 0.01, ratio + 0.01))
+    measured = paired(ratio, ratio - 0.01, ratio + 0.01)
+    taught = corrections.taught_by_files(searched, trial, measured)
     assert (taught is not None) is goes_on
     if taught is not None:
         assert taught.moved == pytest.approx(ratio / 2.05)
         assert (taught.n_trials, taught.is_by_files) == (1, True)
         study.correct(taught)
         study.correct(taught)
-        assert finalists.taught_by_files(searched, trial, paired(1.5, 1.4, 1.6)) is None  # bounded
+        missed = paired(1.5, 1.4, 1.6)
+        assert corrections.taught_by_files(searched, trial, missed) is None  # bounded
 
 
 @pytest.mark.usefixtures("by_macs")

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "compressor"
 
 BASE = {
     "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
-    "augmentation", "watching", "running", "learner",
+    "augmentation", "watching", "running", "learner", "environment",
 }  # fmt: skip
 STEPS = {
     "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "values": {"errors", "goals"},
     "files": set(),
     "watching": set(),
+    "environment": {"values"},
     "running": {"values"},
     "learner": {"errors", "hints", "running", "tasks", "user_code", "values", "watching"},
     "hints": {"errors", "values", "watching"},
@@ -40,13 +41,15 @@ MAY_IMPORT = {
     "run": BASE | STEPS | {"bench", "budget", "job"},
     "job": BASE | STEPS | {"border", "prunable", "bench"},
     "trials": BASE | STEPS | {"budget", "prunable", "bench", "job"},
-    "finalists": BASE | STEPS | {"budget", "prunable", "bench", "job", "trials"},
+    "finalists": BASE | STEPS | {"budget", "prunable", "bench", "job", "run", "trials"},
     "shipping": BASE | STEPS | {"prunable", "bench", "job", "run", "trials", "finalists"},
+    "corrections": BASE | STEPS | {"finalists", "trials"},
     "forecast": BASE | STEPS | {"bench", "job", "trials", "finalists"},
     "pipeline": BASE
     | STEPS
     | {
         "budget",
+        "corrections",
         "prunable",
         "bench",
         "job",

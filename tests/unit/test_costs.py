@@ -6,12 +6,11 @@ import torch
 import torchvision
 from torch import nn
 
-from compressor.bench import design
 from compressor.graph import cost
 from compressor.graph.costs import layer_costs
 from compressor.prunable import make_prunable, with_branches
 from compressor.search.costs import Costs, LatencyTable
-from compressor.search.space import SearchSpace, make_space
+from compressor.search.space import SearchSpace, design, make_space
 from tests.conftest import make_conv_net
 
 NETS = ("resnet18", "mobilenet_v2", "densenet121", "shufflenet_v2_x1_0", "resnext50_32x4d")
