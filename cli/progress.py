@@ -143,7 +143,7 @@ class PlainLines:
 
     def on_trial(self, trial: "Trial") -> None:
         """One line a trial."""
-        _write(in_words(trial, self._left.n_total))
+        _write(in_words(trial, self._left.n_trials))
 
     def beat(self) -> None:
         """A line if none was written for long."""
@@ -257,7 +257,7 @@ class LiveTable:
 
     def on_trial(self, trial: "Trial") -> None:
         """A row of the table."""
-        self._rows.append((trial.number, _cells(trial, self._left.n_total)))
+        self._rows.append((trial.number, _cells(trial, self._left.n_trials)))
 
     def beat(self) -> None:
         """Nothing: what is shown follows the clock."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # values imports torch, which `--help` need not wait for
 FORECAST_UNITS = 2  # as many seen units weigh as much as the forecast does
 MIN_UNITS = 2  # seen, before anything is said where nothing was forecast
 
+SEARCHING = "Searching"  # `values.SEARCHING`, which would need torch
+
 
 class TimeLeft:
     """Of the phase and of the whole run.
@@ -22,6 +24,7 @@ class TimeLeft:
         phase: That is under way; "" before the first.
         n_done: Its units that are finished.
         n_total: Its units in all.
+        n_trials: Trials of the search in all; 0 before it began.
         note: The latest figure worth showing.
     """
 
@@ -33,6 +36,7 @@ class TimeLeft:
         """
         self._clock = clock
         self.phase, self.n_done, self.n_total, self.note = "", 0, 0, ""
+        self.n_trials = 0
         self._to_come: dict[str, float] = {}  # phase -> seconds, but for the one under way
         self._unfinished: dict[str, float] = {}  # phase that was left before its end -> seconds
         self._spent: dict[str, float] = {}  # phase -> seconds, before it came back
@@ -59,6 +63,8 @@ class TimeLeft:
             if progress.n_done != self.n_done:
                 self._stepped = now
         self.n_done, self.n_total = progress.n_done, progress.n_total
+        if progress.phase == SEARCHING:
+            self.n_trials = progress.n_total
         self.note = progress.note or self.note
         self._to_come |= progress.expected
         told = self._to_come.pop(self.phase, told)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from compressor.errors import ConfigError
+from compressor.errors import ConfigError, RunFolderError
 from compressor.files import parsed_json, read_text, write_whole
 from compressor.latency.timing import Effort
 from compressor.values import (
@@ -25,11 +25,14 @@ from compressor.values import (
     MEASURING_FILES,
     MEASURING_FINALISTS,
     PRUNING,
+    READING,
     SEARCHING,
     TIMING_LAYERS,
     TRAINING_FINALISTS,
     TRAINING_FRONT,
     TRYING_EACH,
+    Progress,
+    ProgressCallback,
 )
 
 BEFORE = (TIMING_LAYERS, TRYING_EACH, FIRST_PLAN)
@@ -69,7 +72,8 @@ class Budget:
         self.total_s = math.inf if total_s is None else total_s
         self.cut_short: dict[str, None] = {}
         self._clock, self._file = clock, file
-        self._before_s = _spent_in(file)
+        self._before_s, cut_short = _kept_in(file)
+        self.cut_short |= dict.fromkeys(cut_short)
         self._began = clock()
         self._kept = self._began
         self._until: dict[str, float] = {}
@@ -95,7 +99,24 @@ class Budget:
             return
         if is_due or self._clock() - self._kept >= KEEP_S:
             self._kept = self._clock()
-            write_whole(self._file, json.dumps({"spent_s": round(self.spent_s, 1)}))
+            kept = {"spent_s": round(self.spent_s, 1), "cut_short": list(self.cut_short)}
+            write_whole(self._file, json.dumps(kept))
+
+    def watching(self, on_progress: ProgressCallback, *, is_new: bool) -> ProgressCallback:
+        """`on_progress`, with a look at the clock whenever anything is told.
+
+        Args:
+            on_progress: Told the same.
+            is_new: Whether reading may end the run where all is spent.
+        """
+
+        def told(progress: Progress) -> None:
+            self.note()
+            if is_new and progress.phase == READING:
+                self.check("reading model and data")
+            on_progress(progress)
+
+        return told
 
     def check(self, what: str) -> None:
         """Raises `ConfigError` where all is spent after `what`, before anything was searched."""
@@ -144,6 +165,8 @@ class Budget:
         rest = left - at_the_end
         training = min(wanted[TRAINING], MOST_TRAINING * rest)
         before = min(wanted[BEFORE], MOST_BEFORE * rest)
+        spare = rest - training - CAUTION * expected.get(SEARCHING, 0.0)
+        before = max(before, min(MOST_BEFORE * rest, spare))  # where nobody else needs it
         share = at_the_end / max(wanted[AT_THE_END], 1e-9)
         files = share * CAUTION * sum(expected.get(p, 0.0) for p in (PRUNING, MEASURING_FILES))
         self._until = {
@@ -188,18 +211,27 @@ class Budget:
             logger.warning("cut short by --time-budget: %s", what)
 
 
-def _spent_in(file: Path | None) -> float:
-    """What an earlier process noted; 0 where there was none."""
-    if file is None or not file.is_file():
-        return 0.0
+def _kept_in(file: Path | None) -> tuple[float, list[str]]:
+    """What an earlier process noted of what was spent and cut short; nothing without a file.
+
+    Raises:
+        RunFolderError: Something else stands where the file is to be.
+    """
+    if file is None or not file.exists():
+        return 0.0, []
+    if not file.is_file():
+        raise RunFolderError(f"{file} is no file; remove it to go on.")
     try:
-        spent = parsed_json(read_text(file))["spent_s"]
-        if not isinstance(spent, (int, float)) or not 0 <= spent < math.inf:
-            raise ValueError(f"spent_s = {spent!r}")
-    except (OSError, ValueError, KeyError, TypeError) as err:
+        kept = parsed_json(read_text(file))
+        spent, cut_short = kept["spent_s"], kept.get("cut_short", [])
+        if isinstance(spent, bool) or not 0 <= float(spent) < math.inf:
+            raise ValueError(f"spent_s = {str(spent)[:40]}")
+        if not isinstance(cut_short, list) or not all(isinstance(c, str) for c in cut_short):
+            raise ValueError("cut_short is no list of texts")
+        return float(spent), cut_short
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as err:
         logger.warning("%s does not say what was spent (%s); counted anew", file, err)
-        return 0.0
-    return float(spent)
+        return 0.0, []
 
 
 def _rounded_up(seconds: float) -> int:

@@ -50,7 +50,7 @@ EXAMPLES: dict[str, object] = {  # of settings that have no default
 }  # fmt: skip
 GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight", "pareto")
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m|h)")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s|min|m|h)")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from compressor.finalists import Finalists, accuracy_of, speed_of
 from compressor.search.objective import TIME, Correction, feasible_first, is_hopeless
 from compressor.trials import Searched
-from compressor.values import PairedLatency, Trial
+from compressor.values import PairedLatency, Result, Trial, Verdict
 
 MAX_CORRECTIONS = 2  # times that a search goes on
 FAR_FASTER = 1.08  # than asked; 8 % of the time buys accuracy
@@ -72,3 +72,15 @@ def _is_far_faster(searched: Searched, ratios: Sequence[float]) -> bool:
 
 def _as_measured(pair: PairedLatency) -> tuple[float, float, float]:
     return pair.ratio, *pair.ci95
+
+
+def worth(result: Result) -> tuple[float, ...]:
+    """Larger is better: limits that are met, then accuracy on the search split, then speed.
+
+    The test split has no say.
+    """
+    training = result.training
+    learned = training["search_accuracy"] if training and "steps" in training else 0.0
+    is_met = result.verdict is Verdict.MET
+    is_usable = result.compressed is not None
+    return float(is_usable), float(is_met), learned if is_met else 0.0, result.speedup.ratio

@@ -1,7 +1,7 @@
 """The whole method: trained model in, measured-faster ONNX out."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from compressor.bench import N_ORIGINAL_PARTS, Bench
 from compressor.border import config_of
 from compressor.budget import Budget
 from compressor.config import Config
-from compressor.corrections import taught_by_files, taught_by_finalists
+from compressor.corrections import taught_by_files, taught_by_finalists, worth
 from compressor.environment import describe_environment
 from compressor.errors import DeviceError, InterruptedRunError, RunFolderError
 from compressor.finalists import (
@@ -48,7 +48,6 @@ from compressor.values import (
     ProgressCallback,
     Replayed,
     Result,
-    Verdict,
 )
 
 # Of what a machine says of itself; where they are the same, what it measured stays true.
@@ -134,6 +133,8 @@ def resume(
     config = config_of(path, trust=trust)
     if (path / run_folder.RESULT).is_file():
         return run_folder.read_result(path)
+    if config.pareto and folder.is_finished_front:
+        return in_order(run_folder.read_result(point.parent) for point in folder.points)
     with searched_in(config, on_trial, on_progress, folder, force=force) as run:
         return (finish_front if config.pareto else finish_one)(*run)
 
@@ -204,13 +205,12 @@ def searched_in(
         if stopped is not None:
             stack.enter_context(_worked_in(stopped))
         budget = Budget(config.time_budget, file=stopped.spent if stopped else None)
+        on_progress = budget.watching(on_progress, is_new=stopped is None)
         job = prepare(config, is_new=stopped is None, on_progress=on_progress)
         environment = describe_environment(job.target, job.loaded, job.data)
         if stopped is not None:
             stopped.check(environment, force=force)
         begun = stopped is not None and has_begun(stopped.study)
-        if not begun:
-            budget.check("reading model and data")
         device = stack.enter_context(open_device(job.target))
         study = Study.open(stopped.study, job.space) if stopped and begun else None
         bench = Bench(
@@ -222,11 +222,12 @@ def searched_in(
             folder, problem = stopped, posed_before(job, stopped.study)
         else:
             _ = bench.original_accuracy
-            budget.check("reading model and data, and measuring the original")
+            if stopped is None:
+                budget.check("reading model and data, and measuring the original")
             problem = pose(job, bench)  # the last thing that bad input can break but for time
         n_done = len(study.trials) if study else 0
         expected, step_s = forecast(job, bench, problem, n_trials_done=n_done)
-        budget.divide(expected, is_new=study is None)
+        budget.divide(expected, is_new=stopped is None)
         done = N_ORIGINAL_PARTS
         on_progress(Progress(MEASURING_ORIGINAL, done, done, expected=budget.within(expected)))
         if study is None:
@@ -328,17 +329,6 @@ def _search_on(run: Run, searched: Searched) -> Searched:
     )  # fmt: skip
 
 
-def worth(result: Result) -> tuple[float, ...]:
-    """Larger is better: limits that are met, then accuracy on the search split, then speed.
-
-    The test split has no say.
-    """
-    training = result.training
-    learned = training["search_accuracy"] if training and "steps" in training else 0.0
-    is_met = result.verdict is Verdict.MET
-    return float(is_met), learned if is_met else 0.0, result.speedup.ratio
-
-
 def finish_front(run: Run, searched: Searched) -> tuple[Result, ...]:
     """The best plan of every band of speed as a finished model; those that are there stay.
 
@@ -356,6 +346,11 @@ def finish_front(run: Run, searched: Searched) -> tuple[Result, ...]:
         winners = contest(run.job, finalists.plans, run.bench, place, run.on_progress)
         results.append(write_result(point, band, build(point, band, winners, place)))
     run.folder.forget_unfinished()
+    return in_order(results)
+
+
+def in_order(results: Iterable[Result]) -> tuple[Result, ...]:
+    """Slowest first; those that came out no faster than the original before all others."""
     return tuple(sorted(results, key=lambda r: (r.compressed is not None, r.speedup.ratio)))
 
 

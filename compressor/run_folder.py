@@ -100,11 +100,13 @@ class RunFolder:
         return read_result(path) if (path / RESULT).is_file() else None
 
     def take_back(self) -> None:
-        """Puts the model that `set_aside` keeps in place of the later one."""
+        """Puts the model that `set_aside` keeps in place of the later one; also a second time."""
         for name in (MODEL_ONNX, MODEL_PT):
-            (self.path / name).unlink(missing_ok=True)
-            if (self.unfinished / ASIDE / name).is_file():
-                (self.unfinished / ASIDE / name).replace(self.path / name)
+            kept = self.unfinished / ASIDE / name
+            if kept.is_file():
+                write_whole(self.path / name, kept.read_bytes())
+            else:
+                (self.path / name).unlink(missing_ok=True)
 
     def forget_unfinished(self) -> None:
         """Removes what is only needed to go on."""
@@ -168,6 +170,16 @@ class RunFolder:
                 f"version of compress that began the run."
             )
         return dict(content)
+
+    @property
+    def points(self) -> list[Path]:
+        """The results of a front's models."""
+        return sorted(self.path.glob(f"point-*/{RESULT}"))
+
+    @property
+    def is_finished_front(self) -> bool:
+        """Whether a front was finished here: it has models, and nothing is needed to go on."""
+        return bool(self.points) and not (self.path / UNFINISHED).exists()
 
     @property
     def spent(self) -> Path:

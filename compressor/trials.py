@@ -85,6 +85,17 @@ def pose(job: Job, bench: Bench) -> Problem:
     return _wanted(job, bench.original_accuracy, limits)
 
 
+class _Asked:
+    """Whether there is time before the first trial; remembers that it once said no."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget, self.was_refused = budget, False
+
+    def __call__(self) -> bool:
+        self.was_refused |= self._budget.of_before_s() <= 0
+        return not self.was_refused
+
+
 def informed(
     job: Job,
     problem: Problem,
@@ -94,12 +105,12 @@ def informed(
     budget: Budget,
 ) -> Problem:
     """`problem` with what is measured before the first trial; what `study` has of it stays."""
-    at_most = problem.n_trials // 2
+    has_time = _Asked(budget)
     timed_plans = bench.timed_plans(
-        problem.seed, at_most=at_most, once=study.once, has_time=lambda: budget.of_before_s() > 0
+        problem.seed, at_most=problem.n_trials // 2, once=study.once, has_time=has_time
     )
-    if budget.of_before_s() <= 0:
-        budget.cut(f"only {len(timed_plans)} plans were timed before the first trial")
+    if has_time.was_refused:
+        budget.cut("not all plans were timed that are before the first trial")
     problem = replace(problem, timed=timed_plans)
     if not is_looked_into(problem):
         return problem
@@ -180,11 +191,11 @@ def with_harm(
     def on_step(share: float) -> None:
         on_progress(Progress(FIRST_PLAN, round(100 * share), 100))
 
+    has_time = _Asked(budget)
     path, measured = lazy_greedy(
-        problem, harm, at_most=at_most, on_step=on_step,
-        has_time=lambda: budget.of_before_s() > 0,
-    )  # fmt: skip
-    if budget.of_before_s() <= 0:
+        problem, harm, at_most=at_most, on_step=on_step, has_time=has_time
+    )
+    if has_time.was_refused:
         budget.cut("the first plan was made from fewer measurements")
     alone = [
         Harmed(space.by_name(widths), problem.damages[name])
@@ -219,7 +230,7 @@ def n_trials_wanted(problem: Problem, study: Study) -> int:
     if not study.corrections:
         return problem.n_trials
     more = max(MIN_MORE, round(MORE * problem.n_trials))
-    return study.corrections[-1].n_trials + more
+    return min(study.corrections[-1].n_trials, len(study.trials)) + more
 
 
 def search(

@@ -252,7 +252,7 @@ def precedence() -> Dict[str, Any]:
     Linux shares cores by session ("autogroup") before it looks at niceness, so both are asked for.
     """
     wanted = os.environ.get(PRECEDENCE_VARIABLE, str(PRECEDENCE))
-    if not re.match(r"-?[0-9]{1,2}$", wanted):
+    if not re.fullmatch(r"-?[0-9]{1,2}", wanted) or not -20 <= int(wanted) <= 19:
         raise RunnerError(
             REQUEST, f"{PRECEDENCE_VARIABLE} is {wanted!r}; expected a niceness from -20 to 19."
         )
@@ -260,6 +260,8 @@ def precedence() -> Dict[str, Any]:
     if hasattr(os, "setpriority"):
         try:
             os.setpriority(os.PRIO_PROCESS, 0, int(wanted))
+            if os.getsid(0) != os.getpid():
+                os.setsid()  # precedence is for this process, not for who started it
             with open("/proc/self/autogroup", "w") as file:
                 file.write(wanted)
         except OSError:  # an ordinary user, or a system that does not share by session

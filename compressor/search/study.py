@@ -7,6 +7,7 @@ and speed-up, both larger is better.
 
 import contextlib
 import logging
+import math
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from compressor.values import Accuracy, Clock, Original, PairedLatency, Trial
 
 STUDY_NAME = "compress"
 MEASURED = "measured"  # the one user attribute of a trial
+MAX_CORRECTED = 10**6  # trials
 BEFORE, CORRECTIONS, ORIGINAL = "before", "corrections", "original"  # of the study
 
 _PAIR, _NUMBER, _TRIAL = TypeAdapter(PairedLatency), TypeAdapter(float), TypeAdapter(Trial)
@@ -241,7 +243,16 @@ def _written() -> Iterator[None]:
 
 def _corrections_in(attributes: Mapping[str, Any]) -> tuple[Correction, ...]:
     with _read("what measuring again has taught"):
-        return _CORRECTIONS.validate_python(attributes.get(CORRECTIONS, ()))
+        found = _CORRECTIONS.validate_python(attributes.get(CORRECTIONS, ()))
+        last = 0
+        for each in found:
+            figures = [each.moved, *(n for row in each.again.values() for n in row)]
+            if not all(math.isfinite(figure) and figure > 0 for figure in figures):
+                raise ValueError("a ratio that is no positive number")
+            if not last <= each.n_trials <= MAX_CORRECTED:
+                raise ValueError(f"{each.n_trials} trials before a correction")
+            last = each.n_trials
+        return found
 
 
 def read_corrections(path: Path) -> tuple[Correction, ...]:

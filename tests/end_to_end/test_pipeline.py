@@ -665,7 +665,7 @@ def test_the_better_one_of_two_finished_models_is_shipped(
     """The second one comes out no faster than the first, and loses to it."""
     moved = Moved(0.4)
     monkeypatch.setattr(Bench, "compare", moved(Bench.compare))
-    real = pipeline.worth
+    real = corrections.worth
     monkeypatch.setattr(pipeline, "worth", lambda result: tuple(-x for x in real(result)))
     result = compressor.compress(make_config(speedup=1.4, trials=8))
     assert moved.n_files == 2

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from compressor.errors import (
+    CompressorError,
     DeviceBusyError,
     MeasurementError,
     OutOfMemoryError,
@@ -417,3 +418,32 @@ def test_the_newest_onnxruntime_for_python_3_6_measures(
         assert len(answer["original_ms"]) >= 2
     finally:
         made.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="no sharing by session")
+def test_precedence_is_the_runners_own_and_not_that_of_who_started_it() -> None:
+    """Linux shares cores by session, and this one starts in ours."""
+    before = Path("/proc/self/autogroup").read_text()
+    process = subprocess.Popen(
+        [sys.executable, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    hello = json.loads(process.stdout.readline())
+    assert Path("/proc/self/autogroup").read_text() == before
+    assert os.getpriority(os.PRIO_PROCESS, 0) == 0
+    if hello["niceness"] == runner_module.PRECEDENCE:
+        theirs = Path(f"/proc/{process.pid}/autogroup").read_text()
+        assert theirs.endswith(f"nice {runner_module.PRECEDENCE}\n")
+        assert theirs.split()[0] != before.split()[0]
+    process.communicate()
+
+
+@pytest.mark.parametrize("niceness", ["low", "-21", "20", "5\n", ""])
+def test_a_niceness_that_is_none_is_refused(
+    host: LocalHost, monkeypatch: pytest.MonkeyPatch, niceness: str
+) -> None:
+    monkeypatch.setenv(runner_module.PRECEDENCE_VARIABLE, niceness)
+    made = Runner(lambda log: host.start([sys.executable, str(RUNNER)], log=log), "this machine")
+    with pytest.raises(CompressorError, match="expected a niceness from -20 to 19"):
+        made.begin()
+    made.close()

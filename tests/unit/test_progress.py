@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from compressor.cli import progress
+from compressor.cli import progress, time_left
 from compressor.cli.time_left import TimeLeft
 from rich.console import Console
 
-from compressor.values import Accuracy, Progress, Trial
+from compressor.values import GATHERING, SEARCHING, Accuracy, Progress, Trial
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = {"Searching": 60.0, "Fine-tuning": 120.0}
@@ -341,3 +341,11 @@ def test_a_slow_phase_in_a_process_of_its_own(args: tuple[str, ...], tmp_path: P
     else:
         assert lines[0] == "Loading\n"
         assert all(line.startswith("Loading, for ") for line in lines[1:])
+
+
+def test_trials_are_counted_by_the_search_whatever_is_told_within_it() -> None:
+    left = TimeLeft(lambda: 0.0)
+    left.tell(Progress(SEARCHING, 0, 5))
+    left.tell(Progress(GATHERING, 0, 1000))
+    assert (left.n_total, left.n_trials) == (1000, 5)
+    assert time_left.SEARCHING == SEARCHING

@@ -237,3 +237,17 @@ def test_an_unfinished_run_shows_its_trials(tmp_path: Path) -> None:
     lines = trials_report(tmp_path, trials).splitlines()
     assert "was not finished. Trials measured: 2, failed: 1." in lines[0]
     assert [line.split()[0] for line in lines[4:]] == ["2", "1"]
+
+
+def test_a_model_that_was_set_aside_comes_back_however_often(tmp_path: Path) -> None:
+    """A process may be killed after it was put back and before the result was written."""
+    folder = run_folder.RunFolder(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"first")
+    folder.set_aside(make_result(tmp_path))
+    for _ in range(2):
+        (tmp_path / "model.onnx").write_bytes(b"second")
+        (tmp_path / "model.pt").write_bytes(b"second")
+        folder.take_back()
+        assert (tmp_path / "model.onnx").read_bytes() == b"first"
+        assert not (tmp_path / "model.pt").exists()  # the first had none
+    assert folder.aside is not None
