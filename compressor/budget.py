@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,10 +37,10 @@ from compressor.values import (
 
 BEFORE = (TIMING_LAYERS, TRYING_EACH, FIRST_PLAN)
 TRAINING = (TRAINING_FINALISTS, FINE_TUNING, TRAINING_FRONT)
-AT_THE_END = (MEASURING_FINALISTS, PRUNING, MEASURING_FILES)
 
 CAUTION = 1.25  # what was forecast may take that many times as long
-MOST_AT_THE_END, MOST_TRAINING, MOST_BEFORE = 0.5, 0.5, 0.25  # of what is left, then of the rest
+MOST_FILES, MOST_FINALISTS = 0.3, 0.15  # of what is left
+MOST_TRAINING, MOST_BEFORE = 0.5, 0.25  # of the rest
 LEAST_EFFORT_S = 2.0  # of a comparison whose figure is reported
 KEEP_S = 5.0  # between two notes of what was spent
 
@@ -149,33 +149,32 @@ class Budget:
         if math.isinf(self.total_s):
             return
         left = max(0.0, self.left_s)
-        wanted = {
-            phases: CAUTION * sum(expected.get(phase, 0.0) for phase in phases)
-            for phases in (BEFORE, TRAINING, AT_THE_END)
-        }
-        at_the_end = wanted[AT_THE_END]
-        if is_new and at_the_end > left:
-            needed = self.spent_s + 2 * at_the_end
+
+        def wanted(phases: Iterable[str]) -> float:
+            return CAUTION * sum(expected.get(phase, 0.0) for phase in phases)
+
+        least = LEAST_EFFORT_S + expected.get(MEASURING_FILES, 0.0)
+        if is_new and least > left:
             raise ConfigError(
                 f"--time-budget {self.total_s:g}s is too short: {self.spent_s:.0f} s went into "
-                f"reading the model and measuring the original, and about {at_the_end:.0f} s are "
-                f"needed to measure what comes out. Give it at least {_rounded_up(needed)}s."
+                f"reading the model and measuring the original, and about {least:.0f} s are "
+                f"needed to measure what comes out. Give it at least "
+                f"{_rounded_up(self.spent_s + 3 * least)}s."
             )
-        at_the_end = max(min(at_the_end, MOST_AT_THE_END * left), at_the_end / CAUTION)
-        rest = left - at_the_end
-        training = min(wanted[TRAINING], MOST_TRAINING * rest)
-        before = min(wanted[BEFORE], MOST_BEFORE * rest)
-        spare = rest - training - CAUTION * expected.get(SEARCHING, 0.0)
+        files = min(wanted((PRUNING, MEASURING_FILES)), MOST_FILES * left)
+        finalists = min(wanted((MEASURING_FINALISTS,)), MOST_FINALISTS * left)
+        rest = left - files - finalists
+        training = min(wanted(TRAINING), MOST_TRAINING * rest)
+        before = min(wanted(BEFORE), MOST_BEFORE * rest)
+        spare = rest - training - wanted((SEARCHING,))
         before = max(before, min(MOST_BEFORE * rest, spare))  # where nobody else needs it
-        share = at_the_end / max(wanted[AT_THE_END], 1e-9)
-        files = share * CAUTION * sum(expected.get(p, 0.0) for p in (PRUNING, MEASURING_FILES))
         self._until = {
-            MEASURING_FILES: self.total_s,
-            FINE_TUNING: self.total_s - files,
-            MEASURING_FINALISTS: self.total_s - files - training,
             TRYING_EACH: self.spent_s + before,
+            SEARCHING: self.spent_s + rest - training,
+            MEASURING_FINALISTS: self.spent_s + rest - training + finalists,
+            FINE_TUNING: self.spent_s + rest + finalists,
+            MEASURING_FILES: self.total_s,
         }
-        self._until[SEARCHING] = self.total_s - at_the_end - training
         logger.info("shares of the time budget: %s", {k: round(v) for k, v in self._until.items()})
 
     def of_before_s(self) -> float:

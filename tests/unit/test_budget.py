@@ -65,6 +65,7 @@ def test_shares_add_up_and_none_is_below_zero(total_s: float) -> None:
     assert training <= 0.5 * (total_s - 10)
     files = budget.left_s - budget.of_training_s()
     assert files >= EXPECTED[MEASURING_FILES] + EXPECTED[PRUNING] - 1e-9
+    assert files <= CAUTION * (EXPECTED[MEASURING_FILES] + EXPECTED[PRUNING]) + 1e-9
 
 
 def test_a_long_budget_gives_every_part_all_it_wants_and_the_search_the_rest() -> None:
@@ -73,7 +74,7 @@ def test_a_long_budget_gives_every_part_all_it_wants_and_the_search_the_rest() -
     assert budget.of_search_s() > 9000
 
 
-@pytest.mark.parametrize("total_s", [15, 41])
+@pytest.mark.parametrize("total_s", [15, 19.5])
 def test_a_budget_too_short_to_measure_what_comes_out_is_refused(total_s: float) -> None:
     with pytest.raises(ConfigError, match=r"too short: 10 s went into .* at least \d+0s"):
         divided(total_s)
@@ -84,8 +85,8 @@ def test_a_run_that_goes_on_is_finished_although_nothing_is_left() -> None:
     budget = Budget(30, clock=clock)
     clock.now += 50
     budget.divide(EXPECTED, is_new=False)
-    assert budget.of_search_s() < 0
-    assert budget.of_training_s() < 0
+    assert budget.of_search_s() <= 0
+    assert budget.of_training_s() <= 0
     assert budget.effort(FINAL, budget.of_finalists_s()).budget_s == 2.0
 
 
