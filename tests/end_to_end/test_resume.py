@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import compressor
+from compressor.bench import Bench
 from compressor.errors import (
     ConfigError,
     DataError,
@@ -21,9 +23,10 @@ from compressor.errors import (
     ModelError,
     RunFolderError,
 )
+from compressor.latency.machine import Model
 from compressor.run_folder import IDENTITIES, RunFolder, read_settings
 from compressor.search.study import read_trials
-from compressor.values import Progress, Trial
+from compressor.values import PairedLatency, Progress, Result, Trial
 from tests.command import fork_server, run_or_go_on
 
 FLAGS: dict[str, object] = {
@@ -361,3 +364,79 @@ def test_a_replay_that_differs_says_where(flags: dict[str, object], tmp_path: Pa
     found = compressor.replay(tmp_path / "run")
     assert found.differs_at == 4
     assert "DIFFERS from trial 5 of 12 on" in compressor.replay_report(tmp_path, found)
+
+
+def measured_originals(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What is timed against itself from now on: the original."""
+    found: list[bytes] = []
+    compare = Bench.compare
+
+    def counted(bench: Bench, original: Model, candidate: Model, *args: Any) -> PairedLatency:
+        if original is candidate:
+            assert isinstance(original, bytes)
+            found.append(original)
+        return compare(bench, original, candidate, *args)
+
+    monkeypatch.setattr(Bench, "compare", counted)
+    return found
+
+
+def test_the_original_is_measured_again_on_another_machine_only(
+    flags: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model.pt"
+    measured = measured_originals(monkeypatch)
+    out = stopped_run(model, flags | QUICK, tmp_path / "here", after=1)
+    assert len(measured) == 1
+    result = compressor.resume(out)
+    assert isinstance(result, Result)
+    assert len(measured) == 1
+    floor = result.search["noise_floor"]["ratio"]
+    elsewhere = stopped_run(model, flags | QUICK, tmp_path / "elsewhere", after=1)
+    manifest = elsewhere / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["device"]["n_cores"] += 1
+    manifest.write_text(json.dumps(content))
+    compressor.resume(elsewhere)
+    assert len(measured) == 3
+    assert floor > 0
+
+
+@pytest.mark.fault("stopped with a time budget that is spent")
+def test_a_stopped_run_whose_budget_is_spent_is_finished(
+    flags: dict[str, object], tmp_path: Path
+) -> None:
+    """What it spent before counts: no trial more, no training, and a result all the same."""
+    budget = flags | {"trials": 1000, "time_budget": 60, "finalists": 1}
+    out = stopped_run(tmp_path / "model.pt", budget, tmp_path / "run", after=3)
+    spent = out / ".unfinished" / "spent.json"
+    assert json.loads(spent.read_text())["spent_s"] > 0
+    spent.write_text('{"spent_s": 59.9, "cut_short": ["something earlier"]}')
+    began = time.monotonic()
+    result = compressor.resume(out)
+    assert time.monotonic() - began < 40
+    assert isinstance(result, Result)
+    assert result.search["n_trials"] <= 4
+    cut_short = result.search.get("cut_short", [])
+    assert cut_short[0] == "something earlier"
+    assert any("training steps" in what for what in cut_short)
+
+
+@pytest.mark.fault("stopped before the first trial, with a time budget that is spent")
+def test_a_run_stopped_before_its_first_trial_is_finished_too(
+    flags: dict[str, object], tmp_path: Path
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.phase == "Timing the layers" and progress.n_done == 1:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    config = compressor.load_config(
+        tmp_path / "model.pt", flags | {"out": out, "time_budget": 60, "fine_tune_epochs": 0}
+    )
+    with pytest.raises(InterruptedRunError):
+        compressor.compress(config, on_progress=stop)
+    (out / ".unfinished" / "spent.json").write_text('{"spent_s": 61}')
+    result = compressor.resume(out)
+    assert isinstance(result, Result)
+    assert result.search["n_trials"] == 1
