@@ -103,7 +103,8 @@ def test_a_board_that_reboots_costs_a_search_no_trial(
     assert all(trial.speedup and trial.accuracy for trial in trials)
     kept = read_trials(run_folder_of(config) / "study.db")
     assert [(t.number, t.speedup) for t in kept] == [(t.number, t.speedup) for t in trials]
-    assert (result.search["n_trials"], result.search["n_failed"]) == (5, 0)
+    assert result.search["n_trials"] >= 5  # more where finalists send the search on
+    assert result.search["n_failed"] == 0
     assert result.verdict is Verdict.MET
 
 

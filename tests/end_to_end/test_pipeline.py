@@ -51,9 +51,9 @@ from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, TRIAL, Effort
 from compressor.report import text_report
 from compressor.search import STRATEGIES
-from compressor.search.objective import TIME, Objective, Problem
+from compressor.search.objective import TIME, Objective, Problem, corrected
 from compressor.search.space import make_space
-from compressor.search.study import Study, read_before, read_trials
+from compressor.search.study import Study, read_before, read_corrections, read_trials
 from compressor.shipping import judge
 from compressor.trials import TRIAL_PARTS, Searched
 from compressor.values import (
@@ -246,8 +246,10 @@ def test_the_same_trials_follow_from_what_is_kept(make_config: Make, tmp_path: P
     assert problem.timed
     assert problem.damages
     assert problem.objective.limits == {TIME: pytest.approx(1 / 1.5)}
+    taught = read_corrections(study)
     for n, trial in enumerate(trials):
-        proposal = STRATEGIES["bocr"].propose(problem, trials[:n])
+        known = corrected(trials[:n], [each for each in taught if each.n_trials <= n])
+        proposal = STRATEGIES["bocr"].propose(problem, known)
         assert proposal is not None
         assert problem.space.by_name(proposal.widths) == trial.widths
         assert proposal.phase == trial.phase
@@ -353,7 +355,8 @@ def test_failed_trials_do_not_end_a_search(
     trials = list[Trial]()
     result = compressor.compress(make_config(trials=6), on_trial=trials.append)
     assert [t.number for t in trials if t.failed_because == "the runtime is gone"] == [1, 3]
-    assert (result.search["n_trials"], result.search["n_failed"]) == (6, 2)
+    assert result.search["n_trials"] >= 6  # more where finalists send the search on
+    assert result.search["n_failed"] == 2
 
 
 def test_a_search_in_which_nothing_could_be_measured_says_so(
