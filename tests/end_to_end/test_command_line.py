@@ -314,7 +314,7 @@ def test_a_signal_leaves_a_folder_that_can_be_read_and_gone_on_with(
     if signals == (signal.SIGTERM,):
         done = compress("resume", name, "--json", cwd=project)
         assert done.returncode in (0, 3), done.stderr
-        assert json.loads(done.stdout)["search"]["n_trials"] == 14
+        assert json.loads(done.stdout)["search"]["n_trials"] >= 14
         assert "trial   4" not in done.stderr  # it was there
 
 
