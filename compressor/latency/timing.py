@@ -8,13 +8,13 @@ sessions are opened afresh several times, and the interval is over pairs.
 
 The clock on the wall also counts the time that other work had the core. Where one thread does the
 work, its own CPU time does not, and where more than `MAX_INTERRUPTED` of the runs were
-interrupted, that clock decides. With twelve busy processes beside a runner without precedence, each
-in a session of its own, single session pairs by the wall scattered by 13 to 112 % (standard
-deviation, models of 1 to 10 ms), by CPU time by 4 to 5 %. What is left is not the clock's: caches are cold after an
-interruption, and neighbours share them. The least time of all runs, and the runs that nobody
-interrupted, were tried in place of the median: both scatter more, because slow machines leave few
-of such runs. Where there is no such clock (several threads, a GPU), interrupted rounds are taken
-again, and where there are not enough others, the figure is called doubtful.
+interrupted, that clock decides. With twelve busy processes beside a runner without precedence,
+each in a session of its own, single session pairs by the wall scattered by 13 to 112 % (standard
+deviation, models of 1 to 10 ms), by CPU time by 4 to 5 %. What is left is not the clock's: caches
+are cold after an interruption, and neighbours share them. The least time of all runs, and the runs
+that nobody interrupted, were tried in place of the median: both scatter more, because slow
+machines leave few of such runs. Where there is no such clock (several threads, a GPU), interrupted
+rounds are taken again, and where there are not enough others, the figure is called doubtful.
 """
 
 import random
