@@ -64,7 +64,7 @@ def ran(network: nn.Module, example: Any) -> list[nn.Module]:
 
     hooks = [module.register_forward_pre_hook(see) for module in network.modules()]
     try:
-        with torch.no_grad(), _one_by_one():
+        with torch.no_grad(), unfused_attention():
             call(network, cloned(example))
     finally:
         for hook in hooks:
@@ -124,8 +124,8 @@ def frozen_norms(network: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Torch's transformer layers run their parts meanwhile, so that these are seen."""
+def unfused_attention() -> Iterator[None]:
+    """nn.TransformerEncoderLayer runs its parts one by one meanwhile, not as one operation."""
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

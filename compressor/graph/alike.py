@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compressor.graph.record import unfused_attention
-from compressor.running import cloned
+from compressor.running import cloned, unfused_attention
 from compressor.values import FORWARD_FAILURES, Example, call, map_tensors, tensors_in
 
 TOLERANCE = 1e-6  # of the largest output; nothing but another order of additions may differ

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import GraphError
-from compressor.graph.record import positional, unfused_attention
-from compressor.running import cloned, is_norm, is_random
+from compressor.graph.record import positional
+from compressor.running import cloned, is_norm, is_random, unfused_attention
 from compressor.values import FORWARD_FAILURES, Branch, ChannelGroup, Example, Role
 
 aten = torch.ops.aten

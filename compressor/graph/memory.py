@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressor.graph.record import positional, unfused_attention
-from compressor.running import cloned
+from compressor.graph.record import positional
+from compressor.running import cloned, unfused_attention
 from compressor.values import Example, tensors_in
 
 Cell = tuple[Any, ...]  # memory, offset, shape, strides, kind: where exactly a tensor lies

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.graph.labels import Labels
-from compressor.running import cloned
+from compressor.running import cloned, unfused_attention
 from compressor.values import Example, IndexArray, Role, call, tensors_in
 
 logger = logging.getLogger(__name__)
@@ -335,17 +335,6 @@ def record(model: nn.Module, example: Example, rules: "Rules") -> Record:
                 output = call(model, example)
     seen.lock_output(output)
     return seen
-
-
-@contextmanager
-def unfused_attention() -> Iterator[None]:
-    """nn.TransformerEncoderLayer runs its parts one by one meanwhile, not as one operation."""
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 class _Interpreter(fx.Interpreter):

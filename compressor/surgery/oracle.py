@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compressor.running import unfused_attention
 from compressor.surgery.positions import removed_channels
 from compressor.values import Branch, ChannelGroup, Plan
 
@@ -51,13 +52,9 @@ class _Masked(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Operations are numbered as they were recorded: without gradients or inference mode.
-        was_fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with torch.inference_mode(False), torch.no_grad(), _ZeroInputs(self.cuts):
-                return self.model(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(was_fused)
+        plain = torch.inference_mode(False)
+        with unfused_attention(), plain, torch.no_grad(), _ZeroInputs(self.cuts):
+            return self.model(*args, **kwargs)
 
 
 class _ZeroInputs(TorchDispatchMode):
