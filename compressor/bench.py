@@ -62,7 +62,9 @@ N_REPAIR_IMAGES = 1000  # whose patches least squares looks at
 N_HARM_IMAGES = 128  # of the search split
 N_FEATURE_IMAGES = 200  # as in the code of [chang2022]
 EPS = tuple(np.geomspace(0.001, 0.5, 12).tolist())  # strengths of merging alike maps
-DESIGN = Effort(min_pairs=3, max_pairs=6, budget_s=0.5, busy_budget_s=1.8, pair_s=0.1)
+DESIGN = Effort(
+    min_pairs=3, max_pairs=8, budget_s=0.5, limit_s=1.8, fair_half_width=0.04, pair_s=0.1
+)
 N_ORIGINAL_PARTS = 4
 
 SURGERY, REPAIR, RECALIBRATION = "surgery", "least squares", "recalibration"

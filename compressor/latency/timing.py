@@ -52,35 +52,39 @@ class Effort:
     Attributes:
         min_pairs: Fresh pairs of sessions at least; 3 or more, or the interval says little.
         max_pairs: Fresh pairs of sessions at most.
-        budget_s: No new pair is begun after this long.
+        budget_s: After this long, `fair_half_width` is sure enough.
+        limit_s: No new pair is begun after this long, however unsure; None for `budget_s`.
         half_width: It ends as soon as the 95 % interval reaches this far to each side of the
             ratio, as a share of it.
+        fair_half_width: The same after `budget_s`; a machine in use gets there later.
         pair_s: Time of the rounds of one pair, warm-up apart; CPU time where one thread works.
         pair_limit_s: Time of a pair by the clock on the wall, but for `min_rounds`.
         min_rounds: At least this many rounds a pair, however slow the models.
         max_rounds: At most this many, however quick; sessions differ more than rounds do.
         n_warmup: Untimed runs of each session.
         warmup_s: They end after this long, too; slow models need fewer.
-        busy_budget_s: In place of `budget_s` where other work interrupts the runs.
     """
 
     min_pairs: int
     max_pairs: int
     budget_s: float
+    limit_s: float | None = None
     half_width: float = 0.01
+    fair_half_width: float = 0.015
     pair_s: float = 0.2
     pair_limit_s: float = 1.0
     min_rounds: int = 5
     max_rounds: int = 200
     n_warmup: int = 8
     warmup_s: float = 0.04
-    busy_budget_s: float | None = None
 
 
 # Ranks a plan.
-TRIAL = Effort(min_pairs=4, max_pairs=12, budget_s=1.2, busy_budget_s=4.0, pair_s=0.15)
+TRIAL = Effort(min_pairs=4, max_pairs=24, budget_s=1.2, limit_s=4.0, pair_s=0.15)
 # What is reported.
-FINAL = Effort(min_pairs=8, max_pairs=40, budget_s=20.0, busy_budget_s=30.0, half_width=0.005)
+FINAL = Effort(
+    min_pairs=8, max_pairs=80, budget_s=20.0, limit_s=30.0, half_width=0.005, fair_half_width=0.01
+)
 
 
 def compare(
@@ -107,14 +111,14 @@ def compare(
     started = clock_ns()
     while True:
         pairs.append(checked(time_pair(order.randrange(2**31))))
-        clock, interrupted = decided_by(pairs)
-        is_busy = interrupted is not None and interrupted > MAX_INTERRUPTED
-        budget_s = (is_busy and effort.busy_budget_s) or effort.budget_s
-        is_late = clock_ns() - started >= budget_s * 1e9
+        spent_s = (clock_ns() - started) / 1e9
+        is_late = spent_s >= (effort.limit_s or effort.budget_s)
         if len(pairs) < (2 if is_late else effort.min_pairs):
             continue
+        clock, interrupted = decided_by(pairs)
         ratio, (low, high) = paired_ratio(pairs, clock)
-        is_sure = max(high / ratio, ratio / low) - 1 <= effort.half_width
+        wanted = effort.half_width if spent_s < effort.budget_s else effort.fair_half_width
+        is_sure = max(high / ratio, ratio / low) - 1 <= wanted
         if is_sure or is_late or len(pairs) >= effort.max_pairs:
             break
     return PairedLatency(

@@ -115,7 +115,7 @@ ANSWERS = {  # those that are asked for something: arguments, answer
 }
 MEASURING = {  # enough to tell that it works; the figures are nobody's
     "min_pairs": 4, "max_pairs": 40, "budget_s": 8.0, "half_width": 0.1, "pair_s": 0.04,
-    "min_rounds": 8, "n_warmup": 2, "busy_budget_s": None,
+    "min_rounds": 8, "n_warmup": 2, "limit_s": None,
 }  # fmt: skip
 
 

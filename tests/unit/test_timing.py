@@ -192,6 +192,23 @@ def test_it_ends_when_it_is_sure_or_when_its_pairs_or_its_time_are_spent() -> No
     assert len(hurried.session_pairs) == 2  # an interval needs two
 
 
+def test_it_goes_on_after_its_time_until_it_is_fairly_sure_or_its_limit() -> None:
+    def n_pairs(fair_half_width: float, limit_s: float | None = None) -> int:
+        seconds = iter(range(10**6))
+        effort = replace(
+            EFFORT, budget_s=4.5, limit_s=limit_s, max_pairs=1000, half_width=1e-6,
+            fair_half_width=fair_half_width,
+        )  # fmt: skip
+        pair = compare(noisy(0.02), effort, clock_ns=lambda: next(seconds) * 10**9)
+        return len(pair.session_pairs)
+
+    assert n_pairs(1e-5, 60.5) == 61  # the clock gains a second a pair
+    assert n_pairs(0.5, 60.5) == 5
+    fair = n_pairs(0.015, 60.5)
+    assert 5 < fair < 61
+    assert n_pairs(0.015) == 5  # no limit of its own: the time is the limit
+
+
 @pytest.mark.parametrize("took_ns", [0, -5])
 def test_a_clock_that_runs_backwards_is_found(took_ns: int) -> None:
     with pytest.raises(RunnerError, match=f"took {took_ns} ns"):
