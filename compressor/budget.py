@@ -128,12 +128,12 @@ class Budget:
 
     def within(self, expected: Mapping[str, float]) -> dict[str, float]:
         """`expected`, no phase of which takes more than its share."""
-        ends = {
-            **dict.fromkeys(BEFORE, self.of_before_s()), SEARCHING: self.of_search_s(),
-            **dict.fromkeys(TRAINING, self.of_training_s() - self.of_finalists_s()),
-        }  # fmt: skip
         if math.isinf(self.total_s):
             return dict(expected)
+        ends = {
+            **dict.fromkeys(BEFORE, self.of_s(FIRST_PLAN)), SEARCHING: self.of_s(SEARCHING),
+            **dict.fromkeys(TRAINING, self.of_s(FINE_TUNING) - self.of_s(MEASURING_FINALISTS)),
+        }  # fmt: skip
         return {p: max(0.0, min(s, ends.get(p, math.inf))) for p, s in expected.items()}
 
     def divide(self, expected: Mapping[str, float], *, is_new: bool = True) -> None:
@@ -150,10 +150,13 @@ class Budget:
             return
         left = max(0.0, self.left_s)
 
-        def wanted(phases: Iterable[str]) -> float:
-            return CAUTION * sum(expected.get(phase, 0.0) for phase in phases)
+        def expected_s(phase: str) -> float:
+            return expected.get(phase, 0.0)
 
-        least = LEAST_EFFORT_S + expected.get(MEASURING_FILES, 0.0)
+        def wanted(phases: Iterable[str]) -> float:
+            return CAUTION * sum(map(expected_s, phases))
+
+        least = LEAST_EFFORT_S + expected_s(MEASURING_FILES)
         if is_new and least > left:
             raise ConfigError(
                 f"--time-budget {self.total_s:g}s is too short: {self.spent_s:.0f} s went into "
@@ -168,30 +171,27 @@ class Budget:
         before = min(wanted(BEFORE), MOST_BEFORE * rest)
         spare = rest - training - wanted((SEARCHING,))
         before = max(before, min(MOST_BEFORE * rest, spare))  # where nobody else needs it
+        timing = expected_s(TIMING_LAYERS) / max(1e-9, sum(map(expected_s, BEFORE)))
+        now = self.spent_s
         self._until = {
-            TRYING_EACH: self.spent_s + before,
-            SEARCHING: self.spent_s + rest - training,
-            MEASURING_FINALISTS: self.spent_s + rest - training + finalists,
-            FINE_TUNING: self.spent_s + rest + finalists,
+            TIMING_LAYERS: now + timing * before,
+            FIRST_PLAN: now + before,
+            SEARCHING: now + rest - training,
+            MEASURING_FINALISTS: now + rest - training + finalists,
+            FINE_TUNING: now + rest + finalists,
             MEASURING_FILES: self.total_s,
         }
         logger.info("shares of the time budget: %s", {k: round(v) for k, v in self._until.items()})
 
-    def of_before_s(self) -> float:
-        """What is left of the share of what is measured before the first trial."""
-        return self._until.get(TRYING_EACH, math.inf) - self.spent_s
+    def of_s(self, phase: str) -> float:
+        """What is left until `phase` has to end; infinite where nothing was divided.
 
-    def of_search_s(self) -> float:
-        """What is left of the share of trials."""
-        return self._until.get(SEARCHING, math.inf) - self.spent_s
-
-    def of_finalists_s(self) -> float:
-        """What is left until training has to begin."""
-        return self._until.get(MEASURING_FINALISTS, math.inf) - self.spent_s
-
-    def of_training_s(self) -> float:
-        """What is left until the files have to be made."""
-        return self._until.get(FINE_TUNING, math.inf) - self.spent_s
+        Args:
+            phase: `TIMING_LAYERS`, `FIRST_PLAN` (all that is measured before the first trial),
+                `SEARCHING`, `MEASURING_FINALISTS`, `FINE_TUNING` (all training) or
+                `MEASURING_FILES`.
+        """
+        return self._until.get(phase, math.inf) - self.spent_s
 
     def effort(self, effort: Effort, at_most_s: float) -> Effort:
         """`effort`, in no more than `at_most_s` seconds."""

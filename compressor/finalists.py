@@ -28,6 +28,7 @@ from compressor.search.objective import (
 from compressor.training import Recipe, Tuned, fine_tune, halving
 from compressor.trials import Searched
 from compressor.values import (
+    FINE_TUNING,
     MEASURING_FINALISTS,
     TRAINING_FINALISTS,
     TRAINING_FRONT,
@@ -122,7 +123,7 @@ def choose(
         trial = max(left, key=speed_of) if is_last and not met else expected[0]
         left.remove(trial)
         plans[trial.number] = plan_of(job, trial)
-        effort = budget.effort(FINAL, budget.of_finalists_s() / SHARES_OF_FINALISTS)
+        effort = budget.effort(FINAL, budget.of_s(MEASURING_FINALISTS) / SHARES_OF_FINALISTS)
         latency = searched.study.once(
             f"measured again, trial {trial.number}{after_files}",
             partial(bench.remeasure, plans[trial.number], effort),
@@ -145,7 +146,7 @@ def choose(
 
 def _is_late(budget: Budget, again: Mapping[int, PairedLatency]) -> bool:
     """Whether there is no time for one more finalist."""
-    if budget.of_finalists_s() > LEAST_FINALIST_S or not again:
+    if budget.of_s(MEASURING_FINALISTS) > LEAST_FINALIST_S or not again:
         return False
     budget.cut(f"{len(again)} finalists were measured again")
     return True
@@ -202,7 +203,7 @@ def place_of(run: Run, searched: Searched, n_before: int, *, n_trainings: int = 
     whole = run.job.n_steps
 
     def affordable() -> float:
-        left_s = run.budget.of_training_s() / CAUTION / max(1, n_trainings)
+        left_s = run.budget.of_s(FINE_TUNING) / CAUTION / max(1, n_trainings)
         if not whole or run.step_s * whole <= left_s:
             return whole
         n_steps = int(max(0.0, left_s) / run.step_s)
@@ -212,7 +213,7 @@ def place_of(run: Run, searched: Searched, n_before: int, *, n_trainings: int = 
     n_steps = int(searched.study.number_once(key, affordable))
     if n_steps < whole:
         run.budget.cut(f"{n_steps} of {whole} training steps")
-    return Place(run.folder, n_before, n_steps, lambda: run.budget.of_training_s() > 0)
+    return Place(run.folder, n_before, n_steps, lambda: run.budget.of_s(FINE_TUNING) > 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from compressor.latency.device import Device, open_device
 from compressor.run import Run
 from compressor.run_folder import RunFolder
 from compressor.search.objective import corrected
-from compressor.search.study import Study, has_begun, read_corrections, read_trials
+from compressor.search.study import Study, read_corrections, read_trials
 from compressor.shipping import build, trial_shipped, write_result
 from compressor.trials import (
     Searched,
@@ -43,6 +43,7 @@ from compressor.trials import (
 from compressor.values import (
     MEASURING_ORIGINAL,
     READING,
+    SEARCHING,
     Original,
     Progress,
     ProgressCallback,
@@ -210,15 +211,15 @@ def searched_in(
         environment = describe_environment(job.target, job.loaded, job.data)
         if stopped is not None:
             stopped.check(environment, force=force)
-        begun = stopped is not None and has_begun(stopped.study)
         device = stack.enter_context(open_device(job.target))
-        study = Study.open(stopped.study, job.space) if stopped and begun else None
+        study = Study.of_stopped(stopped.study, job.space) if stopped else None
+        begun = study is not None and study.has_problem
         bench = Bench(
             job.prunable, job.space, job.data, job.target, device,
             recovery=job.recovery, on_progress=on_progress, criterion=job.criterion,
             measured=_measured_before(stopped, study, device) if stopped and study else None,
         )  # fmt: skip
-        if stopped is not None and study is not None:
+        if stopped is not None and begun:
             folder, problem = stopped, posed_before(job, stopped.study)
         else:
             _ = bench.original_accuracy
@@ -230,11 +231,11 @@ def searched_in(
         budget.divide(expected, is_new=stopped is None)
         done = N_ORIGINAL_PARTS
         on_progress(Progress(MEASURING_ORIGINAL, done, done, expected=budget.within(expected)))
-        if study is None:
+        if not begun:
             folder = stopped or stack.enter_context(_new_folder(job, environment, bench))
         budget.keep_in(folder.spent)
-        if study is None:
-            study = Study.begin(folder.study, job.space)
+        study = study or Study.create(folder.study, job.space)
+        if not begun:
             study.keep_original(bench.original)
             problem = informed(job, problem, bench, study, on_progress, budget)
             study.keep(problem)
@@ -314,7 +315,7 @@ def _settled(run: Run, searched: Searched) -> tuple[Searched, Finalists]:
     while True:
         finalists = choose(run.job, searched, run.bench, run.on_progress, run.budget)
         correction = taught_by_finalists(searched, finalists)
-        if correction is None or run.budget.of_search_s() <= 0:
+        if correction is None or run.budget.of_s(SEARCHING) <= 0:
             return searched, finalists
         logger.info("the search goes on: finalists came out %.3f times as fast", correction.moved)
         searched.study.correct(correction)

@@ -1,7 +1,7 @@
 """One run: what is asked, what measures, where files go, and how long it may take."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressor.bench import Bench
 from compressor.budget import Budget
@@ -34,8 +34,4 @@ class Run:
 
     def within(self, name: str, settings: Mapping[str, object]) -> "Run":
         """A part of it that leaves its files in a folder within this one's."""
-        folder = self.folder.within(name, settings)
-        return Run(
-            self.job, self.bench, folder, self.budget, self.step_s, self.on_trial,
-            self.on_progress,
-        )  # fmt: skip
+        return replace(self, folder=self.folder.within(name, settings))

@@ -45,6 +45,7 @@ from compressor.search.study import Study, read_before
 from compressor.values import (
     FIRST_PLAN,
     SEARCHING,
+    TIMING_LAYERS,
     TRYING_EACH,
     Accuracy,
     PairedLatency,
@@ -86,13 +87,13 @@ def pose(job: Job, bench: Bench) -> Problem:
 
 
 class _Asked:
-    """Whether there is time before the first trial; remembers that it once said no."""
+    """Whether there is time left for a phase; remembers that it once said no."""
 
-    def __init__(self, budget: Budget) -> None:
-        self._budget, self.was_refused = budget, False
+    def __init__(self, budget: Budget, phase: str) -> None:
+        self._budget, self._phase, self.was_refused = budget, phase, False
 
     def __call__(self) -> bool:
-        self.was_refused |= self._budget.of_before_s() <= 0
+        self.was_refused |= self._budget.of_s(self._phase) <= 0
         return not self.was_refused
 
 
@@ -105,7 +106,7 @@ def informed(
     budget: Budget,
 ) -> Problem:
     """`problem` with what is measured before the first trial; what `study` has of it stays."""
-    has_time = _Asked(budget)
+    has_time = _Asked(budget, TIMING_LAYERS)
     timed_plans = bench.timed_plans(
         problem.seed, at_most=problem.n_trials // 2, once=study.once, has_time=has_time
     )
@@ -178,11 +179,13 @@ def with_harm(
     """
     space, budget = problem.space, budget or Budget(None)
     damages: dict[str, float] = {}
-    for name, widths in zip(space.names, space.each_alone(), strict=True):
-        if budget.of_before_s() <= 0:
+    began_s = budget.spent_s
+    for n, (name, widths) in enumerate(zip(space.names, space.each_alone(), strict=True)):
+        took_s = (budget.spent_s - began_s) / max(1, n)
+        if budget.of_s(FIRST_PLAN) <= took_s * (len(space.names) - n):
             budget.cut("what each group and branch does alone was not looked at")
             return problem
-        on_progress(Progress(TRYING_EACH, len(damages), len(space.names)))
+        on_progress(Progress(TRYING_EACH, n, len(space.names)))
         damages[name] = harm(widths)
     problem = replace(problem, damages=damages)
     n_images = problem.n_trials * problem.original_accuracy.n // 4
@@ -191,7 +194,7 @@ def with_harm(
     def on_step(share: float) -> None:
         on_progress(Progress(FIRST_PLAN, round(100 * share), 100))
 
-    has_time = _Asked(budget)
+    has_time = _Asked(budget, FIRST_PLAN)
     path, measured = lazy_greedy(
         problem, harm, at_most=at_most, on_step=on_step, has_time=has_time
     )
@@ -256,8 +259,8 @@ def search(
         on_progress(Progress(SEARCHING, len(study.trials), n_trials, best=best))
 
     while len(study.trials) < n_trials:
-        if study.trials and budget.of_search_s() < _typical_seconds(study.trials):
-            budget.cut(f"{len(study.trials)} trials, not {n_trials}")
+        if study.trials and budget.of_s(SEARCHING) < _typical_seconds(study.trials):
+            budget.cut(f"{len(study.trials)} of {n_trials} trials")
             break
         tell()
         seconds: dict[str, float] = {}

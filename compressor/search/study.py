@@ -72,16 +72,25 @@ class Study:
         return cls(study, space)
 
     @classmethod
-    def begin(cls, path: Path, space: SearchSpace) -> "Study":
-        """The study in the file at `path`, or a new one where there is none that can be used."""
-        if path.exists():
-            try:
-                return cls.open(path, space)
-            except RunFolderError as err:
-                aside = path.with_name(f"{path.name}.broken")
-                logger.warning("%s It is kept as %s; a new one is begun.", err, aside.name)
-                path.replace(aside)
-        return cls.create(path, space)
+    def of_stopped(cls, path: Path, space: SearchSpace) -> "Study | None":
+        """The study of a run that was stopped; None where it was stopped before there was one.
+
+        A file that was being made then, and cannot be read, is put aside.
+
+        Raises:
+            RunFolderError: The study is of another space.
+        """
+        if not path.exists():
+            return None
+        if has_begun(path):
+            return cls.open(path, space)
+        try:
+            return cls.open(path, space)
+        except RunFolderError as err:
+            aside = path.with_name(f"{path.name}.broken")
+            logger.warning("%s It is kept as %s; a new one is begun.", err, aside.name)
+            path.replace(aside)
+            return None
 
     @classmethod
     def open(cls, path: Path, space: SearchSpace) -> "Study":
@@ -100,6 +109,11 @@ class Study:
         """Writes what was measured before the first trial: proposals follow from it too."""
         with _written():
             self._study.set_user_attr(BEFORE, self._on_disk(problem))
+
+    @property
+    def has_problem(self) -> bool:
+        """Whether it was opened with what was measured before the first trial."""
+        return BEFORE in self._kept
 
     @staticmethod
     def _on_disk(problem: Problem) -> dict[str, object]:
@@ -135,7 +149,8 @@ class Study:
         return self._once(what, compute, _NUMBER)
 
     def keep_original(self, original: Original) -> None:
-        """Writes what was measured of the original."""
+        """Writes what was measured of the original, in place of what was before."""
+        self._kept.pop(ORIGINAL, None)
         self._once(ORIGINAL, lambda: original, _ORIGINAL)
 
     def original(self) -> Original | None:

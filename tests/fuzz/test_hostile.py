@@ -260,7 +260,7 @@ def test_a_link_in_the_way_is_replaced_not_written_through(tmp_path: Path) -> No
 def test_a_broken_study_is_kept_beside_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     path.write_bytes(b"SQLite format 3\0 and then nothing of use")
-    assert Study.begin(path, space_of([64], step=16)).trials == ()
+    assert Study.of_stopped(path, space_of([64], step=16)) is None
     assert (tmp_path / "study.db.broken").read_bytes().endswith(b"nothing of use")
 
 

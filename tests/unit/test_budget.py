@@ -11,6 +11,7 @@ from compressor.latency.timing import FINAL, TRIAL
 from compressor.search.objective import Correction, corrected
 from compressor.values import (
     FINE_TUNING,
+    FIRST_PLAN,
     MEASURING_FILES,
     MEASURING_FINALISTS,
     PRUNING,
@@ -45,8 +46,10 @@ def test_without_a_budget_there_is_time_for_everything() -> None:
     budget = Budget(None)
     budget.check("anything")
     budget.divide(EXPECTED)
-    assert budget.of_before_s() == budget.of_search_s() == budget.of_training_s() == math.inf
-    assert budget.effort(FINAL, budget.of_finalists_s()) == FINAL
+    assert (
+        budget.of_s(FIRST_PLAN) == budget.of_s(SEARCHING) == budget.of_s(FINE_TUNING) == math.inf
+    )
+    assert budget.effort(FINAL, budget.of_s(MEASURING_FINALISTS)) == FINAL
     assert budget.within(EXPECTED) == EXPECTED
 
 
@@ -54,24 +57,25 @@ def test_without_a_budget_there_is_time_for_everything() -> None:
 def test_shares_add_up_and_none_is_below_zero(total_s: float) -> None:
     budget = divided(total_s)
     shares = [
-        budget.of_before_s(), budget.of_search_s(), budget.of_finalists_s(),
-        budget.of_training_s(), budget.left_s,
+        budget.of_s(TIMING_LAYERS), budget.of_s(FIRST_PLAN), budget.of_s(SEARCHING),
+        budget.of_s(MEASURING_FINALISTS),
+        budget.of_s(FINE_TUNING), budget.left_s,
     ]  # fmt: skip
     assert shares == sorted(shares)
     assert shares[0] > 0
     assert shares[-1] == total_s - 10
-    training = budget.of_training_s() - budget.of_finalists_s()
+    training = budget.of_s(FINE_TUNING) - budget.of_s(MEASURING_FINALISTS)
     assert 0 < training <= CAUTION * EXPECTED[FINE_TUNING] + 1e-9
     assert training <= 0.5 * (total_s - 10)
-    files = budget.left_s - budget.of_training_s()
+    files = budget.left_s - budget.of_s(FINE_TUNING)
     assert files >= EXPECTED[MEASURING_FILES] + EXPECTED[PRUNING] - 1e-9
     assert files <= CAUTION * (EXPECTED[MEASURING_FILES] + EXPECTED[PRUNING]) + 1e-9
 
 
 def test_a_long_budget_gives_every_part_all_it_wants_and_the_search_the_rest() -> None:
     budget = divided(10_000)
-    assert budget.of_before_s() >= CAUTION * 20
-    assert budget.of_search_s() > 9000
+    assert budget.of_s(FIRST_PLAN) >= CAUTION * 20
+    assert budget.of_s(SEARCHING) > 9000
 
 
 @pytest.mark.parametrize("total_s", [15, 19.5])
@@ -85,9 +89,9 @@ def test_a_run_that_goes_on_is_finished_although_nothing_is_left() -> None:
     budget = Budget(30, clock=clock)
     clock.now += 50
     budget.divide(EXPECTED, is_new=False)
-    assert budget.of_search_s() <= 0
-    assert budget.of_training_s() <= 0
-    assert budget.effort(FINAL, budget.of_finalists_s()).budget_s == 2.0
+    assert budget.of_s(SEARCHING) <= 0
+    assert budget.of_s(FINE_TUNING) <= 0
+    assert budget.effort(FINAL, budget.of_s(MEASURING_FINALISTS)).budget_s == 2.0
 
 
 def test_what_was_spent_before_counts(tmp_path: Path) -> None:
@@ -121,13 +125,13 @@ def test_a_folder_where_the_note_is_to_be_is_named(tmp_path: Path) -> None:
 
 def test_what_was_cut_before_a_stop_is_still_said(tmp_path: Path) -> None:
     first = Budget(100, clock=Clock())
-    first.cut("5 trials, not 9")
+    first.cut("5 of 9 trials")
     first.keep_in(tmp_path / "spent.json")
-    assert list(Budget(100, file=tmp_path / "spent.json").cut_short) == ["5 trials, not 9"]
+    assert list(Budget(100, file=tmp_path / "spent.json").cut_short) == ["5 of 9 trials"]
 
 
 def test_time_that_nobody_else_needs_goes_to_what_is_measured_before() -> None:
-    assert divided(10_000).of_before_s() > 1000
+    assert divided(10_000).of_s(FIRST_PLAN) > 1000
 
 
 def test_an_effort_takes_no_longer_than_it_may() -> None:
