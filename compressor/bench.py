@@ -27,7 +27,7 @@ from compressor.latency.device import Device, patiently
 from compressor.latency.layers import layer_rows, profiled
 from compressor.latency.machine import Model
 from compressor.latency.onnxruntime import predictor
-from compressor.latency.timing import FINAL, TRIAL, Effort
+from compressor.latency.timing import FINAL, FINALIST, TRIAL, Effort
 from compressor.least_squares import LeastSquares, gather
 from compressor.prunable import Prunable
 from compressor.recovery import Recovery, recalibrate_batch_norm
@@ -233,8 +233,8 @@ class Bench:
             measured = self.accuracy(pruned)
         return measured, latency
 
-    def remeasure(self, plan: Plan, effort: Effort = FINAL) -> PairedLatency:
-        """The latency of a finalist, with the effort of a final figure."""
+    def remeasure(self, plan: Plan, effort: Effort = FINALIST) -> PairedLatency:
+        """The latency of a finalist."""
         candidate = self._single(self.prunable.without(plan))
         return self.compare(self._original_onnx, candidate, effort)
 

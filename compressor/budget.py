@@ -196,8 +196,9 @@ class Budget:
     def effort(self, effort: Effort, at_most_s: float) -> Effort:
         """`effort`, in no more than `at_most_s` seconds."""
         most = max(LEAST_EFFORT_S, at_most_s)
-        limit_s = min(effort.limit_s or effort.budget_s, most)
-        return replace(effort, budget_s=min(effort.budget_s, limit_s), limit_s=limit_s)
+        if most >= (effort.limit_s or effort.budget_s):
+            return effort
+        return replace(effort, budget_s=min(effort.budget_s, most), limit_s=most)
 
     def cut(self, what: str) -> None:
         """Says that something was left out; once."""

@@ -16,7 +16,7 @@ from compressor.errors import TrainingError
 from compressor.evaluate import drop_of
 from compressor.hints import NO_HINTS, choose_hints
 from compressor.job import Job
-from compressor.latency.timing import FINAL
+from compressor.latency.timing import FINALIST
 from compressor.run import Run
 from compressor.run_folder import RunFolder
 from compressor.search.objective import (
@@ -123,7 +123,7 @@ def choose(
         trial = max(left, key=speed_of) if is_last and not met else expected[0]
         left.remove(trial)
         plans[trial.number] = plan_of(job, trial)
-        effort = budget.effort(FINAL, budget.of_s(MEASURING_FINALISTS) / SHARES_OF_FINALISTS)
+        effort = budget.effort(FINALIST, budget.of_s(MEASURING_FINALISTS) / SHARES_OF_FINALISTS)
         latency = searched.study.once(
             f"measured again, trial {trial.number}{after_files}",
             partial(bench.remeasure, plans[trial.number], effort),

@@ -80,11 +80,13 @@ class Effort:
 
 
 # Ranks a plan.
-TRIAL = Effort(min_pairs=4, max_pairs=24, budget_s=1.2, limit_s=4.0, pair_s=0.15)
+TRIAL = Effort(min_pairs=5, max_pairs=24, budget_s=0.8, limit_s=4.0, pair_s=0.1, min_rounds=7)
 # What is reported.
 FINAL = Effort(
-    min_pairs=8, max_pairs=80, budget_s=20.0, limit_s=30.0, half_width=0.005, fair_half_width=0.01
+    min_pairs=8, max_pairs=80, budget_s=10.0, limit_s=30.0, half_width=0.005, fair_half_width=0.01
 )
+# Chooses among plans that trials have ranked.
+FINALIST = replace(FINAL, budget_s=4.0, limit_s=15.0)
 
 
 def compare(

@@ -293,12 +293,13 @@ def test_interval_covers_the_truth_as_often_as_it_says(n_pairs: int, between: fl
 
 @pytest.mark.parametrize("effort", [TRIAL, FINAL], ids=["trial", "final"])
 @pytest.mark.parametrize("between", [0.002, 0.02])
+@pytest.mark.parametrize("budget_s", [0.0, 1e9], ids=["fairly sure", "sure"])
 def test_stopping_when_it_is_sure_costs_little_of_that_surety(
-    effort: Effort, between: float
+    effort: Effort, between: float, budget_s: float
 ) -> None:
     """Looking after each pair lets luck end a comparison early; how much is counted here."""
     cases = [
-        compare(noisy(between, seed, within=0.03), replace(effort, budget_s=1e9))
+        compare(noisy(between, seed, within=0.03), replace(effort, budget_s=budget_s, limit_s=1e9))
         for seed in range(200)
     ]
     covered = np.mean([case.ci95[0] <= 1 <= case.ci95[1] for case in cases])
