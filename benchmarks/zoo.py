@@ -42,6 +42,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from compressor.containers import tensors_in
 from compressor.errors import ExportError
 from compressor.export import (
     DEFAULT_OPSET,
@@ -53,7 +54,7 @@ from compressor.export import (
 from compressor.graph import channel_groups, outputs
 from compressor.prunable import Prunable, make_prunable
 from compressor.surgery import masked, remove_channels
-from compressor.values import ChannelGroup, Example, Plan, tensors_in
+from compressor.values import ChannelGroup, Example, Plan
 
 EXACT = 1e-9  # of the largest output, float64: rounding is at 1e-13, a wrong channel at 1e-2
 ONNX_TOLERANCE = 1e-3  # of the largest output, float32

@@ -132,6 +132,10 @@ Std = Annotated[str | None, _option(MODEL, "Divided by after that.", metavar="R,
 InputShape = Annotated[
     str | None, _option(MODEL, "Shape of one input, where there is no data.", metavar="C,H,W")
 ]
+WeightsKey = Annotated[
+    str | None,
+    _option(MODEL, "Which weights of a checkpoint with several are shipped.", metavar="KEY"),
+]
 Trust = Annotated[
     bool | None, _flag(MODEL, "--trust", "Read pickles in MODEL; runs code from it.")
 ]

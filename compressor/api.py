@@ -35,8 +35,9 @@ from compressor.latency.layers import Profiled, layer_rows, profiled
 from compressor.latency.probe import probe, save
 from compressor.latency.targets import load_target
 from compressor.latency.timing import FINAL
-from compressor.model_io import load_weights, read_checkpoint
+from compressor.model_io import read_checkpoint
 from compressor.model_io.architectures import build
+from compressor.model_io.weights import load_weights
 from compressor.prunable import (
     PROGRAM,
     TRACED,

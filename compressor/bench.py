@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressor.containers import map_tensors
 from compressor.errors import MeasurementError
 from compressor.evaluate import Predict, accuracy, check_agree, judgements, memory_format
 from compressor.export import candidate_writer
@@ -52,11 +53,11 @@ from compressor.values import (
     Split,
     Target,
     draw,
-    map_tensors,
 )
 
 BATCH_SIZE = 50  # of accuracy, at most; larger batches leave the cache and gain nothing
 BATCH_NUMBERS = BATCH_SIZE * 3 * 224 * 224  # of a batch's images, at most
+N_COMPARED = 8  # real images, for which the original and its file answer alike
 N_PROOF_IMAGES = 32  # real images that engines must agree on
 N_REPAIR_IMAGES = 1000  # whose patches least squares looks at
 N_HARM_IMAGES = 128  # of the search split
@@ -137,11 +138,11 @@ class Bench:
         )
         self._single = write(example, pruned)
         self._batched = write(batch, pruned)
-        self._tell_original(1, "checking the export")
-        self._check_template(space.plan(space.narrowest), batch)
         self.seconds: dict[str, float] = {}
         with timed(self.seconds, EXPORT):
             self._original_onnx = self._single(prunable.module)
+        self._tell_original(1, "checking the export")
+        self._check_files(space.plan(space.narrowest), batch)
         self.memory_format = memory_format(prunable.module, batch)
         self._fitted: LeastSquares | None = None
         self._whole: Any = None  # the original's answers
@@ -162,9 +163,12 @@ class Bench:
         """What was measured of it."""
         return Original(self.noise_floor, self.original_accuracy, self.seconds)
 
-    def _check_template(self, plan: Plan, batch: Tensor) -> None:
-        """Candidates without branches come from an edited graph: it must answer like torch."""
-        if plan.dropped:
+    def _check_files(self, plan: Plan, batch: Tensor) -> None:
+        """The original's file must answer like torch, and that of a plan without branches, too."""
+        file = predictor(self._original_onnx, n_threads=n_cores(), like=self.like)
+        images = self.data.search.model_input(slice(0, N_COMPARED))
+        check_agree("The original in torch and its ONNX file", self.prunable.module, file, images)
+        if plan.dropped:  # its graph is an edited one
             compact = self.prunable.without(plan)
             answers = self.predictor_of(compact)(batch)
             one = map_tensors(lambda each: each[:1], answers)

@@ -42,7 +42,8 @@ MODEL, TRUST = "model", "trust"
 TABLES = ("arch_args", "constraint", "weight")
 EXAMPLES: dict[str, object] = {  # of settings that have no default
     "target": "host-cpu", "device": "ssh://user@host", "precision": "fp16", "data": "images",
-    "task": "my_module:MyTask", "arch": "torchvision:resnet18", "arch_args": {"num_classes": 10},
+    "task": "my_module:MyTask", "arch": "torchvision:resnet18",
+    "arch_args": {"num_classes": 10}, "weights_key": "ema",
     "input_shape": [3, 224, 224], "image_size": 224, "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225], "speedup": 2.0, "max_latency": "12ms", "max_drop": 1.0,
     "constraint": {"macs": 0.5}, "weight": {"accuracy": 1.0, "time": 0.5}, "time_budget": "30m",
@@ -97,6 +98,7 @@ class Config(BaseModel):
         arch_args: Keyword arguments of the factory.
         trust: Read pickles in the model file although that runs code from it. Whoever runs
             compress says so, each time; no file may.
+        weights_key: Which weights are shipped, of a checkpoint with several, such as "ema".
         input_shape: `(c, h, w)`; only needed where there is no data to take it from.
         image_size: Side in pixels that image files are resized and cropped to.
         mean: Per channel, subtracted after scaling uint8 to [0, 1].
@@ -155,6 +157,7 @@ class Config(BaseModel):
     arch: str | None = None
     arch_args: dict[str, int | float | bool | str] = Field(default_factory=dict)
     trust: bool = False
+    weights_key: str | None = Field(default=None, min_length=1)
     input_shape: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     image_size: int | None = Field(default=None, ge=1, le=8192)
     mean: tuple[Finite, ...] = ()

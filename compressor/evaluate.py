@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressor.containers import answers_in, map_tensors, tensors_in
 from compressor.errors import EquivalenceError, MeasurementError, TaskError
 from compressor.running import cloned
 from compressor.tasks import CLASSIFICATION, Classification, Criterion
-from compressor.values import Accuracy, Split, batches, map_tensors, tensors_in
+from compressor.values import Accuracy, Split, batches
 
 Predict = Callable[[Tensor], Any]
 
@@ -170,8 +171,8 @@ def check_agree(
     """
     try:
         with torch.inference_mode():
-            want = list(tensors_in(expected(cloned(images))))
-            alone = [list(tensors_in(got(cloned(image[None])))) for image in images]
+            want = answers_in(expected(cloned(images)))
+            alone = [answers_in(got(cloned(image[None]))) for image in images]
             have = [torch.cat(each) for each in zip(*alone, strict=True)]
     except (RuntimeError, ValueError, IndexError) as err:
         raise EquivalenceError(

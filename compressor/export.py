@@ -11,6 +11,7 @@ the newest that TensorRT 8.2 (Jetson Nano) reads. The other silently writes 18.
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import operator
@@ -20,23 +21,29 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.onnx import symbolic_opset14, utils
 
-from compressor.errors import ExportError
+from compressor.containers import answers_in, map_tensors, tensors_in
+from compressor.errors import ExportError, MeasurementError
 from compressor.files import write_whole
-from compressor.values import Branch, Example
+from compressor.latency.onnxruntime import answers_of
+from compressor.running import cloned
+from compressor.values import Branch, Example, call
 
 INPUT, OUTPUT = "input", "output"
 DEFAULT_OPSET = 13
 ATTENTION_OPSET = 14
 MARK = "branch_mark_"
+# Of the largest answer, or of this where all are smaller: sums in another order cost 1e-6.
+TOLERANCE, SMALLEST = 1e-3, 0.01
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +145,7 @@ def export_onnx(
 
     Raises:
         ExportError: The network has an operation that ONNX lacks, or what came out has another
-            opset, a newer IR, or tensors in a second file.
+            opset, a newer IR, or tensors in a second file, or answers unlike the network.
     """
     opset = DEFAULT_OPSET if opset is None else opset
     content = _export(model, example_input, opset, fold=True)
@@ -151,7 +158,61 @@ def export_onnx(
         raise ExportError(f"The file has IR version {written.ir_version}; expected <= {max_ir}.")
     if any(tensor.external_data for tensor in written.graph.initializer):
         raise ExportError("The exporter put tensors into a second file; expected one file.")
+    _check_answers(model, example_input, content)
     return write_whole(path, content)
+
+
+def _check_answers(model: nn.Module, example: Example, content: bytes) -> None:
+    """Raises `ExportError` where ONNX Runtime does not answer as the network does.
+
+    The exporter drops what it does not follow (writes into views of tensors, ways that the code
+    did not take for the example) without a word. What is compared is the example, and numbers
+    drawn between its least and its largest, so that an example of zeros tells something too.
+    """
+    name = type(model).__name__
+    generator = torch.Generator().manual_seed(0)
+    for given in (example, map_tensors(partial(_drawn_like, generator), example)):
+        with torch.no_grad():
+            want = answers_in(call(model, cloned(given)))
+        if not all(each.isfinite().all() for each in want):
+            continue  # numbers that this network is not for
+        try:
+            have = answers_of(content, list(tensors_in(_in_order(model, given))))
+        except MeasurementError as err:
+            raise ExportError(f"{name}, written to ONNX, does not run: {err}") from err
+        shapes = [[tuple(t.shape) for t in side] for side in (want, have)]
+        if shapes[0] != shapes[1]:
+            raise ExportError(
+                f"{name}, written to ONNX, returns {shapes[1]}; expected {shapes[0]}, as in torch."
+            )
+        for one, other in zip(want, have, strict=True):
+            error, most = _largest(one.double() - other.double()), _largest(one.double())
+            if not error <= TOLERANCE * max(SMALLEST, most):
+                raise ExportError(
+                    f"{name}, written to ONNX, answers unlike it does in torch: off by "
+                    f"{error:.3g} where the largest is {most:.3g}. Its forward pass may write "
+                    f"into a part of a tensor, choose by values, or draw at random. No file was "
+                    f"written."
+                )
+
+
+def _drawn_like(generator: torch.Generator, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return tensor
+    least, most = float(tensor.min()), float(tensor.max())
+    drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+    return (drawn * ((most - least) or 1.0) + least).to(tensor.dtype)
+
+
+def _in_order(model: nn.Module, example: Example) -> Any:
+    """The inputs in the order of the forward pass's parameters, as the exporter writes them."""
+    if not isinstance(example, dict):
+        return example
+    return list(inspect.signature(model.forward).bind(**example).arguments.values())
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def make_template(

@@ -19,11 +19,10 @@ from compressor.errors import (
 from compressor.user_code import check_can_be_found, is_installed
 
 LIBRARIES = ("torchvision", "timm")  # whose networks have names, which a file may give itself
-PROGRAM_SUFFIX = ".pt2"
+PROGRAM_SUFFIX, SAFETENSORS_SUFFIX = ".pt2", ".safetensors"
 REFUSED_SUFFIXES = {
     ".onnx": "an ONNX file; give the PyTorch model that it was exported from",
     ".engine": "a TensorRT engine; give the PyTorch model that it was built from",
-    ".safetensors": "a safetensors file; load it and torch.save its tensors as a state_dict",
 }
 SQLITE = b"SQLite format 3\0"  # what such a file begins with
 

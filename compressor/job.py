@@ -15,6 +15,7 @@ from compressor import border
 from compressor.augmentation import suitable
 from compressor.bench import check_surgery, images_at_once
 from compressor.config import AUTO, Config
+from compressor.containers import answers_in
 from compressor.datasets import load_data
 from compressor.errors import ConfigError, DataError, TaskError, TrainingError
 from compressor.evaluate import memory_format
@@ -45,7 +46,6 @@ from compressor.values import (
     Split,
     Target,
     draw,
-    tensors_in,
 )
 
 LONG_CHECK_S = 2.0  # of the first networks whose training is tried; then there is no third
@@ -293,9 +293,9 @@ def _check_task(model: nn.Module, split: Split, task: OwnTask) -> None:
     """Raises where the task's parts do not work on two real images."""
     images, targets = split.batch(slice(0, 2))
     answers = outputs(model, images)
-    found = list(tensors_in(answers))
-    if not found or any(not tensor.ndim or len(tensor) != 2 for tensor in found):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found) or "no tensor"
+    found = answers_in(answers)
+    if any(not tensor.ndim or len(tensor) != 2 for tensor in found):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
         raise DataError(
             f"For 2 images the model returns {shapes}; expected tensors whose first dimension "
             f"runs over the images. Leave what picks results (as NMS does) to the task's judge."
@@ -342,4 +342,5 @@ def read_model(config: Config, input_shape: Sequence[int] | None) -> LoadedModel
         arch_args=config.arch_args,
         input_shape=input_shape,
         trust=config.trust,
+        weights_key=config.weights_key,
     )

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.containers import map_tensors, tensors_in
 from compressor.errors import CompressorError, TaskError, TrainingError
 from compressor.hints import NO_HINTS, Hints, Read, hint_loss, keep
 from compressor.running import frozen_norms, learning, work_on_copies
 from compressor.tasks import Criterion, OwnTask
 from compressor.user_code import told
-from compressor.values import FORWARD_FAILURES, map_tensors, tensors_in
+from compressor.values import FORWARD_FAILURES
 from compressor.watching import watch
 
 

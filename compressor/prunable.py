@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from compressor.containers import answers_in
 from compressor.errors import GraphError
 from compressor.graph import channel_groups
 from compressor.graph.alike import answers_alike
@@ -37,7 +38,6 @@ from compressor.values import (
     LoadedModel,
     Plan,
     call,
-    tensors_in,
 )
 
 # Of the largest output. A wrong channel shows at 1e-1; rounding at 1e-5 and 1e-13.
@@ -88,24 +88,30 @@ def load_model(
     arch_args: Mapping[str, object] | None = None,
     input_shape: Sequence[int] | None = None,
     trust: bool = False,
+    weights_key: str | None = None,
 ) -> LoadedModel:
     """The trained network in eval mode on the CPU, and an input to trace it with.
 
     Args:
-        path: A state_dict or a checkpoint holding one; a `.pt2` program, which comes back with nn
-            modules for its layers, and for any batch size; or a pickled module, with `trust`.
+        path: A state_dict or a checkpoint with one in it, of torch.save or `.safetensors`; a
+            `.pt2` program, which comes back with nn modules for its layers, and for any batch
+            size; or a pickled module, or a checkpoint with one in it, with `trust`.
         arch: `torchvision:NAME`, `timm:NAME`, or "package.module:factory", which is called with
             `arch_args` and returns the module. Modules beside the model file and in the current
             folder are found too. A checkpoint may name one of the first two itself.
         arch_args: Keyword arguments of the factory.
         input_shape: `(c, h, w)` of one input; None takes the architecture's or program's own.
         trust: Read pickles in the file although that runs code from it.
+        weights_key: Which weights of a checkpoint with several, such as "ema".
 
     Raises:
         ModelError: The file, the architecture or the weights cannot be used.
         UntrustedModelError: The file is a pickle that holds more than tensors.
     """
-    loaded = read_file(path, arch=arch, arch_args=arch_args, input_shape=input_shape, trust=trust)
+    loaded = read_file(
+        path, arch=arch, arch_args=arch_args, input_shape=input_shape, trust=trust,
+        weights_key=weights_key,
+    )  # fmt: skip
     if path.suffix != PROGRAM_SUFFIX:
         return loaded
     program = free_batch(with_layers(loaded.module), loaded.example_input)
@@ -371,4 +377,4 @@ def _fault(
 
 
 def _outputs(output: object) -> list[Tensor]:
-    return [t.double() for t in tensors_in(output) if t.numel()]
+    return [t.double() for t in answers_in(output) if t.numel()]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.values import call, map_tensors, tensors_in
+from compressor.containers import map_tensors, tensors_in
+from compressor.values import call
 
 # What drops parts of what it reads at random, by what its class is called: people copy these.
 _DROPPING = ("drop", "stochasticdepth")

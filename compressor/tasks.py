@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from compressor.containers import tensors_in
 from compressor.errors import DataError, MeasurementError, TaskError
 from compressor.inputs import check_task
 from compressor.user_code import USER_CODE_FAILURES, find, importable, told
-from compressor.values import SPLITS, Data, tensors_in
+from compressor.values import SPLITS, Data
 
 PARTS = ("dataset", "loss", "judge", "metric")  # that a task must have
 N_LOOKED_AT = 16  # samples of a split that its fingerprint is taken from

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from compressor.containers import tensors_in
 from compressor.goals import Constraint
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)  # of any dimension, synchronised, lazy
 
 IndexArray = npt.NDArray[np.int64]
 # (tensor, dimension) -> which positions of the original's tensor are left, of all that lose some.
@@ -63,35 +64,6 @@ class Role(StrEnum):
     PRODUCER = "producer"  # a filter a channel: dimension 0 of a convolution or linear weight
     PER_CHANNEL = "per-channel"  # one value a channel: a bias, a norm, a depthwise filter
     CONSUMER = "consumer"  # reads the channels: dimension 1 of a convolution or linear weight
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested containers, dataclasses and plain objects, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors_in(each)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        yield from tensors_in(vars(value))
-
-
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with every tensor in nested mappings, lists and tuples changed.
-
-    Mappings come back as plain dicts, named tuples as plain tuples.
-    """
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(change, each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        changed = [map_tensors(change, each) for each in value]
-        return changed if isinstance(value, list) else tuple(changed)
-    return value
 
 
 def example_shapes(example: Example) -> str:

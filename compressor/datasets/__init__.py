@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from compressor.datasets.files import ImageFiles, Read, reader
+from compressor.datasets.folders import class_folders, image_files
 from compressor.errors import DataError
 from compressor.files import UNREADABLE, check_size
 from compressor.inputs import check_data, folders, no_classes
@@ -34,7 +35,6 @@ from compressor.values import SPLITS, Data, Images, LabelledImages
 
 ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
 HELD_OUT_SHARE = 0.2  # of every class, for a split that is not given
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 MAX_LABEL = 999_999
 MAX_BYTES = 2 * 2**30  # of a split in memory, as uint8
 
@@ -157,7 +157,7 @@ def _read_folder(
             f"plans by."
         )
     largest = named.get("fit") or named["search"]
-    class_names = tuple(p.name for p in folders(largest))
+    class_names = tuple(class_folders(largest))
     if not class_names:
         raise DataError(no_classes(largest, source))
     convert = reader(image_size, n_channels)
@@ -180,12 +180,9 @@ def _add(splits: dict[str, _T], name: str, content: _T, source: Path) -> None:
 def _read_classes(
     folder: Path, class_names: Sequence[str], read: Read, *, is_resized: bool
 ) -> tuple[Images, Tensor]:
-    files: Mapping[str, list[Path]] = {
-        name: sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
-        for name in class_names
-        if (folder / name).is_dir()
-    }
-    strange = {p.name for p in folders(folder)} - set(class_names)
+    by_class = class_folders(folder)
+    files = {name: image_files(path) for name, path in by_class.items()}
+    strange = by_class.keys() - set(class_names)
     if strange:
         raise DataError(f"{folder} has classes that the fit split lacks: {sorted(strange)}.")
     empty = [name for name in class_names if not files.get(name)]

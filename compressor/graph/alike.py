@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from compressor.containers import map_tensors, tensors_in
 from compressor.running import cloned, unfused_attention
-from compressor.values import FORWARD_FAILURES, Example, call, map_tensors, tensors_in
+from compressor.values import FORWARD_FAILURES, Example, call
 
 TOLERANCE = 1e-6  # of the largest output; nothing but another order of additions may differ
 

@@ -7,9 +7,8 @@ tensor becomes its form that does not, and whatever reads that tensor later, or 
 same memory, reads the new value. That is torch's functionalisation, but in a graph that keeps its
 modules (torch.func.functionalize takes them apart, norms into what they do in evaluation).
 
-Which tensors share memory, and which of them a node writes to, is not guessed: the graph is run.
-Where a view is written over that `lenses.py` cannot put back, that memory is left as it is. What
-comes out must answer like what came, or what came is given back.
+Which tensors share memory, and which a node writes to, is not guessed: the graph is run. Memory
+behind views that `lenses.py` cannot put back stays as it is. What comes out must answer alike.
 """
 
 import copy
@@ -22,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from compressor.containers import tensors_in
 from compressor.graph import lenses
 from compressor.graph.alike import answers_alike, buffers_kept
 from compressor.graph.lenses import Spelling, name_of
 from compressor.graph.memory import Cell, Run, cell_of, works_in_place
 from compressor.graph.plain import make_plain
-from compressor.values import FORWARD_FAILURES, Example, tensors_in
+from compressor.values import FORWARD_FAILURES, Example
 
 # Written over with what was given, not with what is computed from what was there.
 _FILLS = frozenset({"copy_", "fill_", "zero_"})

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compressor.containers import tensors_in
 from compressor.graph.record import positional
 from compressor.running import cloned, unfused_attention
-from compressor.values import Example, tensors_in
+from compressor.values import Example
 
 Cell = tuple[Any, ...]  # memory, offset, shape, strides, kind: where exactly a tensor lies
 

@@ -22,9 +22,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from compressor.containers import answers_in, tensors_in
 from compressor.graph.labels import Labels
 from compressor.running import cloned, unfused_attention
-from compressor.values import Example, IndexArray, Role, call, tensors_in
+from compressor.values import Example, IndexArray, Role, call
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +271,7 @@ class Record(TorchDispatchMode):
 
     def lock_output(self, output: Any) -> None:
         """Whatever the model returns keeps its channels."""
-        for tensor in tensors_in(output):
+        for tensor in answers_in(output):
             state = self.states.get(tensor)
             if isinstance(state, Channels):
                 self.labels.lock(state.labels, "its channels are the model's output")

@@ -19,6 +19,7 @@ from compressor.values import Target
 
 Model = bytes | Path
 MAX_ONNX_BYTES = 2 * 2**30  # of one message of protobuf
+EXTERNAL_KEY = b"location"  # of a tensor that lies in another file
 
 logger = logging.getLogger(__name__)
 
@@ -89,18 +90,46 @@ def mismatch(
 
 
 def content_of(model: Model) -> bytes:
-    """The ONNX file's content.
+    """The ONNX file's content, with the tensors that lie in files beside it.
+
+    As ONNX Runtime does, onnx reads such files from the model's own folder only.
 
     Raises:
-        MeasurementError: It cannot be read.
+        MeasurementError: It cannot be read, or it is too large for one file.
     """
     if isinstance(model, bytes):
         return model
     try:
         check_size(model, MAX_ONNX_BYTES)
-        return model.read_bytes()
-    except (OSError, ValueError) as err:
-        raise MeasurementError(f"{model} cannot be read: {err}.") from err
+        content = model.read_bytes()
+        if EXTERNAL_KEY not in content:
+            return content
+        names = _files_beside(content)
+        if not names:
+            return content
+        n_bytes = len(content) + sum((model.parent / name).stat().st_size for name in names)
+        if n_bytes > MAX_ONNX_BYTES:
+            raise MeasurementError(
+                f"{model} and {', '.join(sorted(names))} have {n_bytes / 2**30:.1f} GiB; models "
+                f"are measured from one file of at most {MAX_ONNX_BYTES / 2**30:.0f} GiB."
+            )
+        whole: bytes = onnx.load(model).SerializeToString()
+        return whole
+    except (OSError, ValueError, DecodeError, onnx.checker.ValidationError) as err:
+        said = str(err).splitlines()[0]
+        raise MeasurementError(f"{model} cannot be read: {said.rstrip('.')}.") from err
+
+
+def _files_beside(content: bytes) -> set[str]:
+    """Names of the files that hold tensors of an ONNX file."""
+    graph = onnx.load_from_string(content)
+    return {
+        entry.value
+        for tensor in onnx.external_data_helper._get_all_tensors(graph)
+        if onnx.external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
 
 
 def check_same_inputs(original: bytes, candidate: bytes) -> None:

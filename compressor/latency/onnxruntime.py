@@ -1,7 +1,7 @@
 """ONNX Runtime in this process: a model's answers. Its time is `runner`'s business."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from compressor.containers import map_tensors
 from compressor.errors import MeasurementError
-from compressor.values import map_tensors
 
 # Each of ONNX Runtime's exceptions derives from Exception by itself.
 ORT_ERRORS = tuple(
@@ -44,6 +44,23 @@ def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Calla
         return next(tensors) if like is None else map_tensors(lambda _: next(tensors), like)
 
     return predict
+
+
+def answers_of(model: bytes | Path, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What an ONNX model returns for `inputs`, which are in the order of its own.
+
+    Raises:
+        MeasurementError: It cannot be loaded or run, or takes another number of inputs.
+    """
+    session = _open(model, 1)
+    names = [each.name for each in session.get_inputs()]
+    if len(names) != len(inputs):
+        raise MeasurementError(
+            f"The model takes {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given."
+        )
+    with _translated("run"):
+        fed = {name: each.numpy() for name, each in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(np.asarray(each)) for each in session.run(None, fed)]
 
 
 def _open(model: bytes | Path, n_threads: int) -> onnxruntime.InferenceSession:

@@ -148,8 +148,8 @@ def decided_by(pairs: Sequence[SessionPair]) -> tuple[Clock, float | None]:
 def has_thread_clock(pair: SessionPair) -> bool:
     """Whether the thread's own times can stand for those of the wall.
 
-    They cannot where they are too coarse, larger than the wall's, or, in runs that nothing
-    interrupted, smaller: then other threads did part of the work.
+    They cannot where they are too coarse, larger than the wall's, or, in `MIN_CLEAN` runs that
+    nothing interrupted, smaller: then other threads did part of the work.
     """
     for wall, cpu, counts in (
         (pair.original_ms, pair.original_cpu_ms, pair.original_interruptions),
@@ -161,7 +161,8 @@ def has_thread_clock(pair: SessionPair) -> bool:
         if np.median(cpu_ms - MAX_CPU_SHARE * wall_ms) > COARSE_MS:
             return False
         alone = np.array(counts) == 0
-        if alone.any() and np.median((MIN_CPU_SHARE * wall_ms - cpu_ms)[alone]) > COARSE_MS:
+        missing_ms = (MIN_CPU_SHARE * wall_ms - cpu_ms)[alone]
+        if len(missing_ms) >= MIN_CLEAN and np.median(missing_ms) > COARSE_MS:
             return False
     return True
 

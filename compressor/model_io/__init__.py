@@ -1,14 +1,15 @@
 """Model file -> nn.Module and example input; which files are trusted.
 
 A state_dict, or a checkpoint that holds one, is read with torch's restricted unpickler, which
-builds tensors and plain containers and runs no code. Its architecture is one of torchvision's or
-timm's (`--arch torchvision:resnet18`), or a factory that the user names
-(`--arch pkg.mod:factory`). A pickled module runs code from the file while it is read, so it needs
-`--trust`. So does a `.pt2` program with pickles in it, which torch.export.load would unpickle
-unasked.
+builds tensors and plain containers and runs no code; safetensors files hold nothing else. Its
+architecture is one of torchvision's or timm's (`--arch torchvision:resnet18`), or a factory that
+the user names (`--arch pkg.mod:factory`). A pickled module runs code from the file while it is
+read, so it needs `--trust`. So does a `.pt2` program with pickles in it, which torch.export.load
+would unpickle unasked.
 """
 
 import hashlib
+import logging
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -16,18 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, UntrustedModelError
 from compressor.files import UNREADABLE, check_size
-from compressor.inputs import LIBRARIES, PROGRAM_SUFFIX, check_file, check_model_file
+from compressor.inputs import (
+    LIBRARIES,
+    PROGRAM_SUFFIX,
+    SAFETENSORS_SUFFIX,
+    check_file,
+    check_model_file,
+)
 from compressor.model_io.architectures import build, own_input_shape
 from compressor.model_io.programs import read_program
+from compressor.model_io.weights import chosen, load_weights, modules_in
 from compressor.user_code import importable, told
 from compressor.values import BATCH_NORMS, Example, LoadedModel
 
-STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -37,18 +46,21 @@ def load_model(
     arch_args: Mapping[str, object] | None = None,
     input_shape: Sequence[int] | None = None,
     trust: bool = False,
+    weights_key: str | None = None,
 ) -> LoadedModel:
     """The trained network in eval mode on the CPU, and an input to trace it with.
 
     Args:
-        path: A state_dict or a checkpoint holding one; a `.pt2` program, which comes back as
-            torch.export makes it; or a pickled module, with `trust`.
+        path: A state_dict or a checkpoint with one in it, of torch.save or `.safetensors`; a
+            `.pt2` program, which comes back as torch.export makes it; or a pickled module, or a
+            checkpoint with one in it, with `trust`.
         arch: `torchvision:NAME`, `timm:NAME`, or "package.module:factory", which is called with
             `arch_args` and returns the module. Modules beside the model file and in the current
             folder are found too. A checkpoint may name one of the first two itself.
         arch_args: Keyword arguments of the factory.
         input_shape: `(c, h, w)` of one input; None takes the architecture's or program's own.
         trust: Read pickles in the file although that runs code from it.
+        weights_key: Which weights of a checkpoint with several, such as "ema".
 
     Raises:
         ModelError: The file, the architecture or the weights cannot be used.
@@ -60,12 +72,14 @@ def load_model(
         module, example = read_program(path, trust=trust)
     else:
         content = _read(path, trust=trust)
-        if isinstance(content, nn.Module):
-            module = content
+        whole = modules_in(content) if arch is None or isinstance(content, nn.Module) else {}
+        if whole:
+            module = _one_of(path, whole, weights_key)
         else:
             arch = arch or _named_in(path, content)
             module = build(arch, dict(arch_args or {}), beside=path.parent)
-            load_weights(path, module, find_state_dict(path, content), arch)
+            stood = load_weights(path, module, content, arch, weights_key=weights_key)
+            logger.info("the weights stand under %s", stood or "the names of the network")
         module = module.cpu().eval()
     check_usable(path, module)
     if input_shape is None and example is None:
@@ -81,6 +95,20 @@ def load_model(
         "arch_args": dict(arch_args or {}),
     }
     return LoadedModel(module, example, provenance)
+
+
+def _one_of(path: Path, whole: Mapping[str, nn.Module], weights_key: str | None) -> nn.Module:
+    """The network that was asked for; in float32 where a checkpoint keeps it in half precision.
+
+    Raises:
+        ModelError: There are several.
+    """
+    module: nn.Module = chosen(path, "networks", whole, weights_key, "")
+    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if "" not in whole and kinds == {torch.float16}:
+        logger.info("%s holds its network in float16; it goes on in float32", path)
+        module = module.float()
+    return module
 
 
 def _named_in(path: Path, content: object) -> str:
@@ -111,33 +139,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not wanted <= content.keys():
         raise ModelError(f"{path} is not the model.pt of a run: it lacks {sorted(wanted)}.")
     return content
-
-
-def find_state_dict(path: Path, content: object) -> dict[str, Tensor]:
-    """The tensors of a state_dict or of a checkpoint around one, without wrapper prefixes.
-
-    Raises:
-        ModelError: There is none.
-    """
-    if isinstance(content, Mapping):
-        for key in STATE_DICT_KEYS:
-            inner = content.get(key)
-            if isinstance(inner, Mapping):
-                content = inner
-                break
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            tensors = {str(key): value for key, value in content.items()}
-            for prefix in WRAPPER_PREFIXES:
-                if all(key.startswith(prefix) for key in tensors):
-                    tensors = {key.removeprefix(prefix): v for key, v in tensors.items()}
-            return tensors
-        found = f"a dict with the keys {sorted(map(str, content))[:8]}"
-    else:
-        found = f"a {type(content).__name__}"
-    raise ModelError(
-        f"{path} holds {found}; expected a state_dict (names to tensors) or a checkpoint with "
-        f"one under {', '.join(STATE_DICT_KEYS)}."
-    )
 
 
 def check_usable(path: Path, module: nn.Module) -> None:
@@ -173,6 +174,8 @@ def sha256(path: Path) -> str:
 def _read(path: Path, *, trust: bool) -> object:
     try:
         check_size(path)
+        if path.suffix == SAFETENSORS_SUFFIX:
+            return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
@@ -191,6 +194,8 @@ def _read(path: Path, *, trust: bool) -> object:
                 f"from the file. Save the weights alone with torch.save(model.state_dict(), "
                 f"'weights.pt') and give --arch, or give --trust if you wrote the file."
             ) from err
+    except SafetensorError as err:
+        raise ModelError(f"{path} is not a safetensors file: {err}.") from err
     except UNREADABLE as err:
         raise ModelError(f"{path} is not a file that torch.save wrote: {err}.") from err
     else:
@@ -200,55 +205,3 @@ def _read(path: Path, *, trust: bool) -> object:
             return torch.load(path, map_location="cpu", weights_only=False)
     except UNREADABLE as err:
         raise ModelError(f"{path} cannot be unpickled: {told(err)}.") from err
-
-
-def load_weights(
-    path: Path, module: nn.Module, state_dict: Mapping[str, Tensor], arch: str
-) -> None:
-    """Copies `state_dict` into `module`, in place.
-
-    Raises:
-        ModelError: Names or shapes differ; the message lists them.
-    """
-    expected = module.state_dict()
-    missing = [key for key in expected if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in expected]
-    reshaped = [
-        f"{key} is {tuple(state_dict[key].shape)}, {arch} has {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state_dict and state_dict[key].shape != expected[key].shape
-    ]
-    strange = [
-        f"{key} is {state_dict[key].dtype}"
-        for key in expected
-        if key in state_dict
-        and state_dict[key].is_floating_point() != expected[key].is_floating_point()
-    ]
-    faults = [
-        f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
-        for what, keys in (
-            ("missing in the file", missing),
-            ("not in the network", unexpected),
-            ("of another shape", reshaped),
-            ("not of real numbers", strange),
-        )
-        if keys
-    ]
-    if faults:
-        hint = _class_count_hint(arch, state_dict, expected)
-        raise ModelError(f"{path} does not fit {arch}. {'; '.join(faults)}.{hint}")
-    module.load_state_dict(dict(state_dict))
-
-
-def _class_count_hint(
-    arch: str, state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> str:
-    """What to do where nothing but the number of classes differs."""
-    other = [key for key in expected if key in state_dict
-             and state_dict[key].shape != expected[key].shape]  # fmt: skip
-    counts = {state_dict[key].shape[:1] for key in other}
-    tails = all(state_dict[key].shape[1:] == expected[key].shape[1:] for key in other)
-    if arch.partition(":")[0] not in LIBRARIES or len(counts) != 1 or not tails:
-        return ""
-    (count,) = counts
-    return f" It seems to have {count[0]} classes: give --arch-arg num_classes={count[0]}."

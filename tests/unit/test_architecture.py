@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "compressor"
 
 BASE = {
-    "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
+    "containers", "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
     "augmentation", "watching", "running", "learner", "environment",
 }  # fmt: skip
 STEPS = {
@@ -22,18 +22,29 @@ STEPS = {
 MAY_IMPORT = {
     "errors": set(),
     "goals": {"values"},  # for the type checker only
-    "values": {"errors", "goals"},
+    "containers": {"errors"},
+    "values": {"containers", "errors", "goals"},
     "files": set(),
     "watching": set(),
     "environment": {"values"},
-    "running": {"values"},
-    "learner": {"errors", "hints", "running", "tasks", "user_code", "values", "watching"},
+    "running": {"containers", "values"},
+    "learner": {
+        "containers",
+        "errors",
+        "hints",
+        "running",
+        "tasks",
+        "user_code",
+        "values",
+        "watching",
+    },
     "hints": {"errors", "values", "watching"},
     "augmentation": {"errors", "values"},
     "user_code": {"errors"},
     "inputs": {"errors", "user_code"},
-    "tasks": {"errors", "inputs", "values", "user_code"},
+    "tasks": {"containers", "errors", "inputs", "values", "user_code"},
     **{step: BASE for step in STEPS},
+    "export": BASE | {"latency"},  # what was written is run
     "border": BASE | STEPS,
     "prunable": BASE | STEPS,
     "budget": BASE | STEPS,

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from compressor.datasets import load_data
 from compressor.datasets.files import ImageFiles
+from compressor.datasets.folders import class_folders, image_files
 from compressor.errors import DataError
 from compressor.values import Data, draw
 from tests.conftest import blob_images, labelled
@@ -311,3 +313,58 @@ def test_classes_without_images_are_named(
     assert "no image of class 4" in caplog.text
     with pytest.raises(DataError, match=r"search split: 3 of 5 classes have no image \(2, "):
         load(2)
+
+
+def image_at(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, size=(7, 7, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_a_folder_is_read_as_torchvision_reads_it(tmp_path: Path) -> None:
+    """Oracle: ImageFolder, with its order of classes and files, and its way with links."""
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "images"
+    for i, name in enumerate(["10/b.png", "10/deep/c.JPG", "2/x.bmp", "2/a/y.webp", "2/b.jpeg"]):
+        image_at(root / name, i)
+    for i in range(5):
+        image_at(elsewhere / f"{i}.png", 100 + i)
+    (root / "10" / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (root / "7").symlink_to(elsewhere, target_is_directory=True)
+    (root / "2" / "linked.png").symlink_to(elsewhere / "0.png")
+    expected = ImageFolder(str(root))
+    found = class_folders(root)
+    assert list(found) == expected.classes == ["10", "2", "7"]
+    files = [str(path) for path in found.values() for path in image_files(path)]
+    assert files == [path for path, _ in expected.samples]
+    assert len(files) == 16
+
+
+def test_what_is_hidden_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["a/1.png", "a/._1.png", "a/.ipynb_checkpoints/1-x.png", ".cache/1.png"]
+    for i, name in enumerate(names):
+        image_at(tmp_path / name, i)
+    assert list(class_folders(tmp_path)) == ["a"]
+    assert [path.name for path in image_files(tmp_path / "a")] == ["1.png"]
+    assert "2 hidden files or folders are left out" in caplog.text
+
+
+def test_a_link_to_the_folder_around_it_ends(tmp_path: Path) -> None:
+    image_at(tmp_path / "a" / "1.png", 0)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a", target_is_directory=True)
+    assert [path.name for path in image_files(tmp_path / "a")] == ["1.png"]
+
+
+def test_accents_are_one_name_however_they_are_encoded(tmp_path: Path) -> None:
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    for i in range(6):
+        for split, name in (("train", nfc), ("val", nfd), ("test", nfc)):
+            image_at(tmp_path / split / name / f"{i}.png", hash((split, i)) % 2**32)
+            image_at(tmp_path / split / "tea" / f"{i}.png", hash((split, i, 1)) % 2**32)
+    data = load_data(tmp_path)
+    assert data.class_names == (nfc, "tea")
+    assert len(data.search) == 12
+    image_at(tmp_path / "val" / nfc / "0.png", 5)
+    with pytest.raises(DataError, match="encoded in two ways"):
+        load_data(tmp_path)

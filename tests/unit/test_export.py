@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -191,3 +192,57 @@ def test_several_inputs_are_exported(tmp_path: Path) -> None:
         names = [each.name for each in session.get_inputs()]
         (got,) = session.run(None, dict(zip(names, (a.numpy(), b.numpy()), strict=True)))
         torch.testing.assert_close(torch.from_numpy(got), torch.relu(a) + b)
+
+
+class Assigns(nn.Module):
+    """Writes into a part of a tensor, as the old exporter does not follow."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.how == "scaled":
+            x[:, :4] *= 2
+        elif self.how == "behind a view":
+            torch.relu_(x).view(x.shape[0], 4, -1)[:, 0].sub_(0.5)
+        elif self.how == "border":
+            x[..., 0] = 0
+        elif self.how == "random":
+            x = x + torch.rand_like(x)
+        elif self.how == "chosen":
+            x = x * 2 if float(x.sum()) > -1e9 else x
+        answer: torch.Tensor = self.last(x.relu().mean((2, 3)))
+        return answer
+
+
+WRITTEN = ("plain", "scaled", "border", "chosen")  # rightly, from the user's own module
+
+
+@pytest.mark.parametrize("how", ["plain", "scaled", "behind a view", "border", "random", "chosen"])
+def test_a_file_that_answers_otherwise_is_never_written(how: str, tmp_path: Path) -> None:
+    """Right, or refused: the oracle is ONNX Runtime beside torch on other numbers."""
+    torch.manual_seed(0)
+    network, path = Assigns(how).eval(), tmp_path / "x.onnx"
+    if how not in WRITTEN:
+        with pytest.raises(ExportError, match="answers unlike it does in torch"):
+            export_onnx(network, torch.zeros(1, 3, 6, 6), path)
+        assert not path.exists()
+        return
+    export_onnx(network, torch.zeros(1, 3, 6, 6), path)
+    images = torch.rand(1, 3, 6, 6)
+    (got,) = onnxruntime.InferenceSession(path).run(None, {"input": images.numpy()})
+    with torch.no_grad():
+        want = network(images.clone()).numpy()
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_file_is_compared_with_every_input_in_its_place(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> Any:
+            return {"out": x * scale + shift, "shift": shift + 1}
+
+    given = {"shift": torch.rand(2, 3), "x": torch.rand(2, 3), "scale": torch.rand(2, 3)}
+    assert export_onnx(Both().eval(), given, tmp_path / "x.onnx").exists()

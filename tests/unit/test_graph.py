@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.containers import tensors_in
 from compressor.errors import GraphError
 from compressor.graph import channel_groups, cost
 from compressor.surgery import masked, remove_channels
-from compressor.values import ChannelGroup, Plan, Role, tensors_in
+from compressor.values import ChannelGroup, Plan, Role
 from tests.conftest import ConvNet, random_plan, randomised
 
 

@@ -1,19 +1,24 @@
 """Which model files are taken, and what is said of the others."""
 
+import copy
 import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from compressor.errors import ModelError, UntrustedModelError
 from compressor.model_io import load_model
 from compressor.model_io.architectures import build
+from compressor.model_io.weights import unwrapped
 from tests.conftest import INPUT_SHAPE, ConvNet
 
 ARCH = "tests.conftest:make_conv_net"
@@ -139,7 +144,7 @@ def test_a_pickled_module_needs_trust(conv_net: ConvNet, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["m.onnx", "m.pt2", "m.engine", "m.safetensors"])
 def test_other_formats_are_refused_by_name(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"something")
-    with pytest.raises(ModelError, match=r"m\.\w+ is an? "):
+    with pytest.raises(ModelError, match=r"m\.\w+ is (an?|not a) "):
         load(tmp_path / name)
 
 
@@ -388,3 +393,112 @@ def test_what_is_no_program_is_named(content: bytes, tmp_path: Path) -> None:
     message = r"not a program that torch\.export\.save wrote" if content else "is empty"
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path / "net.pt2")
+
+
+def wrapped(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+
+
+OPTIMIZER = {
+    "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.rand(3)}},
+    "param_groups": [],
+}
+
+ONE_SET: dict[str, Callable[[Any], Any]] = {
+    "plain": lambda s: s,
+    "old code": without_counters,
+    "DataParallel": lambda s: wrapped("module.", s),
+    "compiled": lambda s: wrapped("_orig_mod.", s),
+    "compiled DataParallel": lambda s: wrapped("_orig_mod.module.", s),
+    "DataParallel of compiled": lambda s: wrapped("module._orig_mod.", s),
+    "Lightning": lambda s: {"state_dict": wrapped("model.", s), "epoch": 3, "loops": {"a": {}}},
+    "Lightning, compiled": lambda s: {"state_dict": wrapped("model._orig_mod.", s)},
+    "Lightning with a loss": lambda s: {
+        "state_dict": {**wrapped("net.", s), "criterion.weight": torch.rand(5)}
+    },
+    "net": lambda s: {"net": s, "acc": 91.2, "epoch": 4},
+    "deep": lambda s: {"checkpoint": {"student": {"weights": s}}},
+    "averaged": lambda s: {"n_averaged": torch.tensor(5), **wrapped("module.", s)},
+    "with optimizer": lambda s: {"model": s, "optimizer": OPTIMIZER, "scheduler": {"gamma": 0.1}},
+    "no averaged ones yet": lambda s: {"state_dict": s, "state_dict_ema": None, "ema_decay": 0.9},
+    "averaged ones are the same": lambda s: {"model": s, "model_ema": wrapped("module.", s)},
+}
+
+
+@pytest.mark.parametrize("name", ONE_SET)
+def test_what_torch_takes_after_its_wrappers_is_taken(
+    conv_net: ConvNet, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(ONE_SET[name](conv_net.state_dict()), path)
+    assert_same(load(path), conv_net)
+
+
+SEVERAL: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "raw beside EMA": (lambda raw, ema: {"model": raw, "ema": ema}, "ema"),
+    "timm": (lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema}, "state_dict_ema"),
+    "DeiT": (lambda raw, ema: {"model": raw, "model_ema": wrapped("module.", ema)}, "model_ema"),
+    "Lightning": (
+        lambda raw, ema: {"state_dict": wrapped("model.", raw) | wrapped("ema.", ema)},
+        "state_dict.ema",
+    ),
+    "best and last": (lambda raw, ema: {"last": {"net": raw}, "best": {"net": ema}}, "best.net"),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.bad_input("a checkpoint with several sets of weights")
+def test_of_several_sets_of_weights_none_is_guessed(
+    conv_net: ConvNet, name: str, tmp_path: Path
+) -> None:
+    make, key = SEVERAL[name]
+    path, raw = tmp_path / "weights.pt", copy.deepcopy(conv_net)
+    for tensor in raw.state_dict().values():
+        tensor.add_(1)
+    torch.save(make(raw.state_dict(), conv_net.state_dict()), path)
+    with pytest.raises(ModelError, match=rf"several sets of weights.*{key}.*--weights-key"):
+        load(path)
+    assert_same(load(path, weights_key=key), conv_net)
+    with pytest.raises(ModelError, match="Unknown --weights-key"):
+        load(path, weights_key="nothing")
+
+
+@pytest.mark.bad_input("averaged weights in a form of their own")
+def test_averaged_weights_that_do_not_fit_are_not_passed_over(
+    conv_net: ConvNet, tmp_path: Path
+) -> None:
+    path, weights = tmp_path / "weights.pt", conv_net.state_dict()
+    torch.save({"model": weights, "ema": {"shadow_params": list(weights.values())}}, path)
+    with pytest.raises(ModelError, match=r"averaged ones under ema.*--weights-key model"):
+        load(path)
+    assert_same(load(path, weights_key="model"), conv_net)
+
+
+def test_safetensors_hold_tensors_and_tied_ones_once(conv_net: ConvNet, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(conv_net.state_dict(), path)
+    assert_same(load(path), conv_net)
+    path.write_bytes(b"\x08" + path.read_bytes()[1:])
+    with pytest.raises(ModelError, match="not a safetensors file"):
+        load(path)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, torch.compile])
+def test_a_pickled_network_comes_out_of_its_wrapper(
+    conv_net: ConvNet, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    assert type(unwrapped(wrap(nn.DataParallel(conv_net)))) is ConvNet
+
+
+def test_a_network_in_a_checkpoint_is_taken_in_float32(conv_net: ConvNet, tmp_path: Path) -> None:
+    path, half = tmp_path / "last.pt", copy.deepcopy(conv_net).half()
+    torch.save({"model": half, "ema": None, "optimizer": OPTIMIZER, "epoch": 3}, path)
+    assert_same(load(path, trust=True, arch=None), half.float())
+    torch.save({"model": half, "ema": copy.deepcopy(half)}, path)
+    with pytest.raises(ModelError, match=r"several networks: model, ema.*--weights-key ema"):
+        load(path, trust=True, arch=None)
+    assert_same(load(path, trust=True, arch=None, weights_key="ema"), half.float())

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from compressor.containers import tensors_in
 from compressor.graph import channel_groups
 from compressor.prunable import make_prunable
 from compressor.surgery import masked, remove_channels
-from compressor.values import ChannelGroup, Plan, tensors_in
+from compressor.values import ChannelGroup, Plan
 from tests.conftest import randomised
 
 WIDTHS = (4, 8, 2, 6, 3, 1, 12, 16)

@@ -410,7 +410,6 @@ INTERRUPTED = (1, 0, 0, 1)
         ((9.0, 2.0, 2.0, 7.0), (), False),  # none
         ((9.0, 2.0, 2.0, 7.0), (2.0, 2.0, 2.0), False),  # of other runs
         ((9.0, 2.0, 2.0, 7.0), (0.0, 0.0, 10.0, 0.0), False),  # in steps of 10 ms
-        ((9.0, 2.0, 2.0, 7.0), (1.0, 1.0, 1.0, 1.0), False),  # other threads do half of it
         ((2.0, 2.0, 2.0, 2.0), (3.0, 3.0, 3.0, 3.0), False),  # counts more than there was
         ((2.0, 2.0, 2.0, 2.0), (2.0, -2.0, 2.0, 2.0), False),  # jumps
         ((2.0, 2.0, 2.0, 2.0), (2.0, float("nan"), 2.0, 2.0), False),
@@ -422,6 +421,15 @@ def test_which_clocks_of_a_thread_are_believed(
     pair = SessionPair(wall, wall, True, cpu, cpu, INTERRUPTED, INTERRUPTED)
     assert has_thread_clock(pair) is is_one
     assert decided_by([pair]) == (Clock.THREAD_CPU if is_one else Clock.WALL, 0.5)
+
+
+@pytest.mark.parametrize(("n_alone", "is_one"), [(0, True), (1, True), (3, True), (4, False)])
+def test_a_threads_clock_that_misses_half_is_seen_where_enough_runs_were_left_alone(
+    n_alone: int, is_one: bool
+) -> None:
+    """A wait that nobody counts, in one run, says nothing of the clock."""
+    wall, cpu, counts = (2.0,) * 12, (1.0,) * 12, (0,) * n_alone + (1,) * (12 - n_alone)
+    assert has_thread_clock(SessionPair(wall, wall, True, cpu, cpu, counts, counts)) is is_one
 
 
 def test_a_system_that_counts_nothing_is_taken_at_its_walls_clock() -> None:

@@ -8,13 +8,14 @@ import torch
 from torch import fx, nn
 
 from benchmarks.zoo import build
+from compressor.containers import tensors_in
 from compressor.errors import GraphError
 from compressor.graph import channel_groups
 from compressor.graph.branches import residual_branches
 from compressor.prunable import PROGRAM, TRACED, in_form
 from compressor.running import learning
 from compressor.surgery import remove_branches
-from compressor.values import Branch, tensors_in
+from compressor.values import Branch
 
 N_SUBSETS = 6  # at random, beside each branch alone and all of them
 QUICK = ("torchvision:resnet18", "timm:test_resnet", "timm:test_convnext", "timm:test_vit")

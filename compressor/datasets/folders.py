@@ -1,0 +1,62 @@
+"""Class folders and their image files, in the order of torchvision's `ImageFolder`.
+
+Links to folders are followed, as it does. Unlike it, hidden files and folders are left out
+(`.ipynb_checkpoints` would be a class of its own), and names that differ only in how accents are
+encoded are one name: macOS and Linux write them differently.
+"""
+
+import logging
+import unicodedata
+from pathlib import Path
+
+from compressor.errors import DataError
+from compressor.inputs import folders
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+
+logger = logging.getLogger(__name__)
+
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Class -> its folder, sorted by name as text.
+
+    Raises:
+        DataError: Two names are the same but for how accents are encoded.
+    """
+    found: dict[str, Path] = {}
+    for path in folders(folder):
+        name = unicodedata.normalize("NFC", path.name)
+        if name in found:
+            raise DataError(
+                f"{folder} has two folders of class {name}, whose accents are encoded in two ways "
+                f"(NFC and NFD); put their images into one."
+            )
+        found[name] = path
+    return dict(sorted(found.items()))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in and below `folder`, by folder and name."""
+    found: list[tuple[str, list[Path]]] = []
+    n_hidden = _walk(folder, (), found)
+    if n_hidden:
+        logger.warning("%s: %d hidden files or folders are left out", folder, n_hidden)
+    return [path for _, paths in sorted(found) for path in paths]
+
+
+def _walk(folder: Path, around: tuple[Path, ...], found: list[tuple[str, list[Path]]]) -> int:
+    """Adds what is in `folder` to `found`; how much in it is hidden."""
+    real = folder.resolve()
+    if real in around:  # a link to a folder that it lies in
+        return 0
+    files: list[Path] = []
+    n_hidden = 0
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            n_hidden += path.is_dir() or path.suffix.lower() in SUFFIXES
+        elif path.is_dir():
+            n_hidden += _walk(path, (*around, real), found)
+        elif path.suffix.lower() in SUFFIXES:
+            files.append(path)
+    found.append((str(folder), files))
+    return n_hidden
