@@ -119,6 +119,10 @@ ArchArgs = Annotated[
     _option(MODEL, "Keyword argument of that function; may be repeated.", metavar="K=V"),
 ]
 Data = Annotated[Path | None, _option(MODEL, "Images: an .npz, or a folder of class folders.")]
+Classes = Annotated[
+    Path | None,
+    _option(MODEL, "Order of the class folders: a file with a name a line.", metavar="FILE"),
+]
 Task = Annotated[
     str | None,
     _option(

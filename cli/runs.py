@@ -26,6 +26,7 @@ def run(
     estimate: options.Estimate = None,
     precision: options.Precision = None,
     data: options.Data = None,
+    classes: options.Classes = None,
     task: options.Task = None,
     arch: options.Arch = None,
     arch_arg: options.ArchArgs = None,

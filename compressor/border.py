@@ -53,7 +53,12 @@ def check_model(config: Config) -> None:
         check_task(config.task, beside=beside)
     if config.data is not None:
         n_channels = config.input_shape[0] if config.input_shape else None
-        check_data(config.data, image_size=config.image_size, n_channels=n_channels)
+        check_data(
+            config.data,
+            image_size=config.image_size,
+            n_channels=n_channels,
+            classes=config.classes,
+        )
 
 
 def check_run(config: Config, *, is_new: bool = True) -> None:

@@ -37,11 +37,12 @@ from compressor.goals import (
 
 AUTO: Literal["auto"] = "auto"
 CONFIG_FILE = "compress.toml"
-PATH_KEYS = ("data", "out")
+PATH_KEYS = ("data", "classes", "out")
 MODEL, TRUST = "model", "trust"
 TABLES = ("arch_args", "constraint", "weight")
 EXAMPLES: dict[str, object] = {  # of settings that have no default
     "target": "host-cpu", "device": "ssh://user@host", "precision": "fp16", "data": "images",
+    "classes": "classes.txt",
     "task": "my_module:MyTask", "arch": "torchvision:resnet18",
     "arch_args": {"num_classes": 10}, "weights_key": "ema",
     "input_shape": [3, 224, 224], "image_size": 224, "mean": [0.485, 0.456, 0.406],
@@ -91,6 +92,8 @@ class Config(BaseModel):
         estimate: Take the profile's figures where the device cannot be measured.
         precision: "fp32" or "fp16", in place of the profile's own.
         data: Images to fit, search and test with.
+        classes: File with the names of the class folders, one a line, in the order of the
+            network's outputs; None for the order of names.
         task: "package.module:object", what a network is for that is no classifier; it brings its
             own data. See `compressor.tasks.Task`.
         arch: What builds the network of a state_dict: `torchvision:NAME`, `timm:NAME`, or
@@ -153,6 +156,7 @@ class Config(BaseModel):
     estimate: bool = False
     precision: str | None = None
     data: Path | None = None
+    classes: Path | None = None
     task: str | None = None
     arch: str | None = None
     arch_args: dict[str, int | float | bool | str] = Field(default_factory=dict)

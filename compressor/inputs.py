@@ -113,7 +113,11 @@ def check_task(reference: str, *, beside: Path) -> None:
 
 
 def check_data(
-    source: Path, *, image_size: int | None = None, n_channels: int | None = None
+    source: Path,
+    *,
+    image_size: int | None = None,
+    n_channels: int | None = None,
+    classes: Path | None = None,
 ) -> None:
     """Whether `source` may hold images, and what is said of them suits it.
 
@@ -121,6 +125,7 @@ def check_data(
         source: An `.npz` file, or a folder.
         image_size: Side that image files are to be resized to.
         n_channels: That the network takes, where that was given.
+        classes: File with the order of the class folders.
 
     Raises:
         DataError: Nothing is there, it is of another kind, or the settings are for another.
@@ -128,6 +133,8 @@ def check_data(
     try:
         if not source.exists():
             raise DataError(f"No data at {source}; expected an .npz file or a folder (--data).")
+        if classes is not None:
+            check_file(classes, "classes", DataError)
         if source.is_dir():
             if not folders(source):
                 raise DataError(no_classes(source, source))
@@ -138,6 +145,8 @@ def check_data(
             return
     except OSError as err:
         raise DataError(f"--data {source} cannot be read: {err.strerror}.") from err
+    if classes is not None:
+        raise DataError(f"--classes orders class folders; {source} has its labels as numbers.")
     if source.suffix != ".npz":
         raise DataError(f"--data must be an .npz file or a folder of images; got {source}.")
     check_file(source, "data", DataError)

@@ -279,7 +279,8 @@ def _check_outputs(loaded: LoadedModel, data: Data, criterion: Criterion, config
     if n_logits < n_classes or (is_folder and n_logits != n_classes):
         raise DataError(
             f"The data has {n_classes} classes ({data.class_names[0]} to {data.class_names[-1]}), "
-            f"the model {n_logits} logits. Class folders, sorted by name, must be its outputs."
+            f"the model {n_logits} logits. Class folders, sorted by name or in the order of "
+            f"--classes, must be its outputs."
         )
     if 2 * n_classes <= n_logits:
         raise DataError(
@@ -328,6 +329,7 @@ def read_data(config: Config, source: Path) -> Data:
         source,
         image_size=config.image_size,
         n_channels=config.input_shape[0] if config.input_shape else None,
+        classes=config.classes,
         mean=config.mean,
         std=config.std,
         seed=config.seed,

@@ -22,6 +22,7 @@ from compressor.bench import (
     timed,
 )
 from compressor.budget import Budget
+from compressor.chance import check_better_than_chance
 from compressor.config import Config
 from compressor.errors import ConfigError, MeasurementError, SearchError
 from compressor.goals import ASK_FOR_FEATURES, MACS, MAX_DROP, PARAMS
@@ -42,6 +43,7 @@ from compressor.search.objective import (
 )
 from compressor.search.space import Widths
 from compressor.search.study import Study, read_before
+from compressor.tasks import Classification
 from compressor.values import (
     FIRST_PLAN,
     SEARCHING,
@@ -70,7 +72,14 @@ def pose(job: Job, bench: Bench) -> Problem:
 
     Raises:
         ConfigError: The original meets them already.
+        DataError: The original is right by chance only.
     """
+    if isinstance(job.criterion, Classification):
+        original = bench.original_accuracy
+        check_better_than_chance(
+            bench.predictor_of(job.prunable.module), job.data.search, job.data.class_names,
+            n_right=round(original.value * original.n), batch_size=bench.batch_size,
+        )  # fmt: skip
     original_ms = bench.noise_floor.original.median_ms
     limits: dict[str, float] = {}
     for constraint in job.config.constraints:

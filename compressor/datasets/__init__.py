@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from compressor.datasets.files import ImageFiles, Read, reader
-from compressor.datasets.folders import class_folders, image_files
+from compressor.datasets.folders import class_folders, class_order, image_files
 from compressor.errors import DataError
 from compressor.files import UNREADABLE, check_size
 from compressor.inputs import check_data, folders, no_classes
@@ -49,6 +49,7 @@ def load_data(
     *,
     image_size: int | None = None,
     n_channels: int | None = None,
+    classes: Path | None = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     seed: int = 0,
@@ -59,6 +60,8 @@ def load_data(
         source: An `.npz` file or a folder; see the module's text.
         image_size: Side in pixels that image files are resized and centre-cropped to.
         n_channels: 1 for grey, 3 for colour; how image files are read. Default 3.
+        classes: Text file with the names of class folders, one a line, in the order of the
+            network's outputs; None for the order of names.
         mean: Per channel, after scaling uint8 to [0, 1]; empty for none.
         std: Per channel; as long as `mean`.
         seed: Decides which images are held out where the source has no such split.
@@ -66,9 +69,9 @@ def load_data(
     Raises:
         DataError: Nothing there, unreadable, empty classes, labels out of range, mixed sizes.
     """
-    check_data(source, image_size=image_size, n_channels=n_channels)
+    check_data(source, image_size=image_size, n_channels=n_channels, classes=classes)
     if source.is_dir():
-        arrays, class_names = _read_folder(source, image_size, n_channels or 3)
+        arrays, class_names = _read_folder(source, image_size, n_channels or 3, classes)
     else:
         arrays, class_names = _read_npz(source)
     if len(mean) != len(std):
@@ -143,7 +146,7 @@ def _to_tensors(
 
 
 def _read_folder(
-    source: Path, image_size: int | None, n_channels: int
+    source: Path, image_size: int | None, n_channels: int, classes: Path | None
 ) -> tuple[_Arrays, tuple[str, ...]]:
     named: dict[str, Path] = {}
     for child in folders(source):
@@ -160,6 +163,8 @@ def _read_folder(
     class_names = tuple(class_folders(largest))
     if not class_names:
         raise DataError(no_classes(largest, source))
+    if classes is not None:
+        class_names = class_order(classes, class_names, largest)
     convert = reader(image_size, n_channels)
     arrays = {
         name: _read_classes(path, class_names, convert, is_resized=image_size is not None)
@@ -185,7 +190,8 @@ def _read_classes(
     strange = by_class.keys() - set(class_names)
     if strange:
         raise DataError(f"{folder} has classes that the fit split lacks: {sorted(strange)}.")
-    empty = [name for name in class_names if not files.get(name)]
+    empty = [name for name in by_class if not files[name]]
+    empty += [name for name in class_names if name not in files]
     if empty:
         raise DataError(f"{folder} has no image of class {', '.join(empty)}.")
     paths = [path for name in class_names for path in files[name]]

@@ -7,6 +7,7 @@ encoded are one name: macOS and Linux write them differently.
 
 import logging
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.errors import DataError
@@ -33,6 +34,39 @@ def class_folders(folder: Path) -> dict[str, Path]:
             )
         found[name] = path
     return dict(sorted(found.items()))
+
+
+def class_order(file: Path, names: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """The names in `file`, which are those of the class folders in another order.
+
+    Args:
+        file: Text, a name a line.
+        names: Of the class folders.
+        folder: Where these lie.
+
+    Raises:
+        DataError: A name is missing, unknown or there twice, or the file cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise DataError(f"--classes {file} cannot be read as text: {err}.") from err
+    order = tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())
+    twice = sorted({name for name in order if order.count(name) > 1})
+    unknown, missing = sorted(set(order) - set(names)), sorted(set(names) - set(order))
+    faults = [
+        f"{what}: {', '.join(which[:5])}"
+        for what, which in (
+            ("there twice", twice), ("no class folder", unknown), ("not in the file", missing)
+        )
+        if which
+    ]  # fmt: skip
+    if faults:
+        raise DataError(
+            f"--classes {file} must name every class folder of {folder} once, in the order of the "
+            f"network's outputs; {'; '.join(faults)}."
+        )
+    return order
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -15,9 +15,9 @@ BASE = {
     "augmentation", "watching", "running", "learner", "environment",
 }  # fmt: skip
 STEPS = {
-    "config", "model_io", "datasets", "graph", "program", "importance", "features", "surgery",
-    "recovery", "least_squares", "training",
-    "export", "evaluate", "latency", "search", "run_folder", "report",
+    "chance", "config", "model_io", "datasets", "graph", "program", "importance", "features",
+    "surgery", "recovery", "least_squares", "training", "export", "evaluate", "latency", "search",
+    "run_folder", "report",
 }  # fmt: skip
 MAY_IMPORT = {
     "errors": set(),
