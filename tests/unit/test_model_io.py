@@ -237,10 +237,11 @@ def test_networks_that_cannot_be_measured_are_named(tmp_path: Path) -> None:
     torch.save(half, tmp_path / "half.pt")
     with pytest.raises(ModelError, match=r"weight is torch\.float16; expected float32"):
         load(tmp_path / "half.pt", trust=True, arch=None)
-    stateless = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
-    torch.save(stateless, tmp_path / "stateless.pt")
-    with pytest.raises(ModelError, match="1 has no running statistics"):
-        load(tmp_path / "stateless.pt", trust=True, arch=None)
+    for norm in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        stateless = nn.Sequential(nn.Conv2d(1, 4, 3), norm(4, track_running_stats=False))
+        torch.save(stateless, tmp_path / "stateless.pt")
+        with pytest.raises(ModelError, match="1 has no running statistics"):
+            load(tmp_path / "stateless.pt", trust=True, arch=None)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Recalibration of batch-norm against its closed form."""
 
 import copy
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
@@ -73,4 +75,29 @@ def test_dropout_stays_off_while_recalibrating() -> None:
         data.model_input(slice(None)).mean((0, 2, 3)),
         rtol=1e-4,
         atol=1e-4,
+    )
+
+
+def lazy_norm(n_channels: int) -> nn.Module:
+    norm = nn.LazyBatchNorm2d()
+    norm(torch.rand(2, n_channels, 4, 4))
+    return norm
+
+
+NORMS = [
+    nn.BatchNorm2d, nn.SyncBatchNorm, lazy_norm,
+    lambda n: nn.InstanceNorm2d(n, track_running_stats=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", NORMS)
+def test_every_norm_that_keeps_statistics_is_recalibrated(
+    make: Callable[[int], nn.Module],
+) -> None:
+    norm = make(3)
+    images = torch.randn(200, 3, 4, 4) * 3 + 2
+    data = LabelledImages(images, torch.zeros(200, dtype=torch.long))
+    found = recalibrate_batch_norm(norm.eval(), data, n_images=200, batch_size=50)
+    torch.testing.assert_close(
+        found.get_buffer("running_mean"), images.mean((0, 2, 3)), rtol=1e-3, atol=1e-3
     )
