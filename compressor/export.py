@@ -4,43 +4,30 @@ Exporting takes 0.1-0.7 s a model; filling a template a few milliseconds. A temp
 original network exported once with batch-norm left in place, so that its initialisers carry the
 names of the state_dict; a candidate is the same graph with the candidate's tensors. ONNX Runtime
 folds batch-norm when it loads a file, so template and export run the same kernels.
-
-The exporter is torch's TorchScript-based one: of the two it is the one that can write opset 13,
-the newest that TensorRT 8.2 (Jetson Nano) reads. The other silently writes 18.
 """
 
-import contextlib
 import copy
-import inspect
-import io
 import logging
 import operator
-import os
-import string
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
-from torch.onnx import symbolic_opset14, utils
 
 from compressor.containers import answers_in, map_tensors, tensors_in
 from compressor.errors import ExportError, MeasurementError
+from compressor.exporter import attribute, exported, in_order
 from compressor.files import write_whole
 from compressor.latency.onnxruntime import answers_of
 from compressor.running import cloned
 from compressor.values import Branch, Example, call
 
-INPUT, OUTPUT = "input", "output"
 DEFAULT_OPSET = 13
-ATTENTION_OPSET = 14
 MARK = "branch_mark_"
 # Of the largest answer, or of this where all are smaller: sums in another order cost 1e-6.
 TOLERANCE, SMALLEST = 1e-3, 0.01
@@ -83,7 +70,7 @@ class OnnxTemplate:
             if len(node.input) > 1 and node.input[1] in self.grouped:
                 owner = model.get_submodule(node.input[1].rpartition(".")[0])
                 assert isinstance(owner.groups, int)
-                _attribute(node, "group").i = owner.groups
+                attribute(node, "group").i = owner.groups
         content: bytes = filled.SerializeToString()
         return content
 
@@ -120,7 +107,7 @@ def candidate_writer(
         if template.fill(pruned) == fresh.fill(pruned):
             return template.fill
         logger.info("candidates are exported one by one: the graph has sizes written into it")
-    return lambda candidate: _export(candidate, example_input, opset, fold=True)
+    return lambda candidate: exported(candidate, example_input, opset, fold=True)
 
 
 def export_onnx(
@@ -148,7 +135,7 @@ def export_onnx(
             opset, a newer IR, or tensors in a second file, or answers unlike the network.
     """
     opset = DEFAULT_OPSET if opset is None else opset
-    content = _export(model, example_input, opset, fold=True)
+    content = exported(model, example_input, opset, fold=True)
     written = onnx.load_from_string(content)
     onnx.checker.check_model(written, full_check=True)
     opsets = {entry.domain: entry.version for entry in written.opset_import}
@@ -177,7 +164,8 @@ def _check_answers(model: nn.Module, example: Example, content: bytes) -> None:
         if not all(each.isfinite().all() for each in want):
             continue  # numbers that this network is not for
         try:
-            have = answers_of(content, list(tensors_in(_in_order(model, given))))
+            ordered = in_order(model, given) if isinstance(given, dict) else given
+            have = answers_of(content, list(tensors_in(ordered)))
         except MeasurementError as err:
             raise ExportError(f"{name}, written to ONNX, does not run: {err}") from err
         shapes = [[tuple(t.shape) for t in side] for side in (want, have)]
@@ -204,13 +192,6 @@ def _drawn_like(generator: torch.Generator, tensor: Tensor) -> Tensor:
     return (drawn * ((most - least) or 1.0) + least).to(tensor.dtype)
 
 
-def _in_order(model: nn.Module, example: Example) -> Any:
-    """The inputs in the order of the forward pass's parameters, as the exporter writes them."""
-    if not isinstance(example, dict):
-        return example
-    return list(inspect.signature(model.forward).bind(**example).arguments.values())
-
-
 def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
@@ -233,10 +214,10 @@ def make_template(
         for tensor in unique.state_dict().values():
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
-    exported = onnx.load_from_string(_export(unique, example_input, opset, fold=False))
-    sums = _take_marks_out(exported.graph, branches)
-    used = {name for node in exported.graph.node for name in node.input}
-    names = tuple(t.name for t in exported.graph.initializer if t.name in used)
+    written = onnx.load_from_string(exported(unique, example_input, opset, fold=False))
+    sums = _take_marks_out(written.graph, branches)
+    used = {name for node in written.graph.node for name in node.input}
+    names = tuple(t.name for t in written.graph.initializer if t.name in used)
     renamed = sorted(set(names) - set(model.state_dict()))
     if renamed:
         raise ExportError(
@@ -246,14 +227,14 @@ def make_template(
     layers = {f"{name}.weight": layer for name, layer in model.named_modules()}
     grouped = frozenset(
         node.input[1]
-        for node in exported.graph.node
+        for node in written.graph.node
         if node.op_type in ("Conv", "ConvTranspose")
         and isinstance(layers.get(node.input[1]), nn.modules.conv._ConvNd)
-        and _attribute(node, "group").i > 1
+        and attribute(node, "group").i > 1
     )
-    del exported.graph.initializer[:]
-    del exported.graph.value_info[:]
-    return OnnxTemplate(exported, names, grouped, sums)
+    del written.graph.initializer[:]
+    del written.graph.value_info[:]
+    return OnnxTemplate(written, names, grouped, sums)
 
 
 def _with_marks(model: nn.Module, branches: Sequence[Branch]) -> nn.Module:
@@ -319,68 +300,3 @@ def _bypass(graph: onnx.GraphProto, sums: Sequence[tuple[int, int]]) -> None:
             del graph.node[position]
         else:
             needed.update(node.input)
-
-
-@contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Where the exporter fails it prints the whole graph from C++ to file descriptor 1."""
-    if sys.stdout is None:  # closed by the caller
-        yield
-        return
-    sys.stdout.flush()
-    saved = os.dup(1)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
-    found: onnx.AttributeProto = next(a for a in node.attribute if a.name == name)
-    return found
-
-
-def _export(model: nn.Module, example_input: Example, opset: int, *, fold: bool) -> bytes:
-    buffer: Any = io.BytesIO()  # works, though torch's annotation names paths only
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    args, kwargs = ((), example_input) if isinstance(example_input, dict) else (args, None)
-    if opset < ATTENTION_OPSET:  # torch writes it with operations that older opsets have too
-        utils.register_custom_op_symbolic(
-            "aten::scaled_dot_product_attention",
-            symbolic_opset14.scaled_dot_product_attention,
-            opset,
-        )
-    mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
-    try:
-        with warnings.catch_warnings(), _silent_stdout():
-            warnings.simplefilter("ignore")  # it announces its own age at every call
-            torch.onnx.export(
-                model, args, buffer, kwargs=kwargs, dynamo=False, opset_version=opset,
-                input_names=[INPUT], output_names=[OUTPUT], training=mode,
-                do_constant_folding=fold,
-            )  # fmt: skip
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as err:
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported to ONNX opset {opset}: "
-            f"{str(err).splitlines()[0].partition('[Caused by')[0].strip()}"
-        ) from err
-    content: bytes = buffer.getvalue()
-    return _small_letters(content) if b"Einsum" in content else content
-
-
-def _small_letters(content: bytes) -> bytes:
-    """`content` with Einsum equations in a, b, c, ...; NVIDIA's parser takes no capitals."""
-    model = onnx.load_from_string(content)
-    for node in model.graph.node:
-        if node.op_type == "Einsum":
-            equation = _attribute(node, "equation")
-            text = equation.s.decode()
-            letters = dict.fromkeys(c for c in text if c.isalpha())
-            small = dict(zip(letters, string.ascii_lowercase, strict=False))
-            if len(small) == len(letters):
-                equation.s = "".join(small.get(c, c) for c in text).encode()
-    renamed: bytes = model.SerializeToString()
-    return renamed

@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import TypedDict
 
 from compressor.containers import tensors_in
 from compressor.goals import Constraint
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)  # of any dimension, synchronised, lazy
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 IndexArray = npt.NDArray[np.int64]
 # (tensor, dimension) -> which positions of the original's tensor are left, of all that lose some.
@@ -28,7 +30,7 @@ Kept = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
 
 # What code that is not ours may raise while it runs.
 FORWARD_FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError,
     RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ from compressor.graph.rules import outcome
 from compressor.running import cloned
 from compressor.values import (
     FORWARD_FAILURES,
+    WRAPPERS,
     ChannelGroup,
     Cost,
     Example,
@@ -49,6 +50,7 @@ def channel_groups(model: nn.Module, example_input: Example) -> tuple[ChannelGro
         GraphError: The network is in training mode, does not take `example_input`, or depends on
             values of its input so early that nothing is left to prune.
     """
+    _check_kind(model)
     if any(module.training for module in model.modules()):
         raise GraphError(f"{type(model).__name__} is in training mode; call .eval() first.")
     try:
@@ -101,7 +103,26 @@ def _check_static(model: nn.Module, seen: Record, groups: tuple[ChannelGroup, ..
         )
 
 
+def _check_kind(model: nn.Module) -> None:
+    """Refuses what stands around a network, and what shows no layers."""
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise GraphError(
+            f"{name} is TorchScript, whose layers cannot be changed; give the module that it was "
+            f"scripted or traced from."
+        )
+    for inner in ("_orig_mod", "module"):  # torch.compile; DataParallel and the like
+        is_wrapper = inner == "_orig_mod" or isinstance(model, WRAPPERS)
+        if is_wrapper and isinstance(getattr(model, inner, None), nn.Module):
+            raise GraphError(f"{name} stands around the network; give what is in it, .{inner}.")
+
+
 def _not_taken(model: nn.Module, example: Example, err: BaseException) -> GraphError:
+    if isinstance(err, MemoryError) or "allocate memory" in str(err):
+        return GraphError(
+            f"{type(model).__name__} needs more memory than there is for an input of shape "
+            f"{example_shapes(example)}: {_told(err)}."
+        )
     return GraphError(
         f"{type(model).__name__} does not take an input of shape {example_shapes(example)}: "
         f"{_told(err)}. Give the shape that it was trained with (--input-shape C,H,W; image "

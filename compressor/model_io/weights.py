@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from compressor.errors import ModelError, unknown_name
 from compressor.inputs import LIBRARIES
+from compressor.values import WRAPPERS
 
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 OWN_OF_WRAPPERS = ("n_averaged",)  # tensors of theirs that are no network's
 COUNTERS = "num_batches_tracked"  # of batch-norms; old code has none, and torch does not mind
 EXTRA = "_extra_state"  # what a module may keep beside tensors

@@ -16,8 +16,8 @@ BASE = {
 }  # fmt: skip
 STEPS = {
     "chance", "config", "model_io", "datasets", "graph", "program", "importance", "features",
-    "surgery", "recovery", "least_squares", "training", "export", "evaluate", "latency", "search",
-    "run_folder", "report",
+    "surgery", "recovery", "least_squares", "training", "export", "exporter", "evaluate",
+    "latency", "search", "run_folder", "report",
 }  # fmt: skip
 MAY_IMPORT = {
     "errors": set(),
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "inputs": {"errors", "user_code"},
     "tasks": {"containers", "errors", "inputs", "values", "user_code"},
     **{step: BASE for step in STEPS},
-    "export": BASE | {"latency"},  # what was written is run
+    "export": BASE | {"exporter", "latency"},  # what was written is run
     "border": BASE | STEPS,
     "prunable": BASE | STEPS,
     "budget": BASE | STEPS,

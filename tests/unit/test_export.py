@@ -1,6 +1,8 @@
 """torch == ONNX, and a filled template is the fresh export of the pruned network."""
 
+import collections
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compressor.containers import answers_in
 from compressor.errors import ExportError
 from compressor.export import DEFAULT_OPSET, candidate_writer, export_onnx, make_template
 from compressor.graph import channel_groups
@@ -246,3 +249,42 @@ def test_a_file_is_compared_with_every_input_in_its_place(tmp_path: Path) -> Non
 
     given = {"shift": torch.rand(2, 3), "x": torch.rand(2, 3), "scale": torch.rand(2, 3)}
     assert export_onnx(Both().eval(), given, tmp_path / "x.onnx").exists()
+
+
+class Holding:
+    def __init__(self, x: Tensor) -> None:
+        self.twice, self.deep = 2 * x, {("a", 1): x + 1}
+
+
+@pytest.mark.parametrize(
+    "contain",
+    [
+        lambda x: {("p3", 1): x, ("p4", 2): x * 2}, lambda x: {0: x, 1: -x}, Holding,
+        lambda x: collections.deque([x, (x, None)]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("by_name", [False, True])
+def test_answers_in_any_container_are_exported_in_their_order(
+    contain: Callable[[Tensor], Any], by_name: bool, tmp_path: Path
+) -> None:
+    class Contains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Any:
+            return contain(self.conv(x) * scale)
+
+    network = Contains().eval()
+    x, scale = torch.rand(1, 3, 6, 6), torch.tensor(3.0)
+    example: Example = {"scale": scale, "x": x} if by_name else (x, scale)
+    path = export_onnx(network, example, tmp_path / "x.onnx")  # which compares
+    session = onnxruntime.InferenceSession(path)
+    names = [each.name for each in session.get_inputs()]
+    got = session.run(None, dict(zip(names, (x.numpy(), scale.numpy()), strict=True)))
+    with torch.no_grad():
+        want = answers_in(network(x, scale))
+    for one, other in zip(want, got, strict=True):
+        np.testing.assert_allclose(one.numpy(), other, atol=1e-5)
+    template = make_template(network, example)
+    assert set(template.names) == {"conv.weight", "conv.bias"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from compressor.containers import tensors_in
 from compressor.errors import GraphError
@@ -376,3 +377,33 @@ def test_cost_has_the_closed_form() -> None:
     paper = cost(net, torch.randn(1, 3, 10, 10))
     assert paper.macs == 9 * 3 * 8 * 100 + 9 * 1 * 8 * 25 + 8 * 5
     assert paper.params == (9 * 3 * 8 + 8) + (9 * 8 + 8) + (8 * 5 + 5)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning"
+)
+@pytest.mark.bad_input("what is no plain network", n=5)
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (nn.DataParallel, r"DataParallel stands around the network.*\.module"),
+        (AveragedModel, r"AveragedModel stands around the network.*\.module"),
+        (torch.compile, r"OptimizedModule stands around the network.*\._orig_mod"),
+        (torch.jit.script, "TorchScript.*scripted or traced from"),
+        (lambda net: torch.jit.trace(net, torch.rand(1, 3, 8, 8)), "TorchScript"),
+    ],
+)
+def test_wrappers_and_scripts_are_refused_by_name(wrap: Any, says: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    with pytest.raises(GraphError, match=says):
+        channel_groups(wrap(net).eval(), torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.bad_input("a network that needs more memory than there is")
+def test_what_needs_too_much_memory_is_told_as_that() -> None:
+    class Huge(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.empty(10**15)
+
+    with pytest.raises(GraphError, match="more memory than there is"):
+        channel_groups(Huge().eval(), torch.rand(1, 3, 8, 8))
