@@ -95,7 +95,6 @@ def resume(
         bool,
         typer.Option("--force", help="Although model, data or config.toml changed meanwhile."),
     ] = False,
-    weights_key: options.WeightsKey = None,
     trust: options.Trust = None,
     as_json: options.AsJson = False,
     json_progress: options.JsonProgress = False,
