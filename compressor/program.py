@@ -99,7 +99,8 @@ def with_layers(program: nn.Module) -> fx.GraphModule:
             node.replace_all_uses_with(replacement)
             root.graph.erase_node(node)
     for node in list(root.graph.nodes):
-        if node.op == "get_attr" and not node.users:
+        is_unused = node.op == "get_attr" and not node.users
+        if is_unused or node.target is aten._assert_tensor_metadata.default:  # of `.float()`
             root.graph.erase_node(node)
     return fx.GraphModule(root, root.graph).eval()
 

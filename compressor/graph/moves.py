@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from compressor.graph.layers import labels_read
+from compressor.graph.per_channel import elementwise
 from compressor.graph.record import Call, Channels, Outcome, all_equal, tensor_dim
 
 _WHOLE = slice(None)
@@ -206,6 +207,28 @@ def pixel_unshuffle(call: Call) -> Outcome:
     return Channels(state.dim, np.repeat(state.labels, call.args["downscale_factor"] ** 2))
 
 
+def unfold(call: Call) -> Outcome:
+    """`im2col`: the pixels of one channel's window become as many channels, one by one."""
+    source = call.args["self"]
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    if state.dim != source.ndim - 3:
+        return call.unknown()
+    return Channels(state.dim, np.repeat(state.labels, math.prod(call.args["kernel_size"])))
+
+
+def fold(call: Call) -> Outcome:
+    """`col2im`: the channels of one window are summed into one channel."""
+    source = call.args["self"]
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    if state.dim != source.ndim - 2:
+        return call.unknown()
+    rows = state.labels.reshape(-1, math.prod(call.args["kernel_size"]))
+    call.labels.join(rows[:, :1], rows)
+    return Channels(state.dim, rows[:, 0].copy())
+
+
 def channel_shuffle(call: Call) -> Outcome:
     """Position `(i, j)` of `(g, n/g)` goes to `(j, i)`; the same `j` of every group is tied."""
     state = call.state(call.args["self"])
@@ -246,6 +269,39 @@ def flip(call: Call) -> Outcome:
     if not dims or state.dim in {tensor_dim(d, source.ndim) for d in dims}:
         return call.unknown()
     return state
+
+
+def over_space(call: Call) -> Outcome:
+    """Fourier transforms of other dimensions than that of channels."""
+    source = next(call.tensors())
+    state = call.state(source)
+    assert isinstance(state, Channels)
+    if state.dim in {tensor_dim(d, source.ndim) for d in call.args["dim"]}:
+        return call.unknown()
+    return state
+
+
+def picked(call: Call) -> Outcome:
+    """`gather` and `max_unpool`: values of a channel go where an index of that channel says."""
+    source, index = list(call.tensors())[:2]
+    state, of_index = call.state(source), call.state(index)
+    dim = call.args.get("dim")
+    if not isinstance(state, Channels) or not isinstance(of_index, Channels):
+        return call.unknown()
+    if state.dim != of_index.dim or len(state.labels) != len(of_index.labels):
+        return call.unknown()
+    if dim is not None and tensor_dim(dim, source.ndim) == state.dim:
+        return call.unknown()
+    call.labels.join(state.labels, of_index.labels)
+    return state
+
+
+def copied(call: Call) -> Outcome:
+    """`copy_` into a tensor of its own, all of which is written over."""
+    into, source = list(call.tensors())[:2]
+    state = call.state(source)
+    is_whole = into.shape == source.shape and not into._is_view()
+    return state if is_whole and isinstance(state, Channels) else elementwise(call)
 
 
 def _along(call: Call) -> tuple[Channels, int]:

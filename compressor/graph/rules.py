@@ -13,12 +13,16 @@ from compressor.graph.layers import convolution, linear
 from compressor.graph.moves import (
     cat,
     channel_shuffle,
+    copied,
     expand,
     flip,
+    fold,
     glu,
     order_of,
+    over_space,
     pad,
     permute,
+    picked,
     pixel_shuffle,
     pixel_unshuffle,
     repeat,
@@ -27,6 +31,7 @@ from compressor.graph.moves import (
     split,
     stack,
     unchanged_elsewhere,
+    unfold,
     view,
 )
 from compressor.graph.per_channel import (
@@ -47,6 +52,7 @@ from compressor.graph.record import (
     State,
     Weight,
     depends_on_input,
+    tensor_dim,
 )
 
 Rule = Callable[[Call], Outcome]
@@ -121,6 +127,9 @@ def _view_dims(call: Call) -> Sequence[int | None] | None:
     if call.name == "repeat":
         is_view = set(call.args["repeats"]) == {1}
     sizes = [n for n in source.shape if n != 1]
+    if call.name == "select":  # a row of a stacked parameter
+        gone = tensor_dim(call.args["dim"], source.ndim)
+        return [d for d in range(source.ndim) if d != gone]
     if not is_view or sizes != [n for n in call.out.shape if n != 1]:
         return None
     rest = [d for d, n in enumerate(source.shape) if n != 1]
@@ -129,21 +138,22 @@ def _view_dims(call: Call) -> Sequence[int | None] | None:
 
 VIEWS = frozenset({
     "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "expand",
-    "detach", "alias", "clone", "_to_copy", "contiguous", "lift_fresh",
+    "detach", "alias", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy",
 })  # fmt: skip
 # Element by element, though ATen does not tag them so.
 POINTWISE = frozenset({
     "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "celu", "selu", "mish",
     "softplus", "gelu", "silu", "relu6", "relu", "log_sigmoid_forward", "detach", "alias",
-    "clone", "_to_copy", "contiguous", "lift_fresh", "copy", "fill", "zero", "native_dropout",
-    "dropout", "nan_to_num", "threshold", "softshrink", "hardshrink", "zeros_like", "ones_like",
-    "rsub", "masked_fill", "_prelu_kernel",
+    "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "fill", "zero",
+    "native_dropout", "dropout", "nan_to_num", "threshold", "softshrink", "hardshrink",
+    "zeros_like", "ones_like", "rsub", "masked_fill", "_prelu_kernel",
 })  # fmt: skip
 # Take from the tensor no more than its shape, kind and place.
 METADATA = frozenset({
     "new_zeros", "new_ones", "new_full", "new_empty", "empty_like", "rand_like", "randn_like",
+    "_assert_tensor_metadata",
 })  # fmt: skip
-MANY = frozenset({"convolution", "mm", "addmm", "linear", "cat", "stack"})
+MANY = frozenset({"convolution", "mm", "addmm", "linear", "cat", "stack", "copy"})
 PRODUCERS = frozenset({"convolution", "mm", "addmm", "linear"})
 RULES: dict[str, Rule] = {
     "convolution": convolution, "mm": linear, "addmm": linear, "linear": linear,
@@ -163,6 +173,10 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": pad, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
     "channel_shuffle": channel_shuffle, "native_channel_shuffle": channel_shuffle, "glu": glu,
     "index_select": unchanged_elsewhere, "sort": unchanged_elsewhere,
-    "topk": unchanged_elsewhere, "flip": flip, "roll": flip,
+    "topk": unchanged_elsewhere, "flip": flip, "roll": flip, "median": over_dims,
+    "nanmedian": over_dims, "kthvalue": over_dims, "mode": over_dims, "copy": copied,
+    "im2col": unfold, "col2im": fold, "gather": picked, "max_unpool2d": picked,
+    "max_unpool3d": picked, "_fft_r2c": over_space, "_fft_c2r": over_space,
+    "_fft_c2c": over_space,
     "torchvision::roi_align": roi_align, "torchvision::roi_pool": roi_align,
 }  # fmt: skip

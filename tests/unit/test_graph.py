@@ -118,6 +118,12 @@ def channels_last(net: Around, x: Tensor) -> Tensor:
     return x + y.permute(0, 3, 1, 2)
 
 
+class Stacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(2, 16, 1, 1))
+
+
 def twice(net: Around, x: Tensor) -> Tensor:
     return net.again(torch.relu(net.again(torch.relu(x))))
 
@@ -185,6 +191,26 @@ FREE: dict[str, Around] = {
     "expanded": Around(lambda _, x: x * x.mean((2, 3), keepdim=True).expand_as(x)),
     "stacked": Around(lambda _, x: torch.stack([x, -x], 1).sum(1)),
     "repeated": Around(lambda _, x: x.repeat(1, 2, 1, 1), 32),
+    "rows of a stacked parameter": Around(
+        lambda net, x: net.both.weight[0] * x + net.both.weight[1], both=Stacked()
+    ),
+    "a constant": Around(lambda _, x: x * torch.tensor([2.0])),
+    "median over pixels": Around(lambda _, x: x - x.flatten(2).median(2).values[:, :, None, None]),
+    "third smallest": Around(lambda _, x: x - x.flatten(2).kthvalue(3, 2).values[..., None, None]),
+    "windows": Around(lambda _, x: F.unfold(x, 3, padding=1).view(1, -1, 8, 8), 144),
+    "windows and back": Around(
+        lambda _, x: F.fold(F.unfold(x, 3, padding=1).relu(), (8, 8), 3, padding=1)
+    ),
+    "picked pixels": Around(
+        lambda _, x: x.flatten(2).gather(2, x.flatten(2).argsort(2)[..., :16]).view(1, -1, 4, 4)
+    ),
+    "unpooled": Around(
+        lambda _, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2])
+    ),
+    "fourier over space": Around(
+        lambda _, x: torch.fft.irfft2(torch.fft.rfft2(x) * 2, s=x.shape[-2:])
+    ),
+    "copied": Around(lambda _, x: torch.empty_like(x).copy_(x)),
 }  # fmt: skip
 
 
@@ -197,6 +223,17 @@ def test_operations_that_keep_channels_apart_are_free_and_right(name: str) -> No
 
 
 LOCKED: dict[str, tuple[Around, str, str]] = {
+    "median of channels": (Around(lambda _, x: x * x.median(1, True).values), "first", "median"),
+    "fourier over channels": (
+        Around(lambda _, x: torch.fft.fft(x, dim=1).real), "first", "_fft_r2c"
+    ),
+    "picked channels": (
+        Around(lambda _, x: x.gather(1, x.argsort(2).clamp(max=7))), "first", "gather"
+    ),
+    "picked by a constant": (
+        Around(lambda _, x: x.gather(2, torch.zeros(1, 16, 4, 8, dtype=torch.long))),
+        "first", "gather",
+    ),
     "softmax": (Around(lambda _, x: torch.softmax(x, 1)), "first", "softmax"),
     "roll": (Around(lambda _, x: x + x.roll(1, 1)), "first", "roll"),
     "amax": (Around(lambda _, x: x * x.amax(1, keepdim=True)), "first", "amax"),

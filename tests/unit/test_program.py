@@ -338,3 +338,27 @@ def test_surgery_leaves_the_program_alone() -> None:
     remove_channels(program, groups, Plan({"first": (0, 3)}))
     assert program.code == code
     assert all(torch.equal(before[k], v) for k, v in program.state_dict().items())
+
+
+class Converting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).float().to(torch.float32) * torch.tensor([2.0])
+        answer: Tensor = self.second(y)
+        return answer
+
+
+def test_conversions_keep_a_program_free_and_the_result_can_be_converted() -> None:
+    """torch.export writes an assertion of dtypes for each, which pruning need not keep."""
+    images = torch.randn(1, 1, 8, 8)
+    program = with_layers(torch.export.export(Converting().eval(), (images,)).module())
+    groups = channel_groups(program, images)
+    assert {g.name: g.locked_because for g in groups}["first"] is None
+    plan = Plan({"first": tuple(range(0, 16, 3))})
+    compact = remove_channels(program, groups, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(images), masked(program, groups, plan)(images))
+    assert not any("assert" in str(node.target) for node in compact.graph.nodes)  # type: ignore[union-attr]
