@@ -98,6 +98,10 @@ def with_layers(program: nn.Module) -> fx.GraphModule:
                     root.graph.erase_node(user)
             node.replace_all_uses_with(replacement)
             root.graph.erase_node(node)
+    for node in root.graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default and "scale" not in node.kwargs:
+            width = node.args[0].meta["val"].shape[-1]
+            node.kwargs = {**node.kwargs, "scale": float(width) ** -0.5}  # whatever is pruned
     for node in list(root.graph.nodes):
         is_unused = node.op == "get_attr" and not node.users
         if is_unused or node.target is aten._assert_tensor_metadata.default:  # of `.float()`

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from compressor.graph.layers import convolution, linear
+from compressor.graph.layers import attention, convolution, linear, product
 from compressor.graph.moves import (
     cat,
     channel_shuffle,
@@ -153,10 +153,14 @@ METADATA = frozenset({
     "new_zeros", "new_ones", "new_full", "new_empty", "empty_like", "rand_like", "randn_like",
     "_assert_tensor_metadata",
 })  # fmt: skip
-MANY = frozenset({"convolution", "mm", "addmm", "linear", "cat", "stack", "copy"})
+MANY = frozenset({
+    "convolution", "mm", "addmm", "linear", "bmm", "cat", "stack", "copy",
+    "_scaled_dot_product_flash_attention_for_cpu",
+})  # fmt: skip
 PRODUCERS = frozenset({"convolution", "mm", "addmm", "linear"})
 RULES: dict[str, Rule] = {
     "convolution": convolution, "mm": linear, "addmm": linear, "linear": linear,
+    "bmm": product, "_scaled_dot_product_flash_attention_for_cpu": attention,
     "native_batch_norm": norm_over_batch, "_native_batch_norm_legit": norm_over_batch,
     "_native_batch_norm_legit_no_training": norm_over_batch, "cudnn_batch_norm": norm_over_batch,
     "miopen_batch_norm": norm_over_batch, "batch_norm": norm_over_batch,

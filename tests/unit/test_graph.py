@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from compressor.containers import tensors_in
 from compressor.errors import GraphError
 from compressor.graph import channel_groups, cost
+from compressor.prunable import PROGRAM, make_prunable
 from compressor.surgery import masked, remove_channels
 from compressor.values import ChannelGroup, Plan, Role
 from tests.conftest import ConvNet, random_plan, randomised
@@ -444,3 +445,102 @@ def test_what_needs_too_much_memory_is_told_as_that() -> None:
 
     with pytest.raises(GraphError, match="more memory than there is"):
         channel_groups(Huge().eval(), torch.rand(1, 3, 8, 8))
+
+
+class Attention(nn.Module):
+    """One block of attention over the pixels of a small image, with three heads."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.n_heads, self.scale = how, 3, 8**-0.5
+        self.stem, self.norm = nn.Conv2d(3, 24, 4, 4), nn.LayerNorm(24)
+        self.query, self.key, self.value = (nn.Linear(24, 24) for _ in range(3))
+        self.all = nn.Linear(24, 72)
+        self.out, self.head = nn.Linear(24, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).flatten(2).transpose(1, 2))
+        b, n, _ = x.shape
+        if self.how == "one head":
+            weights = (self.query(x) @ self.key(x).transpose(1, 2) * self.scale).softmax(-1)
+            y = weights @ self.value(x)
+        elif self.how in ("joined", "by width"):
+            parts = self.all(x).reshape(b, n, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = parts.unbind(0)
+            if self.how == "joined":
+                y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v)
+            y = y.transpose(1, 2).reshape(b, n, -1)
+        else:
+            layers = (self.query, self.key, self.value)
+            q, k, v = (f(x).view(b, n, self.n_heads, -1).transpose(1, 2) for f in layers)
+            y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            y = y.transpose(1, 2).flatten(2)
+        return self.head((x + self.out(y)).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("how", "free"),
+    [("one head", {"query", "value"}), ("joined", {"all"}), ("fused", {"query", "value"})],
+)
+def test_channels_that_meet_in_attention_go_together(how: str, free: set[str]) -> None:
+    """Queries with keys, values with what reads them; heads stay, their channels go."""
+    network = Attention(how)
+    unused = {"all"} if how != "joined" else {"query", "key", "value"}
+    for name in unused:
+        delattr(network, name)
+    reasons = pruned_equals_masked(network, torch.randn(1, 3, 16, 16))
+    assert {name for name, why in reasons.items() if not why} == free
+
+
+def test_attention_that_scales_by_its_width_is_a_program_with_a_number() -> None:
+    network = Attention("by width")
+    for name in ("query", "key", "value"):
+        delattr(network, name)
+    images = torch.randn(1, 3, 16, 16)
+    (why,) = [g.locked_because for g in channel_groups(network.eval(), images) if g.name == "all"]
+    assert why is not None
+    assert "scales its answers by its width" in why
+    prunable = make_prunable(network, images)  # which proves what it returns
+    assert prunable.form == PROGRAM
+    (group,) = [g for g in prunable.groups if g.name == "all"]
+    assert group.locked_because is None
+    assert group.n_channels == 8
+
+
+class Context(nn.Module):
+    """Global context: a sum over pixels, weighted by attention that is one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.map = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 1, 1)
+        self.second, self.head = nn.Conv2d(16, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        weights = self.map(y).flatten(2).softmax(2)
+        context = y.flatten(2) @ weights.transpose(1, 2)
+        return self.head(self.second(y + context.unsqueeze(3)).mean((2, 3)))
+
+
+def test_a_product_that_does_not_sum_over_channels_keeps_them() -> None:
+    reasons = pruned_equals_masked(Context(), torch.randn(1, 1, 8, 8))
+    assert not reasons["first"]
+
+
+class Correlated(nn.Module):
+    """Siamese: two images meet channel by channel, in one sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 12, 3)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        one, other = (self.second(self.first(each).relu()).flatten(2) for each in (x, z))
+        return one.transpose(1, 2) @ other
+
+
+def test_two_images_meet_in_channels_that_go_together() -> None:
+    reasons = pruned_equals_masked(Correlated(), torch.randn(1, 1, 9, 9), torch.randn(1, 1, 7, 7))
+    assert reasons == {"first": "", "second": ""}
