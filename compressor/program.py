@@ -102,6 +102,8 @@ def with_layers(program: nn.Module) -> fx.GraphModule:
         if node.target is aten.scaled_dot_product_attention.default and "scale" not in node.kwargs:
             width = node.args[0].meta["val"].shape[-1]
             node.kwargs = {**node.kwargs, "scale": float(width) ** -0.5}  # whatever is pruned
+        elif node.target is aten.lift_fresh_copy.default:  # which ONNX has not
+            node.target = aten.clone.default
     for node in list(root.graph.nodes):
         is_unused = node.op == "get_attr" and not node.users
         if is_unused or node.target is aten._assert_tensor_metadata.default:  # of `.float()`
