@@ -19,7 +19,7 @@ from compressor.errors import GraphError
 
 # They hold no tensor.
 PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, range, slice, Enum, torch.Size, torch.dtype,
+    type(None), bool, int, float, complex, str, bytes, range, Enum, torch.Size, torch.dtype,
     torch.device, torch.layout, torch.memory_format, np.generic,
 )  # fmt: skip
 # They are not looked into, and whatever they hold is not an answer.
@@ -64,13 +64,24 @@ def _tensors(
 ) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+        if _hides(value, [value]):
+            refuse(value)
     elif not isinstance(value, PLAIN) and id(value) not in around:  # it may hold itself
         opened = _opened(value)
         if opened is None:
             refuse(value)
             return
-        for part in opened[0]:
-            yield from _tensors(part, (*around, id(value)), refuse)
+        found = [t for each in opened[0] for t in _tensors(each, (*around, id(value)), refuse)]
+        yield from found
+        if isinstance(value, (Mapping, Sequence)) and _hides(value, found):
+            refuse(value)
+
+
+def _hides(value: object, found: Sequence[Tensor]) -> bool:
+    """Whether an object with items of its own keeps other tensors in attributes."""
+    known = {id(tensor) for tensor in found}
+    kept = getattr(value, "__dict__", {}).values()
+    return any(id(tensor) not in known for each in kept for tensor in tensors_in(each))
 
 
 def _mapped(change: Callable[[Tensor], Tensor], value: Any, around: tuple[int, ...]) -> Any:

@@ -22,7 +22,7 @@ from torch.onnx import symbolic_opset14, utils
 from compressor.containers import answers_in
 from compressor.errors import ExportError
 from compressor.running import cloned
-from compressor.values import Example, call
+from compressor.values import FORWARD_FAILURES, Example, call
 
 INPUT, OUTPUT = "input", "output"
 ATTENTION_OPSET = 14
@@ -73,6 +73,8 @@ def exported(model: nn.Module, example_input: Example, opset: int, *, fold: bool
         return _without_prefix(exported(flat, flat.given, opset, fold=fold), "inner.")
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     args, kwargs = ((), example_input) if isinstance(example_input, dict) else (args, None)
+    if args and isinstance(args[-1], dict):
+        args = (*args, {})  # or the exporter took it for keyword arguments
     if opset < ATTENTION_OPSET:  # torch writes it with operations that older opsets have too
         utils.register_custom_op_symbolic(
             "aten::scaled_dot_product_attention",
@@ -84,11 +86,11 @@ def exported(model: nn.Module, example_input: Example, opset: int, *, fold: bool
         with warnings.catch_warnings(), _silent_stdout():
             warnings.simplefilter("ignore")  # it announces its own age at every call
             torch.onnx.export(
-                model, args, buffer, kwargs=kwargs, dynamo=False, opset_version=opset,
+                model, cloned(args), buffer, kwargs=kwargs, dynamo=False, opset_version=opset,
                 input_names=[INPUT], output_names=[OUTPUT], training=mode,
                 do_constant_folding=fold,
             )  # fmt: skip
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as err:
+    except (torch.onnx.errors.OnnxExporterError, *FORWARD_FAILURES) as err:
         raise ExportError(
             f"{name} cannot be exported to ONNX opset {opset}: "
             f"{str(err).splitlines()[0].partition('[Caused by')[0].strip()}"
@@ -156,3 +158,23 @@ def in_order(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
     """The inputs in the order of the forward pass's parameters, as the exporter writes them."""
     bound = inspect.signature(model.forward).bind(**example)
     return {name: example[name] for name in (*bound.arguments, *bound.kwargs) if name in example}
+
+
+def inputs_by_name(model: nn.Module, example: Example) -> dict[str, Tensor]:
+    """The tensors of an example as the inputs of the file stand; numbers of Python are inputs.
+
+    Those that are arguments by themselves have their names, parts of others names of ours.
+    """
+    if isinstance(example, dict):
+        arguments: dict[str, Any] = in_order(model, example)
+    else:
+        given = example if isinstance(example, tuple) else (example,)
+        arguments = dict(inspect.signature(model.forward).bind(*given).arguments)
+    found: dict[str, Tensor] = {}
+    for name, value in arguments.items():
+        leaves, _ = torch.utils._pytree.tree_flatten(value)
+        for n, leaf in enumerate(leaves):
+            if isinstance(leaf, (Tensor, bool, int, float)):
+                own = name if leaf is value else f"{name}.{n}"
+                found[own] = leaf.detach() if isinstance(leaf, Tensor) else torch.tensor(leaf)
+    return found

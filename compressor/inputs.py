@@ -67,8 +67,8 @@ def check_model_file(path: Path, arch: str | None = None) -> None:
         ModelError: There is no such file, or it is of a kind that cannot be used.
     """
     check_file(path, "model", ModelError)
-    if path.suffix in REFUSED_SUFFIXES:
-        raise ModelError(f"{path} is {REFUSED_SUFFIXES[path.suffix]}.")
+    if path.suffix.lower() in REFUSED_SUFFIXES:
+        raise ModelError(f"{path} is {REFUSED_SUFFIXES[path.suffix.lower()]}.")
     if path.suffix == PROGRAM_SUFFIX and arch is not None:
         raise ModelError(f"{path} is a program and describes itself; leave --arch away.")
 

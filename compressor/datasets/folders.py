@@ -7,6 +7,7 @@ encoded are one name: macOS and Linux write them differently.
 
 import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
-    """Class -> its folder, sorted by name as text.
+    """Class -> its folder, sorted as the names stand on disk.
 
     Raises:
         DataError: Two names are the same but for how accents are encoded.
@@ -33,7 +34,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
                 f"(NFC and NFD); put their images into one."
             )
         found[name] = path
-    return dict(sorted(found.items()))
+    return found
 
 
 def class_order(file: Path, names: Sequence[str], folder: Path) -> tuple[str, ...]:
@@ -48,11 +49,11 @@ def class_order(file: Path, names: Sequence[str], folder: Path) -> tuple[str, ..
         DataError: A name is missing, unknown or there twice, or the file cannot be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as err:
         raise DataError(f"--classes {file} cannot be read as text: {err}.") from err
     order = tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())
-    twice = sorted({name for name in order if order.count(name) > 1})
+    twice = sorted(name for name, n in Counter(order).items() if n > 1)
     unknown, missing = sorted(set(order) - set(names)), sorted(set(names) - set(order))
     faults = [
         f"{what}: {', '.join(which[:5])}"

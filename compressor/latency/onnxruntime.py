@@ -1,7 +1,7 @@
 """ONNX Runtime in this process: a model's answers. Its time is `runner`'s business."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ ORT_ERRORS = tuple(
     if isinstance(value, type) and issubclass(value, Exception)
 )
 CPU = "CPUExecutionProvider"
+FLOATS = {"tensor(float)": torch.float32, "tensor(double)": torch.float64}
 
 
 def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Callable[[Tensor], Any]:
@@ -46,21 +47,34 @@ def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Calla
     return predict
 
 
-def answers_of(model: bytes | Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What an ONNX model returns for `inputs`, which are in the order of its own.
+def answers_of(model: bytes | Path, given: Mapping[str, Tensor]) -> list[Tensor]:
+    """What an ONNX model returns.
+
+    Args:
+        model: ONNX file or its content.
+        given: Tensors in the order of its inputs, by names that may be those of the inputs; one
+            that the model does not read may be among them.
 
     Raises:
-        MeasurementError: It cannot be loaded or run, or takes another number of inputs.
+        MeasurementError: It cannot be loaded or run, or reads what is not there.
     """
     session = _open(model, 1)
-    names = [each.name for each in session.get_inputs()]
-    if len(names) != len(inputs):
-        raise MeasurementError(
-            f"The model takes {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given."
-        )
+    wanted, left = session.get_inputs(), dict(given)
+    fed = {}
+    for n, each in enumerate(wanted):
+        n_more = len(left) - (len(wanted) - n)  # that it does not read
+        fits = [name for name, tensor in left.items() if list(tensor.shape) == each.shape]
+        name = each.name if each.name in left else next(iter(fits if n_more else left), None)
+        if name is None:
+            raise MeasurementError(f"the model reads {each.name} {each.shape}, which is not given")
+        fed[each.name] = _as(left.pop(name), each.type).numpy()
     with _translated("run"):
-        fed = {name: each.numpy() for name, each in zip(names, inputs, strict=True)}
         return [torch.from_numpy(np.asarray(each)) for each in session.run(None, fed)]
+
+
+def _as(tensor: Tensor, kind: str) -> Tensor:
+    """Of the floating-point kind that the model reads; a number of Python has none of its own."""
+    return tensor.to(FLOATS[kind]) if tensor.is_floating_point() and kind in FLOATS else tensor
 
 
 def _open(model: bytes | Path, n_threads: int) -> onnxruntime.InferenceSession:

@@ -32,7 +32,7 @@ from compressor.inputs import (
 )
 from compressor.model_io.architectures import build, own_input_shape
 from compressor.model_io.programs import read_program
-from compressor.model_io.weights import chosen, load_weights, modules_in
+from compressor.model_io.weights import averaged_beside, chosen, load_weights, modules_in
 from compressor.user_code import importable, told
 from compressor.values import BATCH_NORMS, Example, LoadedModel
 
@@ -74,7 +74,7 @@ def load_model(
         content = _read(path, trust=trust)
         whole = modules_in(content) if arch is None or isinstance(content, nn.Module) else {}
         if whole:
-            module = _one_of(path, whole, weights_key)
+            module = _one_of(path, whole, content, weights_key)
         else:
             arch = arch or _named_in(path, content)
             module = build(arch, dict(arch_args or {}), beside=path.parent)
@@ -97,13 +97,22 @@ def load_model(
     return LoadedModel(module, example, provenance)
 
 
-def _one_of(path: Path, whole: Mapping[str, nn.Module], weights_key: str | None) -> nn.Module:
+def _one_of(
+    path: Path, whole: Mapping[str, nn.Module], content: object, weights_key: str | None
+) -> nn.Module:
     """The network that was asked for; in float32 where a checkpoint keeps it in half precision.
 
     Raises:
         ModelError: There are several.
     """
     module: nn.Module = chosen(path, "networks", whole, weights_key, "")
+    beside = averaged_beside(content, [tuple(key.split(".")) for key in whole])
+    if beside and weights_key is None:
+        raise ModelError(
+            f"{path} holds a network under {next(iter(whole))}, and weights under "
+            f"{', '.join(sorted(beside)[:5])} that may be what is shipped. To take the network, "
+            f"give --weights-key {next(iter(whole))}."
+        )
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if "" not in whole and kinds == {torch.float16}:
         logger.info("%s holds its network in float16; it goes on in float32", path)
@@ -143,16 +152,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_usable(path: Path, module: nn.Module) -> None:
     """Raises `ModelError` where a weight is not finite float32, or a norm has no statistics."""
+    learned = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in module.state_dict().items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
+        if tensor.layout is not torch.strided or nn.parameter.is_lazy(tensor):
+            raise ModelError(f"{path}: {name} is sparse or not initialised; expected numbers.")
         if tensor.dtype != torch.float32:
             raise ModelError(
                 f"{path}: {name} is {tensor.dtype}; expected float32. Call model.float() in the "
                 f"factory; the target's precision is chosen at export."
             )
         n_bad = int((~tensor.isfinite()).sum())
-        if n_bad:
+        is_learned = name in learned or name.endswith(("running_mean", "running_var"))
+        if n_bad and is_learned:  # a mask may hold -inf
             raise ModelError(
                 f"{path}: {n_bad} of {tensor.numel()} values of {name} are NaN or infinite; "
                 f"the training that wrote it diverged."
@@ -174,7 +187,7 @@ def sha256(path: Path) -> str:
 def _read(path: Path, *, trust: bool) -> object:
     try:
         check_size(path)
-        if path.suffix == SAFETENSORS_SUFFIX:
+        if path.suffix.lower() == SAFETENSORS_SUFFIX:
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

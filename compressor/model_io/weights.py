@@ -8,11 +8,10 @@ takes, fits. Nothing is guessed. Where several sets fit, or averaged weights (EM
 do not, the file is refused with their names, and `weights_key` says which.
 """
 
-import copy
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, unknown_name
-from compressor.inputs import LIBRARIES
-from compressor.values import WRAPPERS
+from compressor.model_io.misfit import COUNTERS, misfit, strange, without_prefix
+from compressor.values import FORWARD_FAILURES, WRAPPERS
 
 OWN_OF_WRAPPERS = ("n_averaged",)  # tensors of theirs that are no network's
-COUNTERS = "num_batches_tracked"  # of batch-norms; old code has none, and torch does not mind
 EXTRA = "_extra_state"  # what a module may keep beside tensors
-AVERAGED = re.compile(r"(^|[._-])(ema|swa|averaged?|shadow)([._-]|$)", re.IGNORECASE)
-MAX_DEPTH = 4
+# What averaged weights are called, in any spelling.
+AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])|EMA|Ema(?![a-z])|(?i:swa|averag|avg|polyak|shadow)")
+MANY = 0.5  # of the network's tensors, beside those that were taken
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +47,19 @@ class Weights:
     others: Sequence[str]
 
 
-def modules_in(content: object, key: str = "") -> dict[str, nn.Module]:
+def modules_in(content: object) -> dict[str, nn.Module]:
     """Whole networks in a checkpoint, out of their wrappers: where they stand -> each."""
     if isinstance(content, nn.Module):
-        return {key: unwrapped(content)}
+        return {"": unwrapped(content)}
     found: dict[str, nn.Module] = {}
-    if isinstance(content, Mapping) and key.count(".") < MAX_DEPTH:
-        for name, each in content.items():
-            found |= modules_in(each, f"{key}.{name}".removeprefix("."))
+    for path, each in _below(content):
+        if isinstance(each, nn.Module):
+            module = unwrapped(each)
+            if any(True for _ in module.parameters()) and not any(
+                module is other or _are_equal(module.state_dict(), other.state_dict())
+                for other in found.values()
+            ):
+                found[".".join(path)] = module
     return found
 
 
@@ -79,15 +83,17 @@ def chosen(
         ModelError: There are several, or none of that name.
     """
     if weights_key is not None:
+        weights_key = "" if weights_key == "." else weights_key
         within = [key for key in found if f"{key}.".startswith(f"{weights_key}.")]
         if len(within) != 1 and weights_key not in found:
             raise ModelError(unknown_name(f"--weights-key of {path}", weights_key, found))
         return found[weights_key if weights_key in found else within[0]]
     if len(found) > 1:
-        names = ", ".join(found)
+        names = ", ".join(key or "." for key in found)
+        likely = [key for key in found if AVERAGED.search(key)] or [key or "." for key in found]
         raise ModelError(
             f"{path} holds several {what}{of}: {names}. Say which is shipped: --weights-key "
-            f"{list(found)[-1]}."
+            f"{likely[-1]}."
         )
     return next(iter(found.values()))
 
@@ -120,24 +126,28 @@ def load_weights(
             f"{path} holds a {type(content).__name__}; expected a state_dict (names to tensors), "
             f"or a checkpoint with one in it."
         )
-    sets = dict(_sets(content))
+    sets = list(_sets(content))
     if not sets:
         raise ModelError(
             f"{path} holds a dict with the keys {sorted(map(str, content))[:8]}; expected a "
             f"state_dict (names to tensors), or a checkpoint with one in it."
         )
     fits: dict[str, Weights] = {}
-    stand: list[str] = []  # keys of all that fit, of equal ones too
-    for key, tensors in sets.items():
-        for each in _fits(module, key, tensors):
-            stand.append(each.key)
-            if not any(_are_equal(each.tensors, other.tensors) for other in fits.values()):
-                fits[each.key] = each
+    stand: dict[tuple[str, ...], str] = {}  # paths of all that fit -> the one that is equal
+    for way, tensors in sets:
+        for each in _fits(module, way, tensors):
+            equal = [k for k, other in fits.items() if _are_equal(each.tensors, other.tensors)]
+            stand[way] = equal[0] if equal else each.key
+            if not equal:
+                key = each.key if each.key not in fits else f"{each.key} ({len(fits)})"
+                fits[key] = each
     if not fits:
-        raise ModelError(_misfit(path, module, sets, arch))
-    found: Weights = chosen(path, "sets of weights", fits, weights_key, f" that fit {arch}")
+        raise ModelError(misfit(path, module, sets, arch))
+    equals = {".".join(way): fits[key] for way, key in stand.items() if way and key in fits}
+    known = fits if weights_key is None or weights_key not in equals else {**fits, **equals}
+    found: Weights = chosen(path, "sets of weights", known, weights_key, f" that fit {arch}")
     if weights_key is None:
-        _check_averaged(path, content, found.key, stand)
+        _check_averaged(path, content, found, stand, len(module.state_dict()))
     if found.others:
         logger.warning(
             "%s: %d tensors beside %s are not the network's: %s",
@@ -147,16 +157,35 @@ def load_weights(
     return found.key
 
 
-def _sets(content: Mapping[Any, Any], key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The state_dicts in a checkpoint, by where they stand."""
-    if _is_state_dict(content):
-        yield key, content
-    elif key.count(".") < MAX_DEPTH:
-        for name, each in content.items():
-            if isinstance(each, nn.Module):
-                each = unwrapped(each).state_dict()
-            if isinstance(each, Mapping):
-                yield from _sets(each, f"{key}.{name}".removeprefix("."))
+def _sets(content: object) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The state_dicts in a checkpoint, by the keys on the way to each."""
+    if isinstance(content, Mapping) and _is_state_dict(content):
+        yield (), content
+        return
+    for path, each in _below(content):
+        if isinstance(each, nn.Module):
+            yield path, unwrapped(each).state_dict()
+        elif isinstance(each, Mapping) and _is_state_dict(each):
+            yield path, each
+
+
+def _below(content: object) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Everything in nested dicts, lists and tuples that are no state_dict, by the way to it."""
+    around: set[int] = set()
+    left: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    while left:
+        path, value = left.pop()
+        if path:
+            yield path, value
+        if isinstance(value, Mapping) and not _is_state_dict(value):
+            inside = [(str(name), each) for name, each in value.items()]
+        elif isinstance(value, (list, tuple)):
+            inside = [(str(n), each) for n, each in enumerate(value)]
+        else:
+            continue
+        if id(value) not in around:
+            around.add(id(value))
+            left += [((*path, name), each) for name, each in reversed(inside)]
 
 
 def _is_state_dict(content: Mapping[Any, Any]) -> bool:
@@ -167,64 +196,73 @@ def _is_state_dict(content: Mapping[Any, Any]) -> bool:
     )
 
 
-def _fits(module: nn.Module, key: str, tensors: Mapping[str, Any]) -> Iterator[Weights]:
+def _fits(
+    module: nn.Module, way: tuple[str, ...], tensors: Mapping[str, Any]
+) -> Iterator[Weights]:
     """The parts of a state_dict that are the network's, by the prefixes of its names."""
     expected = module.state_dict()
     anchor = next((name for name in expected if not name.endswith(COUNTERS)), "")
     ends = [name for name in tensors if name == anchor or name.endswith(f".{anchor}")]
-    for prefix in [name.removesuffix(anchor) for name in ends]:
-        own = _without_prefix(tensors, prefix)
+    for prefix in dict.fromkeys(["", *(name.removesuffix(anchor) for name in ends)]):
+        own = without_prefix(tensors, prefix)
         _tie(own, expected)
-        if not _strange(own, expected) and _is_taken(module, own):
-            others = [
+        more = [name for name in own if name not in expected] if prefix == "" else []
+        if more and all(name in own for name in expected if not name.endswith((COUNTERS, EXTRA))):
+            own = OrderedDict((name, own[name]) for name in own if name in expected)
+        else:
+            more = []
+        if not strange(own, expected) and _is_taken(module, own, is_sure=prefix == ""):
+            others = more + [
                 name for name in tensors
                 if not name.startswith(prefix) and name not in OWN_OF_WRAPPERS
             ]  # fmt: skip
-            yield Weights(".".join(filter(None, (key, prefix.rstrip(".")))), own, others)
-
-
-def _without_prefix(tensors: Mapping[str, Any], prefix: str) -> "OrderedDict[str, Any]":
-    """What stands under `prefix`, with what torch keeps of versions."""
-    own = OrderedDict(
-        (name.removeprefix(prefix), value)
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    )
-    versions = getattr(tensors, "_metadata", None)
-    if isinstance(versions, Mapping):
-        kept = {
-            str(name)[len(prefix) :]: version
-            for name, version in versions.items()
-            if f"{name}.".startswith(prefix)
-        }
-        own._metadata = OrderedDict(kept)  # type: ignore[attr-defined]
-    return own
+            yield Weights(".".join(filter(None, (*way, prefix.rstrip(".")))), own, others)
 
 
 def _tie(own: "OrderedDict[str, Any]", expected: Mapping[str, Any]) -> None:
     """Fills in tensors that are one and the same in the network, and stand once in the file."""
     by_memory: dict[int, str] = {
-        expected[name].data_ptr(): name
-        for name in own
-        if isinstance(expected.get(name), Tensor) and expected[name].numel()
+        expected[name].data_ptr(): name for name in own if _has_memory(expected.get(name))
     }
     for name, tensor in expected.items():
-        if name not in own and isinstance(tensor, Tensor) and tensor.data_ptr() in by_memory:
+        if name not in own and _has_memory(tensor) and tensor.data_ptr() in by_memory:
             other = by_memory[tensor.data_ptr()]
             if expected[other].shape == tensor.shape:
                 own[name] = own[other]
 
 
-def _is_taken(module: nn.Module, tensors: Mapping[str, Any]) -> bool:
-    """Whether torch's own rules let `module` take them."""
-    expected = module.state_dict()
-    if any(name not in tensors for name in expected if not name.endswith((COUNTERS, EXTRA))):
+def _has_memory(tensor: object) -> bool:
+    """Not lazy, not sparse, not empty."""
+    if not isinstance(tensor, Tensor) or nn.parameter.is_lazy(tensor):
         return False
+    return tensor.layout is torch.strided and tensor.numel() > 0
+
+
+def _is_taken(module: nn.Module, tensors: Mapping[str, Any], *, is_sure: bool) -> bool:
+    """Whether torch's own rules, and the network's, let `module` take them.
+
+    Args:
+        module: As it was, afterwards.
+        tensors: By names.
+        is_sure: Try although names are missing: hooks of the network may know others for them.
+    """
+    before = module.state_dict()
+    if not is_sure and any(n not in tensors for n in before if not n.endswith((COUNTERS, EXTRA))):
+        return False
+    if len(tensors) < len(before) / 2:
+        return False
+    kept = {name: value.clone() if _has_memory(value) else value for name, value in before.items()}
     try:
-        copy.deepcopy(module).load_state_dict(tensors, strict=True)
-    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError):
+        module.load_state_dict(tensors, strict=True)
+    except FORWARD_FAILURES:
         return False
-    return True
+    else:
+        return True
+    finally:
+        with torch.no_grad():
+            for name, value in module.state_dict().items():
+                if _has_memory(value) and isinstance(kept.get(name), Tensor):
+                    value.copy_(kept[name])
 
 
 def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -234,29 +272,36 @@ def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _check_averaged(
-    path: Path, content: Mapping[Any, Any], found: str, stand: Sequence[str]
+    path: Path,
+    content: Mapping[Any, Any],
+    found: Weights,
+    stand: Mapping[tuple[str, ...], str],
+    n_tensors: int,
 ) -> None:
-    """Raises `ModelError` where averaged weights are in the file that were not among the fits."""
-    for key, each in _below(content):
-        is_among = any(f"{other}.".startswith(f"{key}.") for other in stand)
-        if not is_among and AVERAGED.search(key.rpartition(".")[2]) and _holds_tensors(each):
-            raise ModelError(
-                f"{path} holds weights under {found}, and averaged ones under {key} that do not "
-                f"fit as they are. Averaged weights are what is mostly shipped. To take the "
-                f"others, give --weights-key {found}; to take these, save them as a state_dict of "
-                f"their own."
-            )
+    """Raises `ModelError` where weights are in the file that may be the ones that are shipped."""
+    beside = {name.partition(".")[0] for name in found.others if AVERAGED.search(name)}
+    if len(found.others) > MANY * n_tensors:
+        beside |= {name.partition(".")[0] for name in found.others}
+    beside |= averaged_beside(content, stand)
+    if beside:
+        raise ModelError(
+            f"{path} holds weights under {found.key or 'the names of the network'}, and others "
+            f"under {', '.join(sorted(beside)[:5])} that do not fit as they are, but may be what "
+            f"is shipped (averaged ones mostly are). To take the first, give --weights-key "
+            f"{found.key or '.'}; to take the others, save them as a state_dict of their own."
+        )
 
 
-def _below(content: Mapping[Any, Any], key: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested dicts that are no state_dict, by where it stands."""
-    if _is_state_dict(content) or key.count(".") >= MAX_DEPTH:
-        return
-    for name, each in content.items():
-        below = f"{key}.{name}".removeprefix(".")
-        yield below, each
-        if isinstance(each, Mapping):
-            yield from _below(each, below)
+def averaged_beside(content: object, stand: Iterable[tuple[str, ...]]) -> set[str]:
+    """Where averaged weights seem to be that are not among those at `stand`."""
+    among = list(stand)
+    return {
+        ".".join(way)
+        for way, each in _below(content)
+        if not any(other[: len(way)] == way or way[: len(other)] == other for other in among)
+        and AVERAGED.search(".".join(way))
+        and _holds_tensors(each)
+    }
 
 
 def _holds_tensors(value: object) -> bool:
@@ -264,70 +309,8 @@ def _holds_tensors(value: object) -> bool:
         return any(map(_holds_tensors, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(_holds_tensors, value))
-    return isinstance(value, (Tensor, nn.Module))
-
-
-def _strange(own: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Tensors of another kind of numbers, which torch would convert without a word."""
-    return [
-        f"{name} is {value.dtype}"
-        for name, value in own.items()
-        if isinstance(value, Tensor) and isinstance(expected.get(name), Tensor)
-        and (value.is_floating_point(), value.is_complex())
-        != (expected[name].is_floating_point(), expected[name].is_complex())
-    ]  # fmt: skip
-
-
-def _misfit(
-    path: Path, module: nn.Module, sets: Mapping[str, Mapping[str, Any]], arch: str
-) -> str:
-    """What is wrong with the set that comes nearest."""
-    expected = module.state_dict()
-
-    def n_known(own: Mapping[str, Any]) -> int:
-        return sum(name in expected for name in own)
-
-    tried = []
-    for key, tensors in sets.items():
-        prefixes = {""} | {
-            name.removesuffix(known)
-            for known in list(expected)[:1]
-            for name in tensors
-            if name.endswith(f".{known}")
-        }
-        tried += [(key, _without_prefix(tensors, prefix)) for prefix in sorted(prefixes)]
-    key, own = max(tried, key=lambda each: n_known(each[1]))
-    missing = [n for n in expected if n not in own and not n.endswith(COUNTERS)]
-    unexpected = [name for name in own if name not in expected]
-    reshaped = [
-        f"{name} is {tuple(own[name].shape)}, {arch} has {tuple(expected[name].shape)}"
-        for name in expected
-        if isinstance(own.get(name), Tensor) and own[name].shape != expected[name].shape
-    ]
-    faults = [
-        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for what, names in (
-            ("missing in the file", missing),
-            ("not in the network", unexpected),
-            ("of another shape", reshaped),
-            ("not of real numbers", _strange(own, expected)),
-        )
-        if names
-    ]
-    where = f" (under {key})" if key else ""
-    said = "; ".join(faults) or "torch's load_state_dict does not take it"
-    return f"{path}{where} does not fit {arch}. {said}.{_class_count_hint(arch, own, expected)}"
-
-
-def _class_count_hint(arch: str, own: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """What to do where nothing but the number of classes differs."""
-    other = [
-        name for name in expected
-        if isinstance(own.get(name), Tensor) and own[name].shape != expected[name].shape
-    ]  # fmt: skip
-    counts = {own[name].shape[:1] for name in other}
-    tails = all(own[name].shape[1:] == expected[name].shape[1:] for name in other)
-    if arch.partition(":")[0] not in LIBRARIES or len(counts) != 1 or not tails:
-        return ""
-    (count,) = counts
-    return f" It seems to have {count[0]} classes: give --arch-arg num_classes={count[0]}."
+    if isinstance(value, (Tensor, nn.Module)):
+        return True
+    return any(
+        isinstance(each, (Tensor, nn.Module)) for each in getattr(value, "__dict__", {}).values()
+    )

@@ -56,6 +56,28 @@ def test_unequal_classes_are_no_excuse_and_no_reason() -> None:
     judged(answers, labels, ["a", "b"])
 
 
+@pytest.mark.parametrize(
+    ("n", "n_positive", "n_found", "n_false"),
+    [(1000, 1, 1, 0), (500, 5, 3, 4), (200, 4, 3, 3), (100, 2, 2, 1)],
+)
+def test_a_screen_for_what_is_rare_is_taken(
+    n: int, n_positive: int, n_found: int, n_false: int
+) -> None:
+    """Its accuracy is hardly above that of "none", but no such answers come by chance."""
+    labels = (np.arange(n) < n_positive).astype(np.int64)
+    answers = np.zeros(n, dtype=np.int64)
+    answers[:n_found] = 1
+    answers[n - n_false :] = 1
+    judged(answers, labels, ["no", "yes"])
+
+
+def test_where_few_images_cannot_tell_it_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    labels = np.arange(20) % 2
+    answers = np.where(np.arange(20) < 14, labels, 1 - labels)
+    judged(answers, labels, ["a", "b"])
+    assert "give more images" in caplog.text
+
+
 @pytest.mark.bad_input("an original that is right by chance")
 def test_a_network_without_training_is_refused_with_the_usual_causes() -> None:
     with pytest.raises(DataError) as caught:

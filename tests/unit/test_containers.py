@@ -98,6 +98,23 @@ OPEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "namespace": lambda a, b: SimpleNamespace(a=a, deep=SimpleNamespace(b=b)),
     "registered": lambda a, b: Registered([a, b]),
 }
+
+
+class Annotated(dict[str, Any]):
+    """Items, and more in an attribute."""
+
+
+def annotated(a: Tensor, b: Tensor) -> Any:
+    made = Annotated(a=a)
+    made.features = b  # type: ignore[attr-defined]
+    return made
+
+
+def hung(a: Tensor, b: Tensor) -> Any:
+    a.features = b  # type: ignore[attr-defined]
+    return a
+
+
 SHUT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "generator": lambda a, b: (each for each in (a, b)),
     "iterator": lambda a, b: iter([a, b]),
@@ -108,6 +125,9 @@ SHUT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "array": lambda a, b: [a.numpy(), b],
     "function": lambda a, b: {"a": a, "b": lambda: b},
     "dict's values": lambda a, b: [a, {"b": b}.values()],
+    "dict with an attribute": annotated,
+    "tensor with an attribute": hung,
+    "slice": lambda a, b: [a, slice(b, None)],
     "nothing": lambda a, b: None,
     "numbers": lambda a, b: [float(a.sum()), float(b.sum())],
 }

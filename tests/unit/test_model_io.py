@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from compressor.errors import ModelError, UntrustedModelError
 from compressor.model_io import load_model
 from compressor.model_io.architectures import build
-from compressor.model_io.weights import unwrapped
+from compressor.model_io.weights import load_weights, unwrapped
 from tests.conftest import INPUT_SHAPE, ConvNet
 
 ARCH = "tests.conftest:make_conv_net"
@@ -474,7 +474,7 @@ def test_averaged_weights_that_do_not_fit_are_not_passed_over(
 ) -> None:
     path, weights = tmp_path / "weights.pt", conv_net.state_dict()
     torch.save({"model": weights, "ema": {"shadow_params": list(weights.values())}}, path)
-    with pytest.raises(ModelError, match=r"averaged ones under ema.*--weights-key model"):
+    with pytest.raises(ModelError, match=r"others under ema.*--weights-key model"):
         load(path)
     assert_same(load(path, weights_key="model"), conv_net)
 
@@ -499,7 +499,45 @@ def test_a_network_in_a_checkpoint_is_taken_in_float32(conv_net: ConvNet, tmp_pa
     path, half = tmp_path / "last.pt", copy.deepcopy(conv_net).half()
     torch.save({"model": half, "ema": None, "optimizer": OPTIMIZER, "epoch": 3}, path)
     assert_same(load(path, trust=True, arch=None), half.float())
-    torch.save({"model": half, "ema": copy.deepcopy(half)}, path)
-    with pytest.raises(ModelError, match=r"several networks: model, ema.*--weights-key ema"):
+    raw = copy.deepcopy(half)
+    raw.head.weight.data.add_(1)
+    torch.save({"ema": half, "model": raw}, path)
+    with pytest.raises(ModelError, match=r"several networks: ema, model.*--weights-key ema"):
         load(path, trust=True, arch=None)
     assert_same(load(path, trust=True, arch=None, weights_key="ema"), half.float())
+    torch.save({"model": raw, "ema": half.state_dict()}, path)
+    with pytest.raises(ModelError, match=r"weights under ema that may be what is shipped"):
+        load(path, trust=True, arch=None)
+
+
+@pytest.mark.parametrize("key", ["ema_0.9999", "modelEMA", "EMAModel", "avg_model", "a.ema.b"])
+@pytest.mark.bad_input("averaged weights in a form of their own")
+def test_averaged_weights_are_seen_by_any_name_and_at_any_depth(
+    conv_net: ConvNet, key: str, tmp_path: Path
+) -> None:
+    path, weights = tmp_path / "weights.pt", conv_net.state_dict()
+    averaged = {name: p + 1 for name, p in conv_net.named_parameters()}  # no statistics: no fit
+    for content in ({key: averaged}, {"callbacks": [{"x": {key: {"state": averaged}}}]}):
+        torch.save({"model": weights, **content}, path)
+        with pytest.raises(ModelError, match="may be what is shipped"):
+            load(path)
+    torch.save({"state_dict": wrapped("model.", weights) | wrapped("ema.", averaged)}, path)
+    with pytest.raises(ModelError, match="others under ema that do not fit"):
+        load(path)
+    torch.save(weights | wrapped("teacher.", {n: t + 1 for n, t in weights.items()}), path)
+    with pytest.raises(ModelError, match="several sets of weights"):
+        load(path)
+    assert_same(load(path, weights_key="."), conv_net)
+
+
+def test_what_hooks_of_the_network_rename_is_taken(tmp_path: Path) -> None:
+    """Oracle: torch's own load_state_dict, which knows weight_g and weight_v of old."""
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    state = net.state_dict()
+    old = {
+        "weight_g": state["parametrizations.weight.original0"],
+        "weight_v": state["parametrizations.weight.original1"], "bias": state["bias"],
+    }  # fmt: skip
+    fresh = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    load_weights(tmp_path / "x.pt", fresh, {"state_dict": old}, "it")
+    assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
