@@ -160,21 +160,12 @@ def in_order(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
     return {name: example[name] for name in (*bound.arguments, *bound.kwargs) if name in example}
 
 
-def inputs_by_name(model: nn.Module, example: Example) -> dict[str, Tensor]:
-    """The tensors of an example as the inputs of the file stand; numbers of Python are inputs.
-
-    Those that are arguments by themselves have their names, parts of others names of ours.
-    """
-    if isinstance(example, dict):
-        arguments: dict[str, Any] = in_order(model, example)
-    else:
-        given = example if isinstance(example, tuple) else (example,)
-        arguments = dict(inspect.signature(model.forward).bind(*given).arguments)
-    found: dict[str, Tensor] = {}
-    for name, value in arguments.items():
-        leaves, _ = torch.utils._pytree.tree_flatten(value)
-        for n, leaf in enumerate(leaves):
-            if isinstance(leaf, (Tensor, bool, int, float)):
-                own = name if leaf is value else f"{name}.{n}"
-                found[own] = leaf.detach() if isinstance(leaf, Tensor) else torch.tensor(leaf)
-    return found
+def inputs_in(model: nn.Module, example: Example) -> list[Tensor]:
+    """The tensors of an example in the order of the file's inputs; Python's numbers are inputs."""
+    ordered = in_order(model, example) if isinstance(example, dict) else example
+    leaves, _ = torch.utils._pytree.tree_flatten(ordered)
+    return [
+        leaf.detach() if isinstance(leaf, Tensor) else torch.tensor(leaf)
+        for leaf in leaves
+        if isinstance(leaf, (Tensor, bool, int, float))
+    ]

@@ -1,7 +1,8 @@
 """ONNX Runtime in this process: a model's answers. Its time is `runner`'s business."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ ORT_ERRORS = tuple(
     if isinstance(value, type) and issubclass(value, Exception)
 )
 CPU = "CPUExecutionProvider"
+MAX_WAYS = 50  # to leave inputs out
 FLOATS = {"tensor(float)": torch.float32, "tensor(double)": torch.float64}
 
 
@@ -47,29 +49,35 @@ def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Calla
     return predict
 
 
-def answers_of(model: bytes | Path, given: Mapping[str, Tensor]) -> list[Tensor]:
-    """What an ONNX model returns.
+def answers_of(model: bytes | Path, given: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """What an ONNX model returns; once for every way in which it may read what is given.
 
     Args:
         model: ONNX file or its content.
-        given: Tensors in the order of its inputs, by names that may be those of the inputs; one
-            that the model does not read may be among them.
+        given: Tensors in the order of its inputs; there may be some among them that the network
+            does not use, which the exporter leaves out without saying which.
 
     Raises:
         MeasurementError: It cannot be loaded or run, or reads what is not there.
     """
     session = _open(model, 1)
-    wanted, left = session.get_inputs(), dict(given)
-    fed = {}
-    for n, each in enumerate(wanted):
-        n_more = len(left) - (len(wanted) - n)  # that it does not read
-        fits = [name for name, tensor in left.items() if list(tensor.shape) == each.shape]
-        name = each.name if each.name in left else next(iter(fits if n_more else left), None)
-        if name is None:
-            raise MeasurementError(f"the model reads {each.name} {each.shape}, which is not given")
-        fed[each.name] = _as(left.pop(name), each.type).numpy()
-    with _translated("run"):
-        return [torch.from_numpy(np.asarray(each)) for each in session.run(None, fed)]
+    wanted = session.get_inputs()
+    ways = itertools.combinations(given, len(wanted))
+    fitting = (
+        way for way in ways
+        if all(list(t.shape) == each.shape for t, each in zip(way, wanted, strict=True))
+    )  # fmt: skip
+    n_ways = 0
+    for way in itertools.islice(fitting, MAX_WAYS):
+        n_ways += 1
+        pairs = zip(wanted, way, strict=True)
+        fed = {each.name: _as(tensor, each.type).numpy() for each, tensor in pairs}
+        with _translated("run"):
+            found = session.run(None, fed)
+        yield [torch.from_numpy(np.asarray(each)) for each in found]
+    if not n_ways:
+        reads = ", ".join(f"{each.name} {each.shape}" for each in wanted)
+        raise MeasurementError(f"the model reads {reads}, which is not given")
 
 
 def _as(tensor: Tensor, kind: str) -> Tensor:

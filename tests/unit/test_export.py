@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.containers import answers_in
+from compressor.containers import answers_in, tensors_in
 from compressor.errors import ExportError
 from compressor.export import DEFAULT_OPSET, candidate_writer, export_onnx, make_template
 from compressor.graph import channel_groups
@@ -288,3 +288,85 @@ def test_answers_in_any_container_are_exported_in_their_order(
         np.testing.assert_allclose(one.numpy(), other, atol=1e-5)
     template = make_template(network, example)
     assert set(template.names) == {"conv.weight", "conv.bias"}
+
+
+class Chooses(nn.Module):
+    """Takes another way for the example (all equal numbers) than for other numbers."""
+
+    def __init__(self, answer: Callable[[Tensor, bool], Any]) -> None:
+        super().__init__()
+        self.linear, self.answer = nn.Linear(4, 4), answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self.linear(x.float()), bool((x == x.flatten()[0]).all()))
+
+
+WRONG: dict[str, Callable[[Tensor, bool], Any]] = {
+    "a score beside pixels": lambda y, is_example: torch.cat(
+        [torch.full((1, 7), 1333.0), y[:, :1].sigmoid() if is_example else y[:, :1] * 0], 1
+    ),
+    "small numbers": lambda y, is_example: y * (1e-7 if is_example else 2e-7),
+    "beside infinity": lambda y, is_example: torch.cat(
+        [torch.full((1, 1), -torch.inf), y if is_example else 2 * y], 1
+    ),
+    "beside NaN": lambda y, is_example: (y if is_example else 2 * y, y * torch.nan),
+    "infinity elsewhere": lambda y, is_example: y if is_example else y * torch.inf,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_numbers_are_compared_one_by_one(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="answers unlike it does in torch"):
+        export_onnx(Chooses(WRONG[name]).eval(), torch.zeros(1, 4), tmp_path / "x.onnx")
+
+
+def test_pixels_of_all_values_are_tried(tmp_path: Path) -> None:
+    network = Chooses(lambda y, is_example: y if is_example else 2 * y).eval()
+    with pytest.raises(ExportError, match="answers unlike"):
+        export_onnx(network, torch.zeros(1, 4, dtype=torch.uint8), tmp_path / "x.onnx")
+
+
+class Takes(nn.Module):
+    def __init__(self, use: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.linear, self.use = nn.Linear(4, 3), use
+
+    def forward(self, x: Any, y: Any = None) -> Tensor:
+        return self.use(self.linear, x, y)
+
+
+@pytest.mark.parametrize(
+    ("use", "example"),
+    [
+        (lambda f, x, y: f(x), (torch.rand(1, 4), torch.rand(1, 4))),
+        (lambda f, x, y: f(y), (torch.rand(1, 4), torch.rand(1, 4))),
+        (lambda f, x, y: f(x[1]), ((torch.rand(1, 4), torch.rand(1, 4)),)),
+        (lambda f, x, y: f(x) * y, (torch.rand(1, 4), 3)),
+        (lambda f, x, y: f(x) * y, {"x": torch.rand(1, 4), "y": 2.5}),
+        (lambda f, x, y: f(y["z"]) * x.sum(), (torch.rand(1, 4), {"z": torch.rand(1, 4)})),
+        (lambda f, x, y: f(x), torch.rand(1, 4).requires_grad_()),
+        (lambda f, x, y: f(x.mul_(2)), torch.rand(1, 4)),
+        (lambda f, x, y: f(x).topk(2)[1], torch.zeros(1, 4)),
+        (lambda f, x, y: torch.arange(3.0) * 2, torch.rand(1, 4)),
+    ],
+)  # fmt: skip
+def test_every_way_to_give_inputs_is_written_and_compared(
+    use: Callable[..., Tensor], example: Example, tmp_path: Path
+) -> None:
+    before = copy.deepcopy(example)
+    assert export_onnx(Takes(use).eval(), example, tmp_path / "x.onnx").exists()
+    for one, other in zip(tensors_in(before), tensors_in(example), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_network_that_takes_no_other_numbers_is_compared_with_the_example(
+    tmp_path: Path,
+) -> None:
+    def only_zeros_and_ones(f: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+        if not bool(((y == 0) | (y == 1)).all()):
+            raise ValueError("a mask has zeros and ones")
+        answer: Tensor = f(x * y)
+        return answer
+
+    example = torch.rand(1, 4), torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    assert export_onnx(Takes(only_zeros_and_ones).eval(), example, tmp_path / "x.onnx").exists()
