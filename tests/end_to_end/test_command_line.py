@@ -418,3 +418,19 @@ def test_help_teaches_and_is_quick(project: Path) -> None:
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.bad_input("a checkpoint with several sets of weights")
+def test_averaged_weights_are_asked_for_by_name(project: Path) -> None:
+    weights = torch.load(project / "model.pt")
+    raw = {name: tensor + 1 for name, tensor in weights.items()}
+    torch.save({"model": raw, "ema": weights, "epoch": 3}, project / "both.pt")
+    refused = compress("inspect", "both.pt", cwd=project)
+    assert refused.returncode == 1
+    assert "several sets of weights" in refused.stderr
+    assert "--weights-key ema" in refused.stderr
+    assert compress("inspect", "both.pt", "--weights-key", "ema", cwd=project).returncode == 0
+    chance = compress("both.pt", "--weights-key", "model", "--speedup", "1.1", cwd=project)
+    assert chance.returncode == 1  # the raw weights of this file were never trained
+    assert "not the trained weights" in chance.stderr
+    assert not (project / "runs").exists()
