@@ -44,6 +44,9 @@ from compressor.values import (
 # Of the largest output. A wrong channel shows at 1e-1; rounding at 1e-5 and 1e-13.
 PROOF_TOLERANCE, PROOF_TOLERANCE_FLOAT64 = 1e-3, 1e-8
 
+WORTH_LOCKING = (
+    0.9  # of what is free in the network's own code; below that, both forms are compared
+)
 MODULE, TRACED, PROGRAM = "module", "traced", "program"  # the forms
 
 logger = logging.getLogger(__name__)
@@ -125,7 +128,8 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
     A network whose layers compute their weights from others (weight norm, standardised
     convolutions) is a program too, if more can be pruned in it: there these weights are numbers.
     So is one with fused attention that scales by its width: there the scale is a number.
-    Where neither can be pruned whole, the groups that cannot be are locked, one by one.
+    Where neither can be pruned whole, the groups that cannot be are locked, one by one; of that
+    and a program, the one in which more can be pruned is taken.
 
     Raises:
         GraphError: As for `channel_groups`.
@@ -141,8 +145,14 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
         logger.info("%s does not follow its widths: %s", type(model).__name__, fault)
     if not isinstance(model, fx.GraphModule):
         program = _proven_program(model, example)
-        if program is not None and (fault or _size(program.groups) > _size(groups)):
+        if program is not None and _size(program.groups) > _size(groups):
             return program
+        if fault is not None and program is not None:
+            if _size(program.groups) >= WORTH_LOCKING * _size(groups):
+                return program
+            locked = _locked_where_wrong(probe, groups)
+            is_more = _size(locked) > _size(program.groups)
+            return Prunable(model, locked, form) if is_more else program
     if fault is None:
         return Prunable(model, groups, form)
     return Prunable(model, _locked_where_wrong(probe, groups), form)

@@ -1,6 +1,7 @@
 """Sizes written into code or programs follow the widths; layers are nn modules again."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from compressor import prunable
 from compressor.errors import GraphError, ModelError
 from compressor.graph import channel_groups
 from compressor.program import export_program, free_batch, with_layers
-from compressor.prunable import load_model, make_prunable
+from compressor.prunable import MODULE, PROGRAM, Prunable, load_model, make_prunable
 from compressor.recovery import recalibrate_batch_norm
 from compressor.surgery import masked, remove_channels
 from compressor.values import LabelledImages, Plan
@@ -214,6 +216,24 @@ def test_groups_that_code_does_not_follow_are_locked_one_by_one() -> None:
     reasons = {g.name: g.locked_because for g in prunable.groups}
     assert reasons["first"] is None
     assert "does not follow its width" in (reasons["second"] or "")
+
+
+@pytest.mark.parametrize("free", ["none", "all"])
+def test_the_form_in_which_more_can_be_pruned_is_taken(
+    free: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code has a number in it; its program may do better than it, or worse."""
+    model, example = randomised(Unexportable()).eval(), torch.randn(1, 1, 8, 8)
+
+    def program(network: nn.Module, example: Tensor) -> Prunable:
+        groups = channel_groups(network, example)
+        if free == "none":
+            groups = tuple(replace(group, locked_because="it is unknown") for group in groups)
+        return Prunable(network, groups, PROGRAM)
+
+    monkeypatch.setattr(prunable, "_proven_program", program)
+    found = make_prunable(model, example)
+    assert found.form == (PROGRAM if free == "all" else MODULE)
 
 
 def test_a_program_answers_like_its_model_and_has_its_layers(conv_net: ConvNet) -> None:
