@@ -67,8 +67,11 @@ def check_better_than_chance(
     if n_right >= WELL_ABOVE * chance * len(labels) and not explained:
         logger.warning(
             "the original has %.1f %% of %d search images right, chance %.1f %%; give more images "
-            "to tell them apart", 100 * n_right / len(labels), len(labels), 100 * chance,
-        )  # fmt: skip
+            "to tell them apart",
+            100 * n_right / len(labels),
+            len(labels),
+            100 * chance,
+        )
         return
     raise DataError(
         f"The original has {n_right / len(labels):.1%} of the {len(labels)} search images right "

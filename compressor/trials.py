@@ -77,9 +77,12 @@ def pose(job: Job, bench: Bench) -> Problem:
     if isinstance(job.criterion, Classification):
         original = bench.original_accuracy
         check_better_than_chance(
-            bench.predictor_of(job.prunable.module), job.data.search, job.data.class_names,
-            n_right=round(original.value * original.n), batch_size=bench.batch_size,
-        )  # fmt: skip
+            bench.predictor_of(job.prunable.module),
+            job.data.search,
+            job.data.class_names,
+            n_right=round(original.value * original.n),
+            batch_size=bench.batch_size,
+        )
     original_ms = bench.noise_floor.original.median_ms
     limits: dict[str, float] = {}
     for constraint in job.config.constraints:

@@ -58,10 +58,12 @@ def class_order(file: Path, names: Sequence[str], folder: Path) -> tuple[str, ..
     faults = [
         f"{what}: {', '.join(which[:5])}"
         for what, which in (
-            ("there twice", twice), ("no class folder", unknown), ("not in the file", missing)
+            ("there twice", twice),
+            ("no class folder", unknown),
+            ("not in the file", missing),
         )
         if which
-    ]  # fmt: skip
+    ]
     if faults:
         raise DataError(
             f"--classes {file} must name every class folder of {folder} once, in the order of the "

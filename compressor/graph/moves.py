@@ -200,21 +200,22 @@ def pixel_shuffle(call: Call) -> Outcome:
 
 def pixel_unshuffle(call: Call) -> Outcome:
     """The pixels of one channel become `r*r` channels."""
-    state = call.state(call.args["self"])
-    assert isinstance(state, Channels)
-    if state.dim != call.out.ndim - 3:
-        return call.unknown()
-    return Channels(state.dim, np.repeat(state.labels, call.args["downscale_factor"] ** 2))
+    return _spread(call, call.args["downscale_factor"] ** 2)
 
 
 def unfold(call: Call) -> Outcome:
     """`im2col`: the pixels of one channel's window become as many channels, one by one."""
+    return _spread(call, math.prod(call.args["kernel_size"]))
+
+
+def _spread(call: Call, n: int) -> Outcome:
+    """Every channel of an image becomes `n` channels in its place."""
     source = call.args["self"]
     state = call.state(source)
     assert isinstance(state, Channels)
     if state.dim != source.ndim - 3:
         return call.unknown()
-    return Channels(state.dim, np.repeat(state.labels, math.prod(call.args["kernel_size"])))
+    return Channels(state.dim, np.repeat(state.labels, n))
 
 
 def fold(call: Call) -> Outcome:
@@ -259,24 +260,14 @@ def unchanged_elsewhere(call: Call) -> Outcome:
     return state
 
 
-def flip(call: Call) -> Outcome:
-    """Turns dimensions around."""
+def over_others(call: Call) -> Outcome:
+    """Flips, rolls and Fourier transforms of other dimensions than that of channels."""
     source = next(call.tensors())
     state = call.state(source)
     assert isinstance(state, Channels)
-    dims = call.args["dims"]
+    dims = call.args["dims"] if "dims" in call.args else call.args["dim"]
     dims = [dims] if isinstance(dims, int) else dims
     if not dims or state.dim in {tensor_dim(d, source.ndim) for d in dims}:
-        return call.unknown()
-    return state
-
-
-def over_space(call: Call) -> Outcome:
-    """Fourier transforms of other dimensions than that of channels."""
-    source = next(call.tensors())
-    state = call.state(source)
-    assert isinstance(state, Channels)
-    if state.dim in {tensor_dim(d, source.ndim) for d in call.args["dim"]}:
         return call.unknown()
     return state
 

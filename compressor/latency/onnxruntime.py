@@ -64,9 +64,10 @@ def answers_of(model: bytes | Path, given: Sequence[Tensor]) -> Iterator[list[Te
     wanted = session.get_inputs()
     ways = itertools.combinations(given, len(wanted))
     fitting = (
-        way for way in ways
+        way
+        for way in ways
         if all(list(t.shape) == each.shape for t, each in zip(way, wanted, strict=True))
-    )  # fmt: skip
+    )
     n_ways = 0
     for way in itertools.islice(fitting, MAX_WAYS):
         n_ways += 1

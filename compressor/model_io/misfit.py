@@ -35,11 +35,12 @@ def strange(own: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     return [
         f"{name} is {value.dtype}"
         for name, value in own.items()
-        if isinstance(value, Tensor) and isinstance(expected.get(name), Tensor)
+        if isinstance(value, Tensor)
+        and isinstance(expected.get(name), Tensor)
         and not name.endswith(COUNTERS)
         and (value.is_floating_point(), value.is_complex())
         != (expected[name].is_floating_point(), expected[name].is_complex())
-    ]  # fmt: skip
+    ]
 
 
 def misfit(
@@ -94,10 +95,7 @@ def _differ(one: object, other: object) -> bool:
 
 def _class_count_hint(arch: str, own: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """What to do where nothing but the number of classes differs."""
-    other = [
-        name for name in expected
-        if _differ(own.get(name), expected[name])
-    ]  # fmt: skip
+    other = [name for name in expected if _differ(own.get(name), expected[name])]
     counts = {own[name].shape[:1] for name in other}
     tails = all(own[name].shape[1:] == expected[name].shape[1:] for name in other)
     if arch.partition(":")[0] not in LIBRARIES or len(counts) != 1 or not tails:

@@ -151,8 +151,11 @@ def load_weights(
     if found.others:
         logger.warning(
             "%s: %d tensors beside %s are not the network's: %s",
-            path, len(found.others), found.key, ", ".join(found.others[:5]),
-        )  # fmt: skip
+            path,
+            len(found.others),
+            found.key,
+            ", ".join(found.others[:5]),
+        )
     module.load_state_dict(found.tensors)
     return found.key
 
@@ -213,9 +216,10 @@ def _fits(
             more = []
         if not strange(own, expected) and _is_taken(module, own, is_sure=prefix == ""):
             others = more + [
-                name for name in tensors
+                name
+                for name in tensors
                 if not name.startswith(prefix) and name not in OWN_OF_WRAPPERS
-            ]  # fmt: skip
+            ]
             yield Weights(".".join(filter(None, (*way, prefix.rstrip(".")))), own, others)
 
 
