@@ -33,7 +33,6 @@ from compressor.bench import (
     LATENCY,
     RECALIBRATION,
     Bench,
-    features,
     n_cores,
     timed,
 )
@@ -50,7 +49,7 @@ from compressor.search.objective import (
     Strategy,
     feasible_first,
 )
-from compressor.trials import with_harm
+from compressor.trials import features, with_harm
 from compressor.values import Trial
 
 RESULTS = Path(__file__).parent / "results"

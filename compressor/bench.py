@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,6 @@ from compressor.containers import map_tensors
 from compressor.errors import MeasurementError
 from compressor.evaluate import Predict, accuracy, check_agree, judgements, memory_format
 from compressor.export import candidate_writer
-from compressor.features import channel_maps
 from compressor.graph import outputs
 from compressor.graph.costs import ran
 from compressor.latency.device import Device, patiently
@@ -33,7 +31,6 @@ from compressor.least_squares import LeastSquares, gather
 from compressor.prunable import Prunable
 from compressor.recovery import Recovery, recalibrate_batch_norm
 from compressor.running import is_norm
-from compressor.search.clustering import n_distinct
 from compressor.search.objective import TimedPlan
 from compressor.search.space import SearchSpace, Widths, design
 from compressor.tasks import CLASSIFICATION, Criterion
@@ -43,7 +40,6 @@ from compressor.values import (
     TIMING_LAYERS,
     Accuracy,
     Data,
-    GroupFeatures,
     LayerRow,
     Original,
     PairedLatency,
@@ -59,15 +55,14 @@ BATCH_SIZE = 50  # of accuracy, at most; larger batches leave the cache and gain
 BATCH_NUMBERS = BATCH_SIZE * 3 * 224 * 224  # of a batch's images, at most
 N_COMPARED = 8  # real images, for which the original and its file answer alike
 N_PROOF_IMAGES = 32  # real images that engines must agree on
-N_REPAIR_IMAGES = 1000  # whose patches least squares looks at
+N_REPAIR_IMAGES, LEAST_REPAIR_IMAGES = 1000, 100  # whose patches least squares looks at
 N_HARM_IMAGES = 128  # of the search split
-N_FEATURE_IMAGES = 200  # as in the code of [chang2022]
-EPS = tuple(np.geomspace(0.001, 0.5, 12).tolist())  # strengths of merging alike maps
 DESIGN = Effort(
     min_pairs=3, max_pairs=8, budget_s=0.5, limit_s=1.8, fair_half_width=0.04, pair_s=0.1
 )
 N_ORIGINAL_PARTS = 4
 
+CHECKING = "checking"  # files of the original
 SURGERY, REPAIR, RECALIBRATION = "surgery", "least squares", "recalibration"
 EXPORT, LATENCY, ACCURACY = "export", "latency", "accuracy"
 
@@ -93,6 +88,7 @@ class Bench:
         batch_size: Images that are answered at once.
         seconds: Part of a trial -> what it took of the original.
         memory_format: In which torch answers images soonest.
+        n_repair_images: At most so many does least squares look at.
     """
 
     def __init__(
@@ -132,18 +128,20 @@ class Bench:
         self.batch_size = images_at_once(data.fit)
         batch = example.expand(self.batch_size, *example.shape[1:]).contiguous()
         self.like = outputs(prunable.module, example)
-        self._tell_original(0, "exporting")
-        write = partial(
-            candidate_writer, prunable.module, opset=target.opset, branches=prunable.branches
-        )
-        self._single = write(example, pruned)
-        self._batched = write(batch, pruned)
         self.seconds: dict[str, float] = {}
-        with timed(self.seconds, EXPORT):
-            self._original_onnx = self._single(prunable.module)
-        self._tell_original(1, "checking the export")
-        self._check_files(space.plan(space.narrowest), batch)
+        with timed(self.seconds, CHECKING):
+            self._tell_original(0, "exporting")
+            write = partial(
+                candidate_writer, prunable.module, opset=target.opset, branches=prunable.branches
+            )
+            self._single = write(example, pruned)
+            self._batched = write(batch, pruned)
+            with timed(self.seconds, EXPORT):
+                self._original_onnx = self._single(prunable.module)
+            self._tell_original(1, "checking the export")
+            self._check_files(space.plan(space.narrowest), batch)
         self.memory_format = memory_format(prunable.module, batch)
+        self.n_repair_images = min(N_REPAIR_IMAGES, len(data.fit))
         self._fitted: LeastSquares | None = None
         self._whole: Any = None  # the original's answers
         self._tell_original(2, "timing it against itself")
@@ -200,10 +198,8 @@ class Bench:
     def _refit(self, pruned: nn.Module, plan: Plan, seconds: dict[str, float]) -> None:
         if self.recovery.least_squares and plan.kept:
             if self._fitted is None:
-                self._fitted = gather(
-                    self.prunable.module, self.prunable.groups, self._repair_batches()
-                )
-                self._on_progress(Progress(GATHERING, N_REPAIR_IMAGES, N_REPAIR_IMAGES))
+                self.gather(lambda: True)
+            assert self._fitted is not None
             with timed(seconds, REPAIR):
                 kept = self.prunable.kept_positions(plan)
                 self._fitted.repair(pruned, self.prunable.module, kept)
@@ -218,11 +214,27 @@ class Bench:
                 batch_size=max(2, min(64, self.batch_size)),
             )  # fmt: skip
 
-    def _repair_batches(self) -> Iterator[Tensor]:
-        drawn = draw(self.data.fit, N_REPAIR_IMAGES)
-        for i, rows in enumerate(drawn.split(self.batch_size)):
-            self._on_progress(Progress(GATHERING, i * self.batch_size, len(drawn)))
+    def gather(self, has_time: Callable[[], bool]) -> int:
+        """Gathers what layers read, for least squares; at how many images it looked.
+
+        Args:
+            has_time: Asked before every batch; it looks at `LEAST_REPAIR_IMAGES` in any case.
+        """
+        if self.recovery.least_squares:
+            batches = self._repair_batches(has_time)
+            self._fitted = gather(self.prunable.module, self.prunable.groups, batches)
+        return self.n_repair_images
+
+    def _repair_batches(self, has_time: Callable[[], bool]) -> Iterator[Tensor]:
+        drawn, n = draw(self.data.fit, N_REPAIR_IMAGES)[: self.n_repair_images], 0
+        for rows in drawn.split(self.batch_size):
+            if n >= LEAST_REPAIR_IMAGES and not has_time():
+                break
+            self._on_progress(Progress(GATHERING, n, len(drawn)))
             yield self.data.fit.model_input(rows)
+            n += len(rows)
+        self.n_repair_images = n
+        self._on_progress(Progress(GATHERING, n, n))
 
     def measure(
         self, plan: Plan, seconds: dict[str, float], seed: int
@@ -352,18 +364,6 @@ class Bench:
     def predictor_of(self, model: nn.Module) -> Predict:
         """The answers of a pruned version of the original, `batch_size` images at once."""
         return predictor(self._batched(model), n_threads=n_cores(), like=self.like)
-
-
-def features(prunable: Prunable, data: Data) -> dict[str, GroupFeatures]:
-    """What the channels of every free group answer; see `features.channel_maps`."""
-    rows = draw(data.fit, N_FEATURE_IMAGES).split(images_at_once(data.fit))
-    maps = channel_maps(prunable.module, prunable.groups, map(data.fit.batch, rows))
-    return {
-        name: GroupFeatures(
-            means, fisher, tuple(n_distinct(means.reshape(len(means), -1), e) for e in EPS)
-        )
-        for name, (means, fisher) in maps.items()
-    }
 
 
 def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:

@@ -4,8 +4,9 @@ The time of a run is that of all its parts: what is measured before the first tr
 finalists, training, and the last measurement. A run that was stopped has spent what it spent
 before, so that going on costs no more than never having stopped.
 
-What has to be at the end is put aside first; training then gets half of the rest at most, and what
-is measured before the first trial a quarter of it. Trials have what is left.
+What has to be at the end is put aside first. Of the rest, what is measured before the first trial
+gets 30 % at most, and training 40 %, as far as a few trials stay possible. Trials have what is
+left.
 """
 
 import json
@@ -22,6 +23,7 @@ from compressor.latency.timing import Effort
 from compressor.values import (
     FINE_TUNING,
     FIRST_PLAN,
+    GATHERING,
     MEASURING_FILES,
     MEASURING_FINALISTS,
     PRUNING,
@@ -35,12 +37,15 @@ from compressor.values import (
     ProgressCallback,
 )
 
-BEFORE = (TIMING_LAYERS, TRYING_EACH, FIRST_PLAN)
+AFTER_GATHERING = (TIMING_LAYERS, TRYING_EACH, FIRST_PLAN)
+BEFORE = (GATHERING, *AFTER_GATHERING)  # the first trial
 TRAINING = (TRAINING_FINALISTS, FINE_TUNING, TRAINING_FRONT)
 
 CAUTION = 1.25  # what was forecast may take that many times as long
 MOST_FILES, MOST_FINALISTS = 0.3, 0.15  # of what is left
-MOST_TRAINING, MOST_BEFORE = 0.5, 0.25  # of the rest
+MOST_TRAINING, MOST_BEFORE = 0.4, 0.3  # of the rest
+MOST_GATHERING = 0.5  # of what is measured before the first trial
+LEAST_TRIALS = 4  # for which there is to be time before there is any for training
 LEAST_EFFORT_S = 2.0  # of a comparison whose figure is reported
 KEEP_S = 5.0  # between two notes of what was spent
 
@@ -131,20 +136,25 @@ class Budget:
         if math.isinf(self.total_s):
             return dict(expected)
         ends = {
-            **dict.fromkeys(BEFORE, self.of_s(FIRST_PLAN)), SEARCHING: self.of_s(SEARCHING),
+            GATHERING: self.of_s(GATHERING),
+            **dict.fromkeys(AFTER_GATHERING, self.of_s(FIRST_PLAN)),
+            SEARCHING: self.of_s(SEARCHING),
             **dict.fromkeys(TRAINING, self.of_s(FINE_TUNING) - self.of_s(MEASURING_FINALISTS)),
         }  # fmt: skip
         return {p: max(0.0, min(s, ends.get(p, math.inf))) for p, s in expected.items()}
 
-    def divide(self, expected: Mapping[str, float], *, is_new: bool = True) -> None:
+    def divide(
+        self, expected: Mapping[str, float], *, trial_s: float = 0.0, is_new: bool = True
+    ) -> None:
         """Gives every part its share of what is left.
 
         Args:
             expected: Phase to come -> seconds that it is forecast to take.
+            trial_s: Of those of the search, what one trial takes.
             is_new: Whether nothing was searched yet; else what is there is finished in any case.
 
         Raises:
-            ConfigError: It is not enough for what has to be measured at the end.
+            ConfigError: It is not enough for one trial and what has to be measured at the end.
         """
         if math.isinf(self.total_s):
             return
@@ -156,25 +166,30 @@ class Budget:
         def wanted(phases: Iterable[str]) -> float:
             return CAUTION * sum(map(expected_s, phases))
 
-        least = LEAST_EFFORT_S + expected_s(MEASURING_FILES)
+        least = LEAST_EFFORT_S + trial_s + expected_s(MEASURING_FILES)
         if is_new and least > left:
             raise ConfigError(
                 f"--time-budget {self.total_s:g}s is too short: {self.spent_s:.0f} s went into "
                 f"reading the model and measuring the original, and about {least:.0f} s are "
-                f"needed to measure what comes out. Give it at least "
+                f"needed for one trial and to measure what comes out. Give it at least "
                 f"{_rounded_up(self.spent_s + 3 * least)}s."
             )
         files = min(wanted((PRUNING, MEASURING_FILES)), MOST_FILES * left)
         finalists = min(wanted((MEASURING_FINALISTS,)), MOST_FINALISTS * left)
         rest = left - files - finalists
-        training = min(wanted(TRAINING), MOST_TRAINING * rest)
         before = min(wanted(BEFORE), MOST_BEFORE * rest)
+        for_trials = min(LEAST_TRIALS * trial_s, expected_s(SEARCHING))
+        training = min(wanted(TRAINING), MOST_TRAINING * rest, rest - before - for_trials)
+        training = max(0.0, training)
         spare = rest - training - wanted((SEARCHING,))
         before = max(before, min(MOST_BEFORE * rest, spare))  # where nobody else needs it
-        timing = expected_s(TIMING_LAYERS) / max(1e-9, sum(map(expected_s, BEFORE)))
+        gathering = min(wanted((GATHERING,)), MOST_GATHERING * before)
+        after = sum(map(expected_s, AFTER_GATHERING))
+        timing = (before - gathering) * expected_s(TIMING_LAYERS) / max(1e-9, after)
         now = self.spent_s
         self._until = {
-            TIMING_LAYERS: now + timing * before,
+            GATHERING: now + gathering,
+            TIMING_LAYERS: now + gathering + timing,
             FIRST_PLAN: now + before,
             SEARCHING: now + rest - training,
             MEASURING_FINALISTS: now + rest - training + finalists,
@@ -187,8 +202,8 @@ class Budget:
         """What is left until `phase` has to end; infinite where nothing was divided.
 
         Args:
-            phase: `TIMING_LAYERS`, `FIRST_PLAN` (all that is measured before the first trial),
-                `SEARCHING`, `MEASURING_FINALISTS`, `FINE_TUNING` (all training) or
+            phase: `GATHERING`, `TIMING_LAYERS`, `FIRST_PLAN` (all that is measured before the
+                first trial), `SEARCHING`, `MEASURING_FINALISTS`, `FINE_TUNING` (all training) or
                 `MEASURING_FILES`.
         """
         return self._until.get(phase, math.inf) - self.spent_s
@@ -204,6 +219,7 @@ class Budget:
         """Says that something was left out; once."""
         if what not in self.cut_short:
             self.cut_short[what] = None
+            self.note(is_due=True)
             logger.warning("cut short by --time-budget: %s", what)
 
 

@@ -5,7 +5,9 @@ step of training. What nobody can know yet is guessed: how much cheaper pruned n
 many of the measurements are needed, how long NNI takes.
 """
 
-from compressor.bench import ACCURACY, EXPORT, LATENCY, N_HARM_IMAGES, Bench
+from dataclasses import dataclass
+
+from compressor.bench import ACCURACY, CHECKING, EXPORT, LATENCY, N_HARM_IMAGES, Bench
 from compressor.finalists import FRONT_TIMES, N_FINALISTS
 from compressor.goals import MACS
 from compressor.hints import NO_HINTS, choose_hints
@@ -17,6 +19,7 @@ from compressor.trials import is_looked_into
 from compressor.values import (
     FINE_TUNING,
     FIRST_PLAN,
+    GATHERING,
     MEASURING_FILES,
     MEASURING_FINALISTS,
     PRUNING,
@@ -33,13 +36,27 @@ LEFT = 0.6  # of a network's cost, where the limits do not say
 NNI_S = 0.15  # a layer
 FIRST_PLAN_SHARE = 0.5  # of the harms that may be measured on the way to the limit
 BISECTIONS = 4  # trainings along a front
+GATHERED = 4.0  # an image that least squares looks at, in the time of one that is judged
 ALONE = 1.5  # an image by itself, in the time of one among many
 
 
-def forecast(
-    job: Job, bench: Bench, problem: Problem, *, n_trials_done: int = 0
-) -> tuple[dict[str, float], float]:
-    """(phase of the run -> seconds it may take, seconds of a step of training).
+@dataclass(frozen=True)
+class Forecast:
+    """What is to come of a run.
+
+    Attributes:
+        phases: Phase -> seconds that it may take.
+        trial_s: Of one trial.
+        step_s: Of one step of training.
+    """
+
+    phases: dict[str, float]
+    trial_s: float
+    step_s: float
+
+
+def forecast(job: Job, bench: Bench, problem: Problem, *, n_trials_done: int = 0) -> Forecast:
+    """How long every part of the run may take.
 
     Args:
         job: What is asked for.
@@ -54,19 +71,23 @@ def forecast(
     trial_s = latency_s + (1 + share) / 2 * accuracy_s + bench.seconds[EXPORT] + PROPOSING_S
     searching_s = trial_s * max(0, problem.n_trials - n_trials_done)
     layers = sum(1 for module in job.model.modules() if not any(True for _ in module.children()))
-    per_image_s = ALONE * accuracy_s / max(1, len(job.data.search))
+    image_s = accuracy_s / max(1, len(job.data.search))
+    checking_s = bench.seconds[CHECKING]
     expected = {
+        GATHERING: GATHERED * image_s * bench.n_repair_images,
         SEARCHING: searching_s,
         MEASURING_FINALISTS: FINAL_LATENCY * latency_s * N_FINALISTS,
-        PRUNING: NNI_S * layers,
+        PRUNING: NNI_S * layers + checking_s,
         MEASURING_FILES: (
-            2 * FINAL_LATENCY * latency_s + per_image_s * len(job.data.test) * (1 + share)
+            checking_s
+            + 2 * FINAL_LATENCY * latency_s
+            + ALONE * image_s * len(job.data.test) * (1 + share)
         ),
     }
     if not n_trials_done:
         expected = _before_the_search(bench, problem) | expected
     training, step_s = _training(job, bench, share)
-    return expected | training, step_s
+    return Forecast(expected | training, trial_s, step_s)
 
 
 def _before_the_search(bench: Bench, problem: Problem) -> dict[str, float]:

@@ -33,6 +33,7 @@ from compressor.shipping import build, trial_shipped, write_result
 from compressor.trials import (
     Searched,
     TrialCallback,
+    gather_once,
     informed,
     pose,
     posed_before,
@@ -227,19 +228,20 @@ def searched_in(
                 budget.check("reading model and data, and measuring the original")
             problem = pose(job, bench)  # the last thing that bad input can break but for time
         n_done = len(study.trials) if study else 0
-        expected, step_s = forecast(job, bench, problem, n_trials_done=n_done)
-        budget.divide(expected, is_new=stopped is None)
-        done = N_ORIGINAL_PARTS
-        on_progress(Progress(MEASURING_ORIGINAL, done, done, expected=budget.within(expected)))
+        expected = forecast(job, bench, problem, n_trials_done=n_done)
+        budget.divide(expected.phases, trial_s=expected.trial_s, is_new=stopped is None)
+        done, to_come = N_ORIGINAL_PARTS, budget.within(expected.phases)
+        on_progress(Progress(MEASURING_ORIGINAL, done, done, expected=to_come))
         if not begun:
             folder = stopped or stack.enter_context(_new_folder(job, environment, bench))
         budget.keep_in(folder.spent)
         study = study or Study.create(folder.study, job.space)
+        gather_once(bench, study, budget)
         if not begun:
             study.keep_original(bench.original)
             problem = informed(job, problem, bench, study, on_progress, budget)
             study.keep(problem)
-        run = Run(job, bench, folder, budget, step_s, on_trial, on_progress)
+        run = Run(job, bench, folder, budget, expected.step_s, on_trial, on_progress)
         yield run, search(job, problem, bench, study, budget, on_trial, on_progress)
 
 
@@ -289,8 +291,8 @@ def _goes_on(run: Run, searched: Searched, aside: Result) -> Searched:
     logger.info("the search goes on: the files came out at %.3f", aside.speedup.ratio)
     searched.study.correct(correction)
     n_done = len(searched.study.trials)
-    expected, _ = forecast(run.job, run.bench, searched.problem, n_trials_done=n_done)
-    run.budget.divide(expected, is_new=False)
+    expected = forecast(run.job, run.bench, searched.problem, n_trials_done=n_done)
+    run.budget.divide(expected.phases, trial_s=expected.trial_s, is_new=False)
     return _search_on(run, searched)
 
 

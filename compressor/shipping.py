@@ -49,7 +49,7 @@ from compressor.values import (
     Verdict,
 )
 
-NNI_SHARE = 0.1  # of the time budget: with less left, NNI is not asked
+NNI_SHARE, NNI_TIMES = 0.1, 10  # of the time budget, and of own surgery's time: what NNI needs
 FILES_SHARE = 0.4  # of what is left, for timing the files; the rest is for their accuracy
 N_FINISH_PARTS = 5
 FP16_TOLERANCE = 3e-2  # of the largest output; each of some 50 layers rounds to 1 in 2,048
@@ -101,9 +101,11 @@ def cut_out(run: Run, plan: Plan) -> tuple[nn.Module, dict[str, float | str]]:
     job = run.job
     run.on_progress(Progress(PRUNING, 0, 2, "own surgery"))
     images = job.data.search.model_input(slice(0, N_PROOF_IMAGES))
+    began_s = run.budget.spent_s
     compact, error = check_surgery(job.prunable, plan, job.data)
+    own_s = run.budget.spent_s - began_s
     engines: dict[str, float | str] = {"masked": error}
-    if run.budget.left_s < NNI_SHARE * run.budget.total_s:
+    if run.budget.left_s < NNI_SHARE * run.budget.total_s + NNI_TIMES * own_s:
         run.budget.cut("NNI was not asked to prune the network too")
         return compact, engines | {"nni": "the time budget had no time for it"}
     run.on_progress(Progress(PRUNING, 1, 2, "NNI"))

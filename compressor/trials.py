@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compressor.bench import (
     ACCURACY,
     EXPORT,
@@ -18,17 +20,20 @@ from compressor.bench import (
     REPAIR,
     SURGERY,
     Bench,
-    features,
+    images_at_once,
     timed,
 )
 from compressor.budget import Budget
 from compressor.chance import check_better_than_chance
 from compressor.config import Config
 from compressor.errors import ConfigError, MeasurementError, SearchError
+from compressor.features import channel_maps
 from compressor.goals import ASK_FOR_FEATURES, MACS, MAX_DROP, PARAMS
 from compressor.graph.costs import layer_costs
 from compressor.job import Job
+from compressor.prunable import Prunable
 from compressor.search import make_strategy
+from compressor.search.clustering import n_distinct
 from compressor.search.greedy import lazy_greedy
 from compressor.search.objective import (
     START,
@@ -46,17 +51,23 @@ from compressor.search.study import Study, read_before
 from compressor.tasks import Classification
 from compressor.values import (
     FIRST_PLAN,
+    GATHERING,
     SEARCHING,
     TIMING_LAYERS,
     TRYING_EACH,
     Accuracy,
+    Data,
+    GroupFeatures,
     PairedLatency,
     Progress,
     ProgressCallback,
     Trial,
+    draw,
 )
 
 MORE, MIN_MORE = 1 / 6, 3  # of the trials, and trials: after a correction
+N_FEATURE_IMAGES = 200  # as in the code of [chang2022]
+EPS = tuple(np.geomspace(0.001, 0.5, 12).tolist())  # strengths of merging alike maps
 N_TYPICAL = 5  # trials that tell what the next one takes
 MIN_INFORMED = 10  # trials; below that, trying every variable first would cost more than they do
 PROPOSAL = "proposal"
@@ -107,6 +118,18 @@ class _Asked:
     def __call__(self) -> bool:
         self.was_refused |= self._budget.of_s(self._phase) <= 0
         return not self.was_refused
+
+
+def gather_once(bench: Bench, study: Study, budget: Budget) -> None:
+    """Gathers what least squares needs, from as many images as there is time for.
+
+    A run that goes on looks at as many as it did before.
+    """
+    has_time = _Asked(budget, GATHERING)
+    n = study.number_once("images of least squares", lambda: bench.gather(has_time))
+    bench.n_repair_images = int(n)
+    if has_time.was_refused:
+        budget.cut(f"least squares looked at {bench.n_repair_images} images")
 
 
 def informed(
@@ -176,6 +199,18 @@ def is_looked_into(problem: Problem) -> bool:
 def _with_features(job: Job, problem: Problem) -> Problem:
     """`problem` with what its channels answer."""
     return replace(problem, features=features(job.prunable, job.data))
+
+
+def features(prunable: Prunable, data: Data) -> dict[str, GroupFeatures]:
+    """What the channels of every free group answer; see `features.channel_maps`."""
+    rows = draw(data.fit, N_FEATURE_IMAGES).split(images_at_once(data.fit))
+    maps = channel_maps(prunable.module, prunable.groups, map(data.fit.batch, rows))
+    return {
+        name: GroupFeatures(
+            means, fisher, tuple(n_distinct(means.reshape(len(means), -1), e) for e in EPS)
+        )
+        for name, (means, fisher) in maps.items()
+    }
 
 
 def with_harm(

@@ -6,16 +6,18 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import compressor
 from compressor.bench import Bench
+from compressor.budget import Budget
 from compressor.errors import (
     ConfigError,
     DataError,
@@ -24,9 +26,17 @@ from compressor.errors import (
     RunFolderError,
 )
 from compressor.latency.machine import Model
+from compressor.least_squares import gather
 from compressor.run_folder import IDENTITIES, RunFolder, read_settings
 from compressor.search.study import read_trials
-from compressor.values import PairedLatency, Progress, Result, Trial
+from compressor.values import (
+    GATHERING,
+    ChannelGroup,
+    PairedLatency,
+    Progress,
+    Result,
+    Trial,
+)
 from tests.command import fork_server, run_or_go_on
 
 FLAGS: dict[str, object] = {
@@ -145,6 +155,32 @@ def stopped_run(model: Path, flags: dict[str, object], out: Path, after: int = 2
 def attributes_of(study: Path) -> dict[str, str]:
     with sqlite3.connect(study) as connection:
         return dict(connection.execute("select key, value_json from study_user_attributes"))
+
+
+def test_least_squares_looks_at_as_many_images_as_before(
+    flags: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was no time for all of them; a run that goes on must refit by the same ones."""
+    n_images: list[int] = []
+
+    def counted(model: nn.Module, groups: Sequence[ChannelGroup], images: Iterable[Tensor]) -> Any:
+        looked_at = list(images)
+        n_images.append(sum(map(len, looked_at)))
+        return gather(model, groups, looked_at)
+
+    monkeypatch.setattr("compressor.bench.gather", counted)
+    monkeypatch.setattr("compressor.bench.LEAST_REPAIR_IMAGES", 8)
+    monkeypatch.setattr("compressor.bench.images_at_once", lambda _split: 4)
+    of_s = Budget.of_s
+    with monkeypatch.context() as late:
+        late.setattr(Budget, "of_s", lambda b, p: 0.0 if p == GATHERING else of_s(b, p))
+        out = stopped_run(
+            tmp_path / "model.pt", flags | QUICK | {"time_budget": 300}, tmp_path / "run"
+        )
+    result = compressor.resume(out)
+    assert n_images == [8, 8]
+    assert isinstance(result, Result)
+    assert "least squares looked at 8 images" in result.search["cut_short"]
 
 
 @pytest.mark.fault("stopped before the first trial")

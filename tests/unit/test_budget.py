@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from compressor.budget import CAUTION, Budget
+from compressor.budget import CAUTION, LEAST_TRIALS, Budget
 from compressor.errors import ConfigError, RunFolderError
 from compressor.latency.timing import FINAL, TRIAL
 from compressor.search.objective import Correction, corrected
 from compressor.values import (
     FINE_TUNING,
     FIRST_PLAN,
+    GATHERING,
     MEASURING_FILES,
     MEASURING_FINALISTS,
     PRUNING,
@@ -70,6 +71,25 @@ def test_shares_add_up_and_none_is_below_zero(total_s: float) -> None:
     files = budget.left_s - budget.of_s(FINE_TUNING)
     assert files >= EXPECTED[MEASURING_FILES] + EXPECTED[PRUNING] - 1e-9
     assert files <= CAUTION * (EXPECTED[MEASURING_FILES] + EXPECTED[PRUNING]) + 1e-9
+
+
+def test_a_few_trials_come_before_training_and_gathering_has_its_share() -> None:
+    clock = Clock()
+    budget = Budget(80, clock=clock)
+    clock.now += 10
+    budget.divide(EXPECTED | {GATHERING: 10.0}, trial_s=6.0)
+    assert budget.of_s(GATHERING) <= 0.5 * budget.of_s(FIRST_PLAN) + 1e-9
+    searching = budget.of_s(SEARCHING) - budget.of_s(FIRST_PLAN)
+    assert searching >= LEAST_TRIALS * 6 - 1e-9
+    assert budget.of_s(FINE_TUNING) - budget.of_s(MEASURING_FINALISTS) < 0.4 * 60
+
+
+def test_one_trial_must_be_possible() -> None:
+    clock = Clock()
+    budget = Budget(60, clock=clock)
+    clock.now += 30
+    with pytest.raises(ConfigError, match="at least 140s"):  # 30 + 3 (2 + 25 + 8)
+        budget.divide(EXPECTED, trial_s=25.0)
 
 
 def test_a_long_budget_gives_every_part_all_it_wants_and_the_search_the_rest() -> None:
