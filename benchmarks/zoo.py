@@ -44,16 +44,12 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from compressor.containers import tensors_in
 from compressor.errors import ExportError
-from compressor.export import (
-    DEFAULT_OPSET,
-    OnnxTemplate,
-    candidate_writer,
-    export_onnx,
-    make_template,
-)
+from compressor.export import candidate_writer, export_onnx
+from compressor.exporter import DEFAULT_OPSET, Way
 from compressor.graph import channel_groups, outputs
 from compressor.prunable import Prunable, make_prunable
 from compressor.surgery import masked, remove_channels
+from compressor.template import OnnxTemplate, make_template
 from compressor.values import ChannelGroup, Example, Plan
 
 EXACT = 1e-9  # of the largest output, float64: rounding is at 1e-13, a wrong channel at 1e-2
@@ -248,7 +244,7 @@ def _with_onnx(row: Row, prunable: Prunable, example: Example) -> Row:
     has_template = isinstance(getattr(writer, "__self__", None), OnnxTemplate)
     if has_template:
         other = remove_channels(model, groups, random_plan(groups, MOST))
-        if writer(other) != make_template(other, example, opset=opset).fill(other):
+        if writer(other) != make_template(other, example, way=Way(opset)).fill(other):
             faults.append("the filled template is not what another candidate's own export is")
     return replace(row, onnx_error=error, template=has_template, faults=faults, notes=notes)
 

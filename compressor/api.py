@@ -242,7 +242,7 @@ def explain(
         files = [Path(folder) / f"{i}.onnx" for i in range(len(networks))]
         for i, (network, file) in enumerate(zip(networks, files, strict=True)):
             on_progress(Progress("Exporting both networks", i, 2))
-            export_onnx(network, example, file, opset=target.opset, max_ir=target.max_ir)
+            export_onnx(network, example, file, target=target)
         on_progress(Progress(OPENING, 0, 1))
         with open_device(target) as device:
             models: list[Profiled] = []

@@ -132,7 +132,7 @@ class Bench:
         with timed(self.seconds, CHECKING):
             self._tell_original(0, "exporting")
             write = partial(
-                candidate_writer, prunable.module, opset=target.opset, branches=prunable.branches
+                candidate_writer, prunable.module, target=target, branches=prunable.branches
             )
             self._single = write(example, pruned)
             self._batched = write(batch, pruned)

@@ -54,6 +54,11 @@ def answers_in(value: object) -> list[Tensor]:
     return found
 
 
+def leaves_in(value: object) -> Iterator[object]:
+    """Every tensor and plain value in known containers and plain objects, in order."""
+    yield from _leaves(value, (), lambda _: None)
+
+
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """`value` with every tensor in known containers changed; those are made anew, as they were."""
     return _mapped(change, value, ())
@@ -62,24 +67,32 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 def _tensors(
     value: object, around: tuple[int, ...], refuse: Callable[[object], None]
 ) -> Iterator[Tensor]:
+    yield from (leaf for leaf in _leaves(value, around, refuse) if isinstance(leaf, Tensor))
+
+
+def _leaves(
+    value: object, around: tuple[int, ...], refuse: Callable[[object], None]
+) -> Iterator[object]:
     if isinstance(value, Tensor):
         yield value
         if _hides(value, [value]):
             refuse(value)
-    elif not isinstance(value, PLAIN) and id(value) not in around:  # it may hold itself
+    elif isinstance(value, PLAIN):
+        yield value
+    elif id(value) not in around:  # it may hold itself
         opened = _opened(value)
         if opened is None:
             refuse(value)
             return
-        found = [t for each in opened[0] for t in _tensors(each, (*around, id(value)), refuse)]
+        found = [t for each in opened[0] for t in _leaves(each, (*around, id(value)), refuse)]
         yield from found
         if isinstance(value, (Mapping, Sequence)) and _hides(value, found):
             refuse(value)
 
 
-def _hides(value: object, found: Sequence[Tensor]) -> bool:
+def _hides(value: object, found: Sequence[object]) -> bool:
     """Whether an object with items of its own keeps other tensors in attributes."""
-    known = {id(tensor) for tensor in found}
+    known = {id(leaf) for leaf in found}
     kept = getattr(value, "__dict__", {}).values()
     return any(id(tensor) not in known for each in kept for tensor in tensors_in(each))
 

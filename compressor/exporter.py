@@ -1,48 +1,92 @@
-"""torch's ONNX exporter, and what it needs around it.
+"""torch's two ONNX exporters, and what they need around them.
 
-It is the TorchScript-based one: of the two it is the one that can write opset 13, the newest that
-TensorRT 8.2 (Jetson Nano) reads. The other silently writes 18.
+The first is the TorchScript-based one: of the two it is fast, and the one that can write opset 13,
+the newest that TensorRT 8.2 (Jetson Nano) reads. The second follows torch.export, knows more
+operations, takes seconds, and writes opset 18 and newer; an older one by conversion, which may
+leave the file as it was without a word. So its opset is read again.
 """
 
 import contextlib
 import inspect
 import io
+import itertools
+import logging
 import os
+import re
 import string
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.inliner
 import torch
 from torch import Tensor, nn
-from torch.onnx import symbolic_opset14, utils
 
-from compressor.containers import answers_in
-from compressor.errors import ExportError
+from compressor.containers import answers_in, leaves_in, map_tensors, tensors_in
+from compressor.errors import ExportError, GraphError
 from compressor.running import cloned
+from compressor.symbolics import register
 from compressor.values import FORWARD_FAILURES, Example, call
 
 INPUT, OUTPUT = "input", "output"
-ATTENTION_OPSET = 14
+DEFAULT_OPSET, NEWEST_OPSET = 13, 20
+SECOND_WRITES, SECOND_CONVERTS = 18, 17  # opsets of the second exporter: its own, and older ones
+_CHATTY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+_OPERATION = re.compile(r"operator '?(\w+::\w+|\w+)|OpOverload\(op='([\w.]+)'")
+_NEEDS = re.compile(r"added in version (\d+)")
+_TORCH = str(Path(torch.__file__).parent)
 
 
-@contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Where the exporter fails it prints the whole graph from C++ to file descriptor 1."""
-    if sys.stdout is None:  # closed by the caller
-        yield
-        return
-    sys.stdout.flush()
-    saved = os.dup(1)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
+@dataclass(frozen=True)
+class Way:
+    """How a file is written.
+
+    Attributes:
+        opset: Operator set.
+        is_second: By torch's second exporter.
+    """
+
+    opset: int = DEFAULT_OPSET
+    is_second: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the reader of a file takes.
+
+    Attributes:
+        opset: The operator set that is written where it has all operations.
+        max_opset: The newest that is written where `opset` has not.
+        max_ir: Newest IR version of the file format; None takes any.
+        reader: Whose limits these are, for messages; "" for nobody's in particular.
+    """
+
+    opset: int = DEFAULT_OPSET
+    max_opset: int = NEWEST_OPSET
+    max_ir: int | None = None
+    reader: str = ""
+
+
+class UnwritableError(ExportError):
+    """An exporter does not write an operation.
+
+    Attributes:
+        operation: Its name as the exporter says it; "" where it says none.
+        needs: Opset in which the exporter writes it; None where there is none.
+        reason: First line of what the exporter said.
+    """
+
+    def __init__(self, name: str, way: Way, said: str) -> None:
+        found, needs = _OPERATION.search(said), _NEEDS.search(said)
+        self.operation = next(filter(None, found.groups()), "") if found else ""
+        self.needs = int(needs[1]) if needs else None
+        line = next(iter(said.strip().splitlines()), "it did not say why")
+        self.reason = re.split(r"\s*\[Caused by|\.? Please feel free", line)[0].strip()
+        super().__init__(f"{name} cannot be exported to ONNX opset {way.opset}: {self.reason}.")
 
 
 def attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
@@ -51,52 +95,168 @@ def attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
     return found
 
 
-def exported(model: nn.Module, example_input: Example, opset: int, *, fold: bool) -> bytes:
-    """The ONNX file of `model`, as torch's exporter writes it for `example_input`.
+def ways(limits: Limits, refusals: list[ExportError]) -> Iterator[Way]:
+    """Ways to write a network within `limits`, the first to be taken first.
+
+    Args:
+        limits: Of its reader.
+        refusals: Where what went wrong with a way is put before the next one is asked for.
+    """
+    yield Way(limits.opset)
+    first = refusals[0]
+    needs = first.needs if isinstance(first, UnwritableError) else None
+    if needs is not None and limits.opset < needs <= limits.max_opset:
+        yield Way(needs)
+    second = min(max(limits.opset, SECOND_WRITES), limits.max_opset)
+    if second >= SECOND_CONVERTS:
+        yield Way(second, is_second=True)
+
+
+def written(
+    model: nn.Module, example_input: Example, answer: Any, way: Way, *, fold: bool
+) -> bytes:
+    """The ONNX file of `model`, as one of torch's exporters writes it for `example_input`.
 
     Args:
         model: In eval mode; it is not changed.
         example_input: As the model takes it.
-        opset: Operator set.
+        answer: What it returns for that.
+        way: Which exporter, and which operator set.
         fold: Whether constants are computed and batch-norms folded; the names of the initialisers
             are those of the state_dict otherwise.
 
     Raises:
-        ExportError: The network has an operation that ONNX lacks.
+        UnwritableError: The network has an operation that this way has not.
+        ExportError: The network returns no tensor, or the file has not the opset asked for.
     """
-    name = type(model.inner if isinstance(model, _Flat) else model).__name__
-    buffer: Any = io.BytesIO()  # works, though torch's annotation names paths only
-    with torch.no_grad():
-        is_plain = _is_plain(call(model, cloned(example_input)))
-    if not is_plain:
-        flat = _Flat(model, example_input)
-        return _without_prefix(exported(flat, flat.given, opset, fold=fold), "inner.")
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    args, kwargs = ((), example_input) if isinstance(example_input, dict) else (args, None)
+    if not (_is_plain(answer) and _is_plain_input(model, example_input)):
+        flat = _Flat(model, example_input, answer)
+        plain = tuple(_tensors_of(answer))
+        return _without_prefix(written(flat, flat.given, plain, way, fold=fold), "inner.")
+    args, kwargs = (example_input if isinstance(example_input, tuple) else (example_input,)), None
+    if isinstance(example_input, dict):
+        args, kwargs = (), cloned(example_input)
+    write = _by_second if way.is_second else _by_first
+    try:
+        with warnings.catch_warnings(), _silence():
+            warnings.simplefilter("ignore")  # they announce their own age at every call
+            content = write(model, cloned(args), kwargs, way.opset, fold)
+    except (torch.onnx.errors.OnnxExporterError, *FORWARD_FAILURES) as err:
+        raise UnwritableError(_name(model), way, str(err)) from err
+    return _small_letters(content) if b"Einsum" in content else content
+
+
+def refused(
+    model: nn.Module, example_input: Example, limits: Limits, refusals: list[ExportError]
+) -> ExportError:
+    """One error for what went wrong with every way: the operation, its place, and what helps."""
+    unwritable = [err for err in refusals if isinstance(err, UnwritableError)]
+    if len(unwritable) < len(refusals):  # a file was written, and answered otherwise
+        return next(err for err in refusals if not isinstance(err, UnwritableError))
+    least, most = limits.opset, limits.max_opset
+    span = f"opset {most}" if least == most else f"opsets {least} to {most}"
+    reader = f", the newest that {limits.reader} reads" if limits.reader else ""
+    head = f"{_name(model)} cannot be exported to ONNX {span}{reader}"
+    first = next((err for err in unwritable if err.operation), unwritable[0])
+    if not first.operation:
+        return ExportError(f"{head}: {first.reason}.")
+    operation = first.operation.rpartition("::")[2].removeprefix("aten.")
+    what = f"{operation}{_place(model, example_input, first.operation)}"
+    if first.needs is not None and first.needs > most:
+        return ExportError(
+            f"{head}: {what} needs opset {first.needs}. Replace the operation, or choose a target "
+            f"that reads that opset."
+        )
+    return ExportError(
+        f"{head}: no exporter of torch writes {what}. Replace the operation, or export the part "
+        f"of the network before it."
+    )
+
+
+def _by_first(model: nn.Module, args: Any, kwargs: Any, opset: int, fold: bool) -> bytes:
+    register(opset)
     if args and isinstance(args[-1], dict):
         args = (*args, {})  # or the exporter took it for keyword arguments
-    if opset < ATTENTION_OPSET:  # torch writes it with operations that older opsets have too
-        utils.register_custom_op_symbolic(
-            "aten::scaled_dot_product_attention",
-            symbolic_opset14.scaled_dot_product_attention,
-            opset,
-        )
+    buffer: Any = io.BytesIO()  # works, though torch's annotation names paths only
     mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
-    try:
-        with warnings.catch_warnings(), _silent_stdout():
-            warnings.simplefilter("ignore")  # it announces its own age at every call
-            torch.onnx.export(
-                model, cloned(args), buffer, kwargs=kwargs, dynamo=False, opset_version=opset,
-                input_names=[INPUT], output_names=[OUTPUT], training=mode,
-                do_constant_folding=fold,
-            )  # fmt: skip
-    except (torch.onnx.errors.OnnxExporterError, *FORWARD_FAILURES) as err:
-        raise ExportError(
-            f"{name} cannot be exported to ONNX opset {opset}: "
-            f"{str(err).splitlines()[0].partition('[Caused by')[0].strip()}"
-        ) from err
+    torch.onnx.export(
+        model, args, buffer, kwargs=kwargs, dynamo=False, opset_version=opset,
+        input_names=[INPUT], output_names=[OUTPUT], training=mode, do_constant_folding=fold,
+    )  # fmt: skip
     content: bytes = buffer.getvalue()
-    return _small_letters(content) if b"Einsum" in content else content
+    return content
+
+
+def _by_second(model: nn.Module, args: Any, kwargs: Any, opset: int, fold: bool) -> bytes:
+    program = torch.onnx.export(
+        model, args, kwargs=kwargs, dynamo=True, opset_version=opset, input_names=[INPUT],
+        output_names=[OUTPUT], optimize=fold, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    file = onnx.inliner.inline_local_functions(program.model_proto)
+    used = {node.domain for node in file.graph.node}
+    imports = [each for each in file.opset_import if not each.domain or each.domain in used]
+    del file.opset_import[:]
+    file.opset_import.extend(imports)
+    if [each.version for each in imports if not each.domain] != [opset]:
+        written_as = [(each.domain, each.version) for each in imports]
+        raise RuntimeError(f"torch's second exporter wrote opsets {written_as} instead")
+    for part in (file, file.graph, *file.graph.node, *file.graph.value_info):
+        del part.metadata_props[:]  # of code and paths on this machine; newer than the IR needed
+    for part in (*file.graph.input, *file.graph.output, *file.graph.initializer):
+        del part.metadata_props[:]
+    file.ir_version = onnx.helper.find_min_ir_version_for(imports)
+    content: bytes = file.SerializeToString()
+    return content
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Where an exporter fails it prints the whole graph from C++ to file descriptor 1, or logs."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    saved = None
+    if sys.stdout is not None:  # or it was closed by the caller
+        sys.stdout.flush()
+        saved = os.dup(1)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
+def _name(model: nn.Module) -> str:
+    return type(model.inner if isinstance(model, _Flat) else model).__name__
+
+
+def _place(model: nn.Module, example: Example, operation: str) -> str:
+    """Where the first such operation is: " in LAYER (FILE, line N)"; "" where it is not found."""
+    ordered = in_order(model, example) if isinstance(example, dict) else example
+    kind = operation if "::" in operation else f"aten::{operation.removeprefix('aten.')}"
+    wrapped = _Flat(model, ordered, None)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(wrapped, cloned(wrapped.given), check_trace=False)
+    except FORWARD_FAILURES:
+        return ""
+    graph = traced.inlined_graph
+    node = next(iter(graph.findAllNodes(kind)), None)
+    if node is None:
+        return ""
+    layer = node.scopeName().rpartition("/")[2].removeprefix("__module.inner").strip(".")
+    frames = re.findall(r"^(.+)\((\d+)\): ", str(node.sourceRange()), flags=re.MULTILINE)
+    own = next(((f, n) for f, n in frames if not f.startswith(_TORCH) and f != __file__), None)
+    where = f" ({Path(own[0]).name}, line {own[1]})" if own else ""
+    return f" in {layer}{where}" if layer else where
 
 
 def _is_plain(output: Any) -> bool:
@@ -108,24 +268,46 @@ def _is_plain(output: Any) -> bool:
     return isinstance(output, Tensor)
 
 
+def _is_plain_input(model: nn.Module, example: Any) -> bool:
+    """Whether the exporter hands the example to the forward pass as it is."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.KEYWORD_ONLY in kinds:
+        return False
+    leaves, _ = torch.utils._pytree.tree_flatten(
+        example, is_leaf=lambda each: type(each) not in (tuple, list, dict)
+    )
+    return all(each is None or isinstance(each, (Tensor, bool, int, float)) for each in leaves)
+
+
 class _Flat(nn.Module):
-    """A network whose answers are a plain tuple of tensors.
+    """A network that takes plain tensors, and whose answers are a plain tuple of tensors.
+
+    Whatever else is in the example and in the answers is constant.
 
     Attributes:
-        given: The example as this takes it, by position.
+        given: The tensors of the example, by position.
     """
 
-    def __init__(self, inner: nn.Module, example: Example) -> None:
+    def __init__(self, inner: nn.Module, example: Example, answer: Any) -> None:
         super().__init__()
-        self.inner = inner
-        self.names = list(in_order(inner, example)) if isinstance(example, dict) else []
-        by_name = example if isinstance(example, dict) else {}
-        self.given: Example = tuple(by_name[name] for name in self.names) if by_name else example
-        self.training = inner.training
+        self.inner, self.training = inner, inner.training
+        self.example = in_order(inner, example) if isinstance(example, dict) else example
+        self.given: Example = tuple(tensors_in(self.example))
+        self.are_tensors = [isinstance(leaf, Tensor) for leaf in leaves_in(answer)]
 
-    def forward(self, *given: Any) -> tuple[Tensor, ...]:
-        by_name = dict(zip(self.names, given, strict=False))
-        return tuple(answers_in(self.inner(**by_name) if by_name else self.inner(*given)))
+    def forward(self, *given: Any) -> tuple[Any, ...]:
+        tensors = iter(given)
+        answer = call(self.inner, map_tensors(lambda _: next(tensors), self.example))
+        if not any(self.are_tensors):
+            return tuple(tensors_in(answer))
+        return tuple(itertools.compress(leaves_in(answer), self.are_tensors))
+
+
+def _tensors_of(answer: Any) -> list[Tensor]:
+    try:
+        return answers_in(answer)
+    except GraphError as err:
+        raise ExportError(f"{err} ONNX has tensors only.") from err
 
 
 def _without_prefix(content: bytes, prefix: str) -> bytes:

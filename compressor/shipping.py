@@ -251,7 +251,7 @@ def export_both(
         EquivalenceError: They do not agree, or FP16 has not the range for this network.
     """
     for network, file in zip((job.model, tuned), files, strict=True):
-        export_onnx(network, job.example, file, opset=job.target.opset, max_ir=job.target.max_ir)
+        export_onnx(network, job.example, file, target=job.target)
     open_file = partial(predictor, files[-1], n_threads=n_cores(), like=bench.like)
     errors = {"onnxruntime": check_agree("torch and ONNX Runtime", tuned, open_file(), images)}
     if job.target.precision != FP16:

@@ -451,7 +451,8 @@ class Target:
         precision: "fp32" or "fp16".
         step: Channel granularity that runs fast on the device.
         step_source: Why it is that step, in words.
-        opset: ONNX opset that is exported; the device's runtime reads it.
+        opset: ONNX opset that is exported where it has all operations.
+        max_opset: Newest ONNX opset that the device's runtime reads.
         max_ir: Newest ONNX IR version that the device's runtime reads.
         device: "ssh://user@host:port"; None for the machine that runs compress.
         basis: `ESTIMATE` where the user asked for an estimate in place of the device.
@@ -477,6 +478,7 @@ class Target:
     step: int
     step_source: str
     opset: int
+    max_opset: int
     max_ir: int
     device: str | None = None
     basis: Basis = Basis.MEASURED

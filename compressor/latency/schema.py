@@ -86,7 +86,14 @@ class _Channels(_Section):
 
 class _Onnx(_Section):
     opset: int = Field(ge=9, le=20)
+    max_opset: int | None = Field(default=None, ge=9, le=20)
     ir: int = Field(default=13, ge=3, le=13)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "_Onnx":
+        if self.max_opset is not None and self.max_opset < self.opset:
+            raise ValueError(f"max_opset must be opset or more; got {self.max_opset}")
+        return self
 
 
 class Memory(_Section):

@@ -39,6 +39,7 @@ def load_target(
         step=chosen.step,
         step_source=chosen.step_source,
         opset=profile.onnx.opset,
+        max_opset=profile.onnx.max_opset or profile.onnx.opset,
         max_ir=profile.onnx.ir,
         device=device,
         basis=Basis.ESTIMATE if estimate else Basis.MEASURED,

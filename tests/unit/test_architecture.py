@@ -17,7 +17,7 @@ BASE = {
 STEPS = {
     "chance", "config", "model_io", "datasets", "graph", "program", "importance", "features",
     "surgery", "recovery", "least_squares", "training", "export", "exporter", "evaluate",
-    "latency", "search", "run_folder", "report",
+    "latency", "search", "run_folder", "report", "symbolics", "template",
 }  # fmt: skip
 MAY_IMPORT = {
     "errors": set(),
@@ -44,7 +44,9 @@ MAY_IMPORT = {
     "inputs": {"errors", "user_code"},
     "tasks": {"containers", "errors", "inputs", "values", "user_code"},
     **{step: BASE for step in STEPS},
-    "export": BASE | {"exporter", "latency"},  # what was written is run
+    "export": BASE | {"exporter", "latency", "template"},  # what was written is run
+    "exporter": BASE | {"symbolics"},
+    "template": BASE | {"exporter"},
     "border": BASE | STEPS,
     "prunable": BASE | STEPS,
     "budget": BASE | STEPS,

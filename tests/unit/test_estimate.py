@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from compressor.errors import ConfigError, MeasurementError
-from compressor.export import export_onnx, make_template
+from compressor.export import export_onnx
 from compressor.latency.estimate import (
     BANDWIDTH_EFFICIENCY,
     COMPUTE_EFFICIENCY,
@@ -26,6 +26,7 @@ from compressor.latency.estimate import (
     estimate_pair,
 )
 from compressor.latency.targets import load_target
+from compressor.template import make_template
 from compressor.values import Basis, Figure, Roofline, Target
 
 NEVER = 1e30  # operations or bytes a second: that side of the roofline does not count
@@ -44,6 +45,7 @@ def target(
         step=step,
         step_source="made up",
         opset=13,
+        max_opset=13,
         max_ir=8,
         roofline=Roofline(
             Figure(ops_per_s, "computed", "made up"), Figure(bytes_per_s, "computed", "made up"), 2

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from compressor.containers import answers_in, tensors_in
 from compressor.errors import ExportError
-from compressor.export import DEFAULT_OPSET, candidate_writer, export_onnx, make_template
+from compressor.export import candidate_writer, export_onnx
+from compressor.exporter import DEFAULT_OPSET
 from compressor.graph import channel_groups
 from compressor.surgery import remove_channels
+from compressor.template import make_template
 from compressor.values import Example
 from tests.conftest import ConvNet, random_plan, randomised
 
@@ -103,7 +105,7 @@ def test_what_onnx_lacks_is_an_error_and_leaves_no_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ExportError, match="Inverse cannot be exported to ONNX opset 13") as err:
-        export_onnx(Inverse(), torch.eye(3)[None, None], tmp_path / "net.onnx")
+        export_onnx(Inverse(), torch.eye(3)[None, None], tmp_path / "net.onnx", opset=13)
     assert not list(tmp_path.iterdir())
     assert len(str(err.value).splitlines()) == 1
     assert capfd.readouterr().out == ""  # the exporter prints its graph, which stdout is not for
@@ -221,7 +223,8 @@ class Assigns(nn.Module):
         return answer
 
 
-WRITTEN = ("plain", "scaled", "border", "chosen")  # rightly, from the user's own module
+# By the first exporter, and by the second; what is drawn at random, by neither.
+FIRST, SECOND = ("plain", "scaled", "border", "chosen"), ("behind a view",)
 
 
 @pytest.mark.parametrize("how", ["plain", "scaled", "behind a view", "border", "random", "chosen"])
@@ -229,10 +232,11 @@ def test_a_file_that_answers_otherwise_is_never_written(how: str, tmp_path: Path
     """Right, or refused: the oracle is ONNX Runtime beside torch on other numbers."""
     torch.manual_seed(0)
     network, path = Assigns(how).eval(), tmp_path / "x.onnx"
-    if how not in WRITTEN:
+    if how not in FIRST:
         with pytest.raises(ExportError, match="answers unlike it does in torch"):
-            export_onnx(network, torch.zeros(1, 3, 6, 6), path)
+            export_onnx(network, torch.zeros(1, 3, 6, 6), path, opset=13)
         assert not path.exists()
+    if how not in FIRST + SECOND:
         return
     export_onnx(network, torch.zeros(1, 3, 6, 6), path)
     images = torch.rand(1, 3, 6, 6)
@@ -317,13 +321,13 @@ WRONG: dict[str, Callable[[Tensor, bool], Any]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_numbers_are_compared_one_by_one(name: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="answers unlike it does in torch"):
-        export_onnx(Chooses(WRONG[name]).eval(), torch.zeros(1, 4), tmp_path / "x.onnx")
+        export_onnx(Chooses(WRONG[name]).eval(), torch.zeros(1, 4), tmp_path / "x.onnx", opset=13)
 
 
 def test_pixels_of_all_values_are_tried(tmp_path: Path) -> None:
     network = Chooses(lambda y, is_example: y if is_example else 2 * y).eval()
     with pytest.raises(ExportError, match="answers unlike"):
-        export_onnx(network, torch.zeros(1, 4, dtype=torch.uint8), tmp_path / "x.onnx")
+        export_onnx(network, torch.zeros(1, 4, dtype=torch.uint8), tmp_path / "x.onnx", opset=13)
 
 
 class Takes(nn.Module):
