@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import typer
 from compressor.cli import options
@@ -10,25 +10,45 @@ from compressor.cli.outcome import EXIT_NOT_MET, exit_with, print_result
 from compressor.cli.progress import LOADING, ProgressDisplay
 
 import compressor
-from compressor.errors import ConfigError
+from compressor.errors import ConfigError, ExportError
+
+
+class Exported(TypedDict):
+    """Whether a network can be written for a target: its opset, or why not."""
+
+    target: str
+    opset: int | None
+    error: str | None
 
 
 def inspect(
     model: options.Model,
+    target: options.Target = None,
     arch: options.Arch = None,
     arch_arg: options.ArchArgs = None,
     data: options.Data = None,
     input_shape: options.InputShape = None,
     weights_key: options.WeightsKey = None,
     trust: options.Trust = None,
+    export: Annotated[
+        bool,
+        typer.Option(
+            "--export/--no-export",
+            help="Try whether the network can be written for the target; seconds where torch's "
+            "second exporter is needed.",
+        ),
+    ] = True,
     as_json: options.AsJson = False,
     json_progress: options.JsonProgress = False,
 ) -> None:
-    """Lists channel groups, what they cost, and why some are locked, before hours are spent.
+    """Lists channel groups, what they cost, why some are locked, and whether it can be exported.
 
-    Example: compress inspect weights.pt --arch torchvision:resnet50
+    Without a target it is tried for ONNX Runtime on this machine.
+
+    Example: compress inspect weights.pt --arch torchvision:resnet50 --target jetson-nano
     """
-    flags = options.given(locals()) | {"target": "host-cpu"}
+    flags = {"target": "host-cpu"} | options.given(locals())
+    flags.pop("export", None)
 
     def work() -> int:
         from compressor import border
@@ -38,13 +58,25 @@ def inspect(
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             loaded, prunable = compressor.inspect_model(config, on_progress=display.on_progress)
+            network, example = loaded.module, loaded.example_input
+            exported: Exported = {"target": config.target, "opset": None, "error": None}
+            if export:
+                wanted = compressor.load_target(config.target, precision=config.precision)
+                display.on_progress(compressor.Progress("Trying the export", 0, 1))
+                try:
+                    exported["opset"] = compressor.check_exportable(network, example, wanted)
+                except ExportError as err:
+                    exported["error"] = str(err)
         if as_json:
-            print_result(
-                json.dumps(compressor.groups_json(prunable.groups, prunable.branches), indent=2)
-            )
-        else:
-            paper = compressor.cost(loaded.module, loaded.example_input)
-            print_result(compressor.groups_report(prunable.groups, prunable.branches, paper))
+            told = compressor.groups_json(prunable.groups, prunable.branches)
+            print_result(json.dumps({**told, "export": exported if export else None}, indent=2))
+            return 0
+        paper = compressor.cost(network, example)
+        print_result(compressor.groups_report(prunable.groups, prunable.branches, paper))
+        if exported["error"]:
+            print_result(f"no export for {config.target}: {exported['error']}")
+        elif export:
+            print_result(f"can be exported for {config.target}: ONNX opset {exported['opset']}")
         return 0
 
     exit_with(work, as_json=json_progress)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from compressor.config import Config, commented_toml, load_config
     from compressor.errors import CompressorError
-    from compressor.export import export_onnx
+    from compressor.export import check_exportable, export_onnx
     from compressor.graph import channel_groups, cost
     from compressor.latency.device import compare_latency, open_device
     from compressor.latency.profiles import target_names
@@ -56,6 +56,7 @@ __all__ = [
     "Trial",
     "Verdict",
     "channel_groups",
+    "check_exportable",
     "commented_toml",
     "compare_latency",
     "compress",
@@ -108,7 +109,7 @@ _HOMES = {
     ),
     "compressor.config": ("Config", "commented_toml", "load_config"),
     "compressor.errors": ("CompressorError",),
-    "compressor.export": ("export_onnx",),
+    "compressor.export": ("check_exportable", "export_onnx"),
     "compressor.graph": ("channel_groups", "cost"),
     "compressor.latency.device": ("compare_latency", "open_device"),
     "compressor.latency.profiles": ("target_names",),

@@ -19,6 +19,7 @@ TOPICS = {  # what is in none of them comes under `REPORTS` or `OTHERS`
     ),
     "Single steps": (
         "load_model", "inspect_model", "channel_groups", "cost", "prune", "export_onnx",
+        "check_exportable",
     ),
     "Devices and latency": (
         "load_target", "target_names", "who_answers", "open_device", "compare_latency",
