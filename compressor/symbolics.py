@@ -117,6 +117,7 @@ def _weighted(g: Any, images: Any, matrices: Sequence[Tensor]) -> Any:
 
 def _picked(g: Any, images: Any, positions: list[int], axis: int) -> Any:
     rank = symbolic_helper._get_tensor_rank(images)
+    assert rank is not None
     picked = g.op("Gather", images, _constant(g, positions), axis_i=rank + axis)
     sizes = symbolic_helper._get_tensor_sizes(images)
     sizes[axis] = len(positions)

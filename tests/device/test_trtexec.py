@@ -38,7 +38,7 @@ from tests.device.imitation_trtexec import install
 VERSIONS = {"8.2": (8, 2, 1), "8.5": (8, 5, 2), "10": (10, 3, 0), "11": (11, 4, 0)}
 EFFORT = Effort(2, 2, 1.0)
 TARGET = Target(
-    "nano", "A Nano", "trtexec", "", 1, "fp32", 8, "", 13, 7, workspace_mib=512,
+    "nano", "A Nano", "trtexec", "", 1, "fp32", 8, "", 13, 13, 7, workspace_mib=512,
     build_limit_s=20, run_limit_s=20,
 )  # fmt: skip
 STILL = MachineState("MAXN", {"57000000.gpu": 921_600_000}, (), {"GPU-therm": 40.0})

@@ -375,6 +375,8 @@ def test_inspect_and_targets(project: Path) -> None:
     assert "head: its channels are the model's output" in shown.stdout
     rows = json.loads(compress("inspect", "model.pt", "--json", cwd=project).stdout)
     assert {row["name"]: row["channels"] for row in rows["groups"]}["stem"] == 32
+    assert rows["export"] == {"target": "host-cpu", "opset": 13, "error": None}
+    assert "can be exported for host-cpu: ONNX opset 13" in shown.stdout
     listed = compress("targets", cwd=project)
     assert listed.returncode == 0
     assert "host-cpu" in listed.stdout
