@@ -93,7 +93,7 @@ def windowed(x: Tensor) -> Tensor:
 
 def unpooled(x: Tensor) -> Tensor:
     largest, indices = F.max_pool2d(x, 2, return_indices=True)
-    return F.max_unpool2d(largest, indices, 2)
+    return F.max_unpool2d(largest, indices, (2, 2))
 
 
 def warped(x: Tensor) -> Tensor:
