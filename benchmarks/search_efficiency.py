@@ -49,8 +49,8 @@ from compressor.search.objective import (
     Strategy,
     feasible_first,
 )
-from compressor.trials import features, with_harm
-from compressor.values import Trial
+from compressor.trials import N_FEATURE_IMAGES, features, with_harm
+from compressor.values import Trial, few
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"macs": {MACS: 0.5}, "time": {TIME: 0.6}}
@@ -118,7 +118,8 @@ def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, 
         if not name.endswith("-no-damages"):
             problem = with_harm(problem, bench.harm, lambda _progress: None)
     if name in ASK_FOR_FEATURES:
-        problem = replace(problem, features=features(bench.prunable, bench.data))
+        some = few(bench.data.fit, N_FEATURE_IMAGES)
+        problem = replace(problem, features=features(bench.prunable, some))
     before = time.perf_counter() - began
     trials: list[Trial] = []
     rows: list[dict[str, object]] = []

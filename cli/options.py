@@ -15,6 +15,7 @@ SEARCH, TRAINING, OUTPUT = "Search", "Training at the end", "What comes out"
 
 SEARCHES = ("bocr", "bo", "random", "tpe", "cma-es", "genetic", "swarm")
 CLUSTERINGS = ("eu", "js", "st")
+LABELS = ("auto", "none")
 ROLLBACKS = ("none", "direct", "gradual")
 BOUNDS = ("global", "per-dimension")
 FITS = ("scale", "wall")
@@ -118,11 +119,23 @@ ArchArgs = Annotated[
     list[str] | None,
     _option(MODEL, "Keyword argument of that function; may be repeated.", metavar="K=V"),
 ]
-Data = Annotated[Path | None, _option(MODEL, "Images: an .npz, or a folder of class folders.")]
+Data = Annotated[
+    Path | None,
+    _option(MODEL, "Images: an .npz, or a folder of class folders, or of images without labels."),
+]
 Classes = Annotated[
     Path | None,
     _option(MODEL, "Order of the class folders: a file with a name a line.", metavar="FILE"),
 ]
+Labels = Annotated[
+    str | None,
+    _option(
+        MODEL,
+        "none: accuracy is agreement with the original's answers, whatever labels there are. "
+        "Default auto: where there are none.",
+        metavar="none", one_of=LABELS,
+    ),
+]  # fmt: skip
 Task = Annotated[
     str | None,
     _option(

@@ -27,6 +27,7 @@ def run(
     precision: options.Precision = None,
     data: options.Data = None,
     classes: options.Classes = None,
+    labels: options.Labels = None,
     task: options.Task = None,
     arch: options.Arch = None,
     arch_arg: options.ArchArgs = None,

@@ -205,7 +205,7 @@ def inspect_model(
     shape = config.input_shape
     if shape is None and config.data is not None:
         on_progress(Progress("Reading the images", 0, 1))
-        shape = read_data(config, config.data).input_shape
+        shape = read_data(config, config.data, use_labels=False).input_shape
     on_progress(Progress("Reading the model", 0, 1))
     loaded = read_model(config, shape)
     on_progress(Progress("Finding channel groups", 0, 1))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.values import Split, draw
+from compressor.values import Split
 
 FLIP, CROP, JITTER, ERASE = "flip", "crop", "jitter", "erase"
 MAY_SUIT = (FLIP, CROP)  # what is tried; the others must be asked for
@@ -66,9 +66,9 @@ def suitable(model: nn.Module, split: Split) -> tuple[str, ...]:
 
     Args:
         model: The original.
-        split: Labelled images; a few are looked at.
+        split: At most `N_TRIED_IMAGES`, with the classes that are right.
     """
-    images, labels = split.batch(draw(split, N_TRIED_IMAGES))
+    images, labels = split.batch(slice(0, N_TRIED_IMAGES))
 
     def share_right(names: Sequence[str]) -> float:
         seen = augmented(images, names, torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compressor.containers import map_tensors
 from compressor.errors import MeasurementError
-from compressor.evaluate import Predict, accuracy, check_agree, judgements, memory_format
+from compressor.evaluate import Predict, accuracy, check_agree, judgements, memory_format, posed
 from compressor.export import candidate_writer
 from compressor.graph import outputs
 from compressor.graph.costs import ran
@@ -70,7 +70,6 @@ _T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
-
 Once = Callable[[str, Callable[[], PairedLatency]], PairedLatency]
 
 
@@ -83,6 +82,7 @@ class Bench:
 
     Attributes:
         described: What the device says of itself.
+        search: What accuracy is taken on.
         noise_floor: The original against itself; what differs from 1 in it is noise.
         like: What the original returns for one image.
         batch_size: Images that are answered at once.
@@ -123,8 +123,7 @@ class Bench:
         self.described = device.describe()
         example = data.fit.model_input(slice(0, 1)).clone()
         floors = tuple(choice[0] for choice in space.choices[: len(space.groups)])
-        thin = space.plan((*floors, *(1 for _ in space.branches)))
-        pruned = prunable.without(thin)
+        pruned = prunable.without(space.plan((*floors, *(1 for _ in space.branches))))
         self.batch_size = images_at_once(data.fit)
         batch = example.expand(self.batch_size, *example.shape[1:]).contiguous()
         self.like = outputs(prunable.module, example)
@@ -144,6 +143,8 @@ class Bench:
         self.n_repair_images = min(N_REPAIR_IMAGES, len(data.fit))
         self._fitted: LeastSquares | None = None
         self._whole: Any = None  # the original's answers
+        whole = partial(self.predictor_of, prunable.module)
+        self.search = posed(whole, data.search, batch_size=self.batch_size, criterion=criterion)
         self._tell_original(2, "timing it against itself")
         if measured is not None:
             self.noise_floor, self.original_accuracy = measured.noise_floor, measured.accuracy
@@ -168,8 +169,7 @@ class Bench:
         check_agree("The original in torch and its ONNX file", self.prunable.module, file, images)
         if plan.dropped:  # its graph is an edited one
             compact = self.prunable.without(plan)
-            answers = self.predictor_of(compact)(batch)
-            one = map_tensors(lambda each: each[:1], answers)
+            one = map_tensors(lambda each: each[:1], self.predictor_of(compact)(batch))
             with torch.inference_mode():
                 check_agree("torch and ONNX Runtime", compact, lambda _: one, batch[:1])
 
@@ -350,14 +350,14 @@ class Bench:
 
     def _accuracy(self, model: nn.Module, original: float | None) -> Accuracy:
         return accuracy(
-            self.predictor_of(model), self.data.search,
+            self.predictor_of(model), self.search,
             batch_size=self.batch_size, criterion=self.criterion, original=original,
         )  # fmt: skip
 
     def judgements(self, model: nn.Module) -> list[Any]:
         """What the criterion says of every image of the search split."""
         return judgements(
-            self.predictor_of(model), self.data.search,
+            self.predictor_of(model), self.search,
             batch_size=self.batch_size, criterion=self.criterion,
         )  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Is the original better than chance; and where it is not, what would explain that.
 
+Without labels nobody can tell; but one that answers every image alike is refused.
+
 A network whose classes stand in another order than the data's, or that sees images prepared
 otherwise than it was trained on, is right by chance only. Compressing it to the same chance would
 end as a success.
@@ -17,6 +19,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from compressor.errors import DataError
+from compressor.tasks import Answered
 from compressor.values import Split, batches
 
 EXPLAINS = 0.5  # of the images right in another order, and better than chance: that is it
@@ -24,6 +27,7 @@ FAR_MORE = 1.5  # times as many right as in the given order
 MAX_LUCK, N_ORDERS = 0.025, 399  # share of random orders that are as good; how many are tried
 WELL_ABOVE = 1.25  # times chance: few images cannot tell, but it looks better
 N_NAMED = 6  # classes in a message
+NEARLY_ALL = 0.9  # of the images in one class: agreement says little
 
 Predict = Callable[[Tensor], Tensor]
 logger = logging.getLogger(__name__)
@@ -81,6 +85,35 @@ def check_better_than_chance(
         f"--image-size), or these are not the trained weights."
         f"{explained}"
     )
+
+
+def check_answers_differ(split: Split) -> None:
+    """Whether the original tells images apart; where it does not, agreement means nothing.
+
+    Args:
+        split: As `Agreement.posed` made it.
+
+    Raises:
+        DataError: It answers the same class to every image.
+    """
+    assert isinstance(split, Answered)
+    counts = np.bincount(split.classes.numpy())
+    most, share = int(counts.argmax()), float(counts.max() / counts.sum())
+    if share == 1:
+        raise DataError(
+            f"The original answers class {most} to each of the {len(split)} search images, and a "
+            f"network that answers nothing else would agree with it; expected several classes. "
+            f"Either images are prepared otherwise than in training (--mean, --std, "
+            f"--image-size), or these are not the trained weights, or the images are all alike."
+        )
+    if share > NEARLY_ALL:
+        logger.warning(
+            "the original answers class %d to %.1f %% of the %d search images; a network that "
+            "answers nothing else agrees with it on as many",
+            most,
+            100 * share,
+            len(split),
+        )
 
 
 def _labels(split: Split, batch_size: int) -> Labels:

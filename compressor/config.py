@@ -36,6 +36,8 @@ from compressor.goals import (
 )
 
 AUTO: Literal["auto"] = "auto"
+NO_LABELS: Literal["none"] = "none"
+OF_LABELS = ("classes", "label_smoothing")  # settings that mean nothing without labels
 CONFIG_FILE = "compress.toml"
 PATH_KEYS = ("data", "classes", "out")
 MODEL, TRUST = "model", "trust"
@@ -94,6 +96,8 @@ class Config(BaseModel):
         data: Images to fit, search and test with.
         classes: File with the names of the class folders, one a line, in the order of the
             network's outputs; None for the order of names.
+        labels: "auto" for those that the data has; "none" uses none: accuracy is then agreement
+            with the original's answers, and all that is learned is these.
         task: "package.module:object", what a network is for that is no classifier; it brings its
             own data. See `compressor.tasks.Task`.
         arch: What builds the network of a state_dict: `torchvision:NAME`, `timm:NAME`, or
@@ -157,6 +161,7 @@ class Config(BaseModel):
     precision: str | None = None
     data: Path | None = None
     classes: Path | None = None
+    labels: Literal["auto", "none"] = AUTO
     task: str | None = None
     arch: str | None = None
     arch_args: dict[str, int | float | bool | str] = Field(default_factory=dict)
@@ -217,6 +222,9 @@ class Config(BaseModel):
             raise ValueError("give either pareto (models of every speed) or a limit, not both")
         if self.task is not None:
             self._check_task()
+        of_labels = [k.replace("_", "-") for k in OF_LABELS if getattr(self, k)]
+        if self.labels == NO_LABELS and of_labels:
+            raise ValueError(f"without labels, leave {' and '.join(of_labels)} away")
         if self.estimate and self.device is not None:
             raise ValueError("give either device (to measure) or estimate, not both")
         if len(self.mean) != len(self.std):
@@ -227,8 +235,7 @@ class Config(BaseModel):
         """Raises `ValueError` where a setting is for classes or images of ours."""
         ours = ("data", "image_size", "mean", "std", "label_smoothing")
         given = [name.replace("_", "-") for name in ours if getattr(self, name)]
-        if self.augment != AUTO and self.augment:
-            given.append("augment")
+        given += [k for k in ("augment", "labels") if getattr(self, k) not in (AUTO, ())]
         if given:
             raise ValueError(f"a task brings its own data; leave {', '.join(given)} away")
         if self.search in ASK_FOR_FEATURES:

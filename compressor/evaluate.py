@@ -8,7 +8,7 @@ runtime.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.containers import answers_in, map_tensors, tensors_in
 from compressor.errors import EquivalenceError, MeasurementError, TaskError
 from compressor.running import cloned
-from compressor.tasks import CLASSIFICATION, Classification, Criterion
+from compressor.tasks import CLASSIFICATION, Criterion
 from compressor.values import Accuracy, Split, batches
 
 Predict = Callable[[Tensor], Any]
@@ -54,7 +54,7 @@ def accuracy(
     """
     judged = judgements(predict, split, batch_size=batch_size, criterion=criterion)
     value = criterion.metric(judged)
-    if isinstance(criterion, Classification):
+    if criterion.is_share:
         return Accuracy(value, len(split), sum(loss for _, loss in judged) / len(split))
     whole = value if original is None else original
     if whole <= 0:
@@ -73,17 +73,46 @@ def judgements(
     """What `criterion` says of every image of `split`; see `accuracy`."""
     found: list[Any] = []
     with torch.inference_mode():
-        for images, targets in batches(split, batch_size):
-            n_missing = batch_size - len(images)
-            if n_missing:
-                images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
-            answers = predict(cloned(images))
-            if n_missing:
-                answers = map_tensors(lambda each: each[:-n_missing], answers)  # noqa: B023
-            if not all(each.isfinite().all() for each in tensors_in(answers)):
-                raise MeasurementError("The network's answers to real images are not finite.")
+        for answers, targets in _answered(predict, split, batch_size):
             found += criterion.judge(answers, targets)
     return found
+
+
+def posed(
+    original: Callable[[], Predict], split: Split, *, batch_size: int, criterion: Criterion
+) -> Split:
+    """The split with the targets that `criterion` judges by: its own, or the original's answers.
+
+    Args:
+        original: Makes what maps images to answers; called only where answers are needed.
+        split: Images.
+        batch_size: Every call gets exactly this many; the last batch is padded.
+        criterion: What answers are judged by.
+
+    Raises:
+        MeasurementError: An answer is NaN or infinite.
+    """
+
+    def answers() -> Iterator[Any]:
+        for each, _ in _answered(original(), split, batch_size):
+            yield each
+
+    with torch.inference_mode():
+        return criterion.posed(split, answers())
+
+
+def _answered(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    """Answers and targets, batch by batch."""
+    for images, targets in batches(split, batch_size):
+        n_missing = batch_size - len(images)
+        if n_missing:
+            images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
+        answers = predict(cloned(images))
+        if n_missing:
+            answers = map_tensors(lambda each: each[:-n_missing], answers)  # noqa: B023
+        if not all(each.isfinite().all() for each in tensors_in(answers)):
+            raise MeasurementError("The network's answers to real images are not finite.")
+        yield answers, targets
 
 
 def drop_of(
@@ -102,7 +131,7 @@ def drop_of(
     """
 
     def drop(one: float, other: float) -> float:
-        if isinstance(criterion, Classification):
+        if criterion.is_share:
             return one - other
         return 1 - _share(other, one, criterion)
 

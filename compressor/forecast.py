@@ -72,6 +72,7 @@ def forecast(job: Job, bench: Bench, problem: Problem, *, n_trials_done: int = 0
     searching_s = trial_s * max(0, problem.n_trials - n_trials_done)
     layers = sum(1 for module in job.model.modules() if not any(True for _ in module.children()))
     image_s = accuracy_s / max(1, len(job.data.search))
+    n_times = 1 + (bench.search is not job.data.search)  # it is asked first what is right
     checking_s = bench.seconds[CHECKING]
     expected = {
         GATHERING: GATHERED * image_s * bench.n_repair_images,
@@ -81,7 +82,7 @@ def forecast(job: Job, bench: Bench, problem: Problem, *, n_trials_done: int = 0
         MEASURING_FILES: (
             checking_s
             + 2 * FINAL_LATENCY * latency_s
-            + ALONE * image_s * len(job.data.test) * (1 + share)
+            + ALONE * image_s * len(job.data.test) * (n_times + share)
         ),
     }
     if not n_trials_done:

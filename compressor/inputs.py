@@ -24,6 +24,9 @@ REFUSED_SUFFIXES = {
     ".onnx": "an ONNX file; give the PyTorch model that it was exported from",
     ".engine": "a TensorRT engine; give the PyTorch model that it was built from",
 }
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+)
 SQLITE = b"SQLite format 3\0"  # what such a file begins with
 
 
@@ -136,8 +139,13 @@ def check_data(
         if classes is not None:
             check_file(classes, "classes", DataError)
         if source.is_dir():
-            if not folders(source):
+            has_folders = bool(folders(source))
+            if not has_folders and not loose_images(source):
                 raise DataError(no_classes(source, source))
+            if not has_folders and classes is not None:
+                raise DataError(
+                    f"--classes orders class folders; {source} holds images without any."
+                )
             if n_channels not in (None, 1, 3):
                 raise DataError(
                     f"Image files have 1 or 3 channels; --input-shape asks {n_channels}."
@@ -159,11 +167,21 @@ def folders(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+def loose_images(parent: Path) -> list[Path]:
+    """The image files that lie in `parent` itself and are not hidden, by name."""
+    return sorted(
+        path for path in parent.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        and not path.is_dir()
+    )  # fmt: skip
+
+
 def no_classes(folder: Path, source: Path) -> str:
-    """What is wrong with a `folder` of the data at `source` that has no folder in it."""
+    """What is wrong with a `folder` of the data at `source` that has nothing in it."""
     return (
-        f"{folder} must hold one folder per class; it holds no folder. "
-        f"Expected {source}/<class>/*.png or {source}/train/<class>/*.png."
+        f"{folder} must hold one folder per class; it holds no folder and no image. Expected "
+        f"{source}/<class>/*.png or {source}/train/<class>/*.png; or, where there are no labels, "
+        f"{source}/*.png."
     )
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from compressor import border
-from compressor.augmentation import suitable
+from compressor.augmentation import N_TRIED_IMAGES, suitable
 from compressor.bench import check_surgery, images_at_once
-from compressor.config import AUTO, Config
+from compressor.config import AUTO, NO_LABELS, Config, make_config
 from compressor.containers import answers_in
-from compressor.datasets import load_data
+from compressor.datasets import WAY_OUT, load_data
 from compressor.errors import ConfigError, DataError, TaskError, TrainingError
-from compressor.evaluate import memory_format
+from compressor.evaluate import memory_format, posed
 from compressor.graph import outputs
 from compressor.hints import NO_HINTS, choose_hints
 from compressor.importance import IMPORTANCES
@@ -27,8 +27,8 @@ from compressor.prunable import Prunable, load_model, make_prunable, with_branch
 from compressor.recovery import Recovery
 from compressor.search.space import SearchSpace, make_space
 from compressor.tasks import (
+    AGREEMENT,
     CLASSIFICATION,
-    Classification,
     Criterion,
     OwnTask,
     load_task,
@@ -45,7 +45,8 @@ from compressor.values import (
     ProgressCallback,
     Split,
     Target,
-    draw,
+    batches,
+    few,
 )
 
 LONG_CHECK_S = 2.0  # of the first networks whose training is tried; then there is no third
@@ -106,22 +107,22 @@ class Job:
     @property
     def lesson(self) -> Criterion:
         """What is learned, where it is not quite what is measured."""
-        if isinstance(self.criterion, Classification):
-            return Classification(self.config.temperature, self.config.label_smoothing)
-        return self.criterion
+        return self.criterion.lesson(self.config.temperature, self.config.label_smoothing)
 
     @property
     def distillation(self) -> float:
-        """Weight of the original's answers; 0 where a task does not say how far answers are."""
-        return self.config.distillation if self.criterion.has_distance else 0.0
+        """Weight of the original's answers."""
+        return self.criterion.distillation(self.config.distillation)
 
     @cached_property
     def augmentations(self) -> tuple[str, ...]:
         """What becomes of images while the network is trained."""
         if self.config.augment != AUTO:
             return tuple(self.config.augment)
-        is_known = isinstance(self.criterion, Classification)  # else its dataset's own business
-        return suitable(self.model, self.data.search) if is_known else ()
+        if not self.criterion.is_share:  # its dataset's own business
+            return ()
+        some = posed_part(self.data.search, N_TRIED_IMAGES, self.model, self.criterion)
+        return suitable(self.model, some)
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -161,6 +162,8 @@ def prepare(
         estimate=config.estimate,
     )
     criterion, data = read_task(config)
+    if criterion is AGREEMENT:  # which may have come to light just now
+        config = make_config(dict(config) | {"labels": NO_LABELS})
     if config.input_shape is not None and config.input_shape != data.input_shape:
         raise ConfigError(
             f"--input-shape is {config.input_shape}, but the images are {data.input_shape}."
@@ -175,8 +178,9 @@ def prepare(
         prunable = with_branches(prunable, loaded.example_input)
     groups = prunable.groups
     tell(4, "which channels matter")
+    some = posed_part(data.fit, N_RANKING_IMAGES, prunable.module, criterion)
     scores = IMPORTANCES[config.importance].scores(
-        prunable.module, groups, partial(_ranking_losses, data.fit, criterion)
+        prunable.module, groups, partial(_ranking_losses, some, criterion)
     )
     space = make_space(
         groups,
@@ -253,10 +257,15 @@ def _one_step(job: Job, what: str, plan: Plan, layout: torch.memory_format) -> f
         ) from err
 
 
-def _ranking_losses(fit: Split, criterion: Criterion, network: nn.Module) -> Iterator[Tensor]:
-    """What importance may look at: losses on some images of every kind, always the same ones."""
-    for rows in draw(fit, N_RANKING_IMAGES).split(images_at_once(fit)):
-        images, targets = fit.batch(rows)
+def posed_part(split: Split, n: int, original: nn.Module, criterion: Criterion) -> Split:
+    """At most `n` images at random, always the same ones, with what is judged by."""
+    n_at_once = images_at_once(split)
+    return posed(lambda: original, few(split, n), batch_size=n_at_once, criterion=criterion)
+
+
+def _ranking_losses(some: Split, criterion: Criterion, network: nn.Module) -> Iterator[Tensor]:
+    """What importance may look at: losses on some images."""
+    for images, targets in batches(some, images_at_once(some)):
         yield criterion.loss(network(images), targets)
 
 
@@ -275,18 +284,25 @@ def _check_outputs(loaded: LoadedModel, data: Data, criterion: Criterion, config
             f"{what}. A network that is no classifier needs --task package.module:object."
         )
     n_classes, n_logits = len(data.class_names), output.shape[1]
+    if criterion is AGREEMENT:
+        if n_logits < 2:
+            raise DataError(
+                "The model returns one number an image, so all its answers are class 0; agreement "
+                "needs at least 2 logits. Give --task package.module:object, with a threshold."
+            )
+        return
     is_folder = config.data is not None and config.data.is_dir()
     if n_logits < n_classes or (is_folder and n_logits != n_classes):
         raise DataError(
             f"The data has {n_classes} classes ({data.class_names[0]} to {data.class_names[-1]}), "
             f"the model {n_logits} logits. Class folders, sorted by name or in the order of "
-            f"--classes, must be its outputs."
+            f"--classes, must be its outputs. {WAY_OUT}"
         )
     if 2 * n_classes <= n_logits:
         raise DataError(
             f"The data has {n_classes} classes, the model {n_logits} logits; what becomes of the "
             f"others could not be seen. Give images of every class, or cut the model's last layer "
-            f"to the classes that are shipped."
+            f"to the classes that are shipped. {WAY_OUT}"
         )
 
 
@@ -320,10 +336,11 @@ def read_task(config: Config) -> tuple[Criterion, Data]:
         task = load_task(config.task, beside=config.model.parent)
         return task, task_data(task)
     assert config.data is not None  # see `Config.check_goal`
-    return CLASSIFICATION, read_data(config, config.data)
+    data = read_data(config, config.data, use_labels=config.labels != NO_LABELS)
+    return CLASSIFICATION if data.class_names else AGREEMENT, data
 
 
-def read_data(config: Config, source: Path) -> Data:
+def read_data(config: Config, source: Path, *, use_labels: bool) -> Data:
     """The images at `source`, as `config` wants them read."""
     return load_data(
         source,
@@ -333,6 +350,7 @@ def read_data(config: Config, source: Path) -> Data:
         mean=config.mean,
         std=config.std,
         seed=config.seed,
+        use_labels=use_labels,
     )
 
 

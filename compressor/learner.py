@@ -1,4 +1,4 @@
-"""A network that learns, and what it learns from: labels, the original's answers, its hints."""
+"""A network that learns, and what it learns from: targets, the original's answers, its hints."""
 
 import copy
 from collections.abc import Iterator
@@ -41,7 +41,8 @@ class Learner:
         is_compiled: bool,
     ) -> None:
         self.criterion, self._format = criterion, memory_format
-        self._distillation, self._hints_weight = distillation, hints_weight
+        self._distillation = 0.0 if teacher is None else distillation
+        self._hints_weight = hints_weight
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         student = copy.deepcopy(model).eval()
         frozen = frozen_norms(student)
@@ -56,7 +57,7 @@ class Learner:
         self._forward = torch.compile(self.student) if is_compiled else self.student
         self.teacher = None
         self.hints = hints if hints_weight and teacher is not None else NO_HINTS
-        if teacher is not None and (distillation or self.hints):
+        if teacher is not None and (self._distillation or self.hints):
             self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
             self.teacher.to(self.device).to(memory_format=memory_format)
         self._read: Read = {}
@@ -100,8 +101,9 @@ class Learner:
                     f"{type(self.student).__name__} cannot be trained: its answers have no "
                     f"gradient. Its forward code must not detach them, nor run under no_grad."
                 )
-            _check_gradient("loss", self.criterion.loss(outputs, targets), self.criterion)
-            if self._distillation and self.teacher is not None:
+            if self._distillation < 1:
+                _check_gradient("loss", self.criterion.loss(outputs, targets), self.criterion)
+            if self._distillation:
                 distance = self.criterion.distance(outputs, wanted)
                 _check_gradient("distance", distance, self.criterion)
             return self._sum_of_losses(outputs, wanted, targets)
@@ -126,10 +128,11 @@ class Learner:
             return outputs, self.teacher(placed.clone())
 
     def _sum_of_losses(self, outputs: Any, wanted: Any, targets: Any) -> Tensor:
-        loss = self.criterion.loss(outputs, targets)
-        share = self._distillation
-        if share and self.teacher is not None:
-            loss = (1 - share) * loss + share * self.criterion.distance(outputs, wanted)
+        loss, share = torch.zeros(()), self._distillation
+        if share < 1:
+            loss = loss + (1 - share) * self.criterion.loss(outputs, targets)
+        if share:
+            loss = loss + share * self.criterion.distance(outputs, wanted)
         if self.hints:
             hinted = hint_loss(self.student, self.hints, self._read, self._wanted)
             loss = loss + self._hints_weight * hinted

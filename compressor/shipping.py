@@ -1,7 +1,7 @@
 """From a plan to files: pruned for real, trained on, exported, proven, measured, and told."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery, n_cores
 from compressor.environment import describe_environment
 from compressor.errors import EngineError, EquivalenceError, ExportError, TrainingError
-from compressor.evaluate import accuracy, check_agree
+from compressor.evaluate import accuracy, check_agree, posed
 from compressor.export import export_onnx
 from compressor.files import write_whole
 from compressor.finalists import Place, Winner, train
@@ -30,6 +30,7 @@ from compressor.trials import INHERENT_PARTS, TRIAL_PARTS, Searched
 from compressor.values import (
     MEASURING_FILES,
     PRUNING,
+    Accuracy,
     Basis,
     Branch,
     BranchRow,
@@ -53,6 +54,8 @@ NNI_SHARE, NNI_TIMES = 0.1, 10  # of the time budget, and of own surgery's time:
 FILES_SHARE = 0.4  # of what is left, for timing the files; the rest is for their accuracy
 N_FINISH_PARTS = 5
 FP16_TOLERANCE = 3e-2  # of the largest output; each of some 50 layers rounds to 1 in 2,048
+
+Exam = Callable[[Path, float | None], Accuracy]
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +152,12 @@ def finish(
         tell(2, "timing the layers")
         layers = bench.layers(original_file, unproven, tuned)
         tell(3, "accuracy of the original")
-        before = measured_side(job, job.model, original_file, speedup.original, bench)
+        tested = exam(job, original_file, bench)
+        measured = tested(original_file, None)
+        before = measured_side(job, job.model, original_file, speedup.original, measured)
         tell(4, "accuracy of the compressed network")
-        after = measured_side(job, tuned, unproven, speedup.candidate, bench, before.metric)
+        measured = tested(unproven, before.metric)
+        after = measured_side(job, tuned, unproven, speedup.candidate, measured)
         tell(N_FINISH_PARTS, "")
         are_met = [c.is_met(speedup, before, after) for c in job.config.constraints]
         verdict = judge(speedup, searched.noise_floor, are_met)
@@ -265,23 +271,32 @@ def export_both(
     return errors | {FP16: in_half}
 
 
-def measured_side(
-    job: Job,
-    model: nn.Module,
-    file: Path,
-    latency: Latency,
-    bench: Bench,
-    original: float | None = None,
-) -> Side:
-    """One model of the result: its test accuracy is that of the ONNX file.
+def exam(job: Job, original: Path, bench: Bench) -> Exam:
+    """What takes the test accuracy of an ONNX file, given the original's metric but for its own.
 
-    `original` is the metric of the original, of a task that is no classification.
+    Args:
+        job: With its test images.
+        original: The original's file, whose answers are right where there are no labels.
+        bench: That knows what the original returns.
     """
-    paper = cost(model, job.loaded.example_input)
-    predict = predictor(file, n_threads=n_cores(), like=bench.like)
-    measured = accuracy(
-        predict, job.data.test, batch_size=1, criterion=job.criterion, original=original
+    open_file = partial(predictor, n_threads=n_cores(), like=bench.like)
+    test = posed(
+        partial(open_file, original), job.data.test, batch_size=1, criterion=job.criterion
     )
+
+    def tested(file: Path, metric: float | None) -> Accuracy:
+        return accuracy(
+            open_file(file), test, batch_size=1, criterion=job.criterion, original=metric
+        )
+
+    return tested
+
+
+def measured_side(
+    job: Job, model: nn.Module, file: Path, latency: Latency, measured: Accuracy
+) -> Side:
+    """One model of the result: its test accuracy is that of the ONNX file."""
+    paper = cost(model, job.loaded.example_input)
     return Side(
         accuracy=measured.value,
         latency_ms=latency,

@@ -24,13 +24,13 @@ from compressor.bench import (
     timed,
 )
 from compressor.budget import Budget
-from compressor.chance import check_better_than_chance
+from compressor.chance import check_answers_differ, check_better_than_chance
 from compressor.config import Config
 from compressor.errors import ConfigError, MeasurementError, SearchError
 from compressor.features import channel_maps
 from compressor.goals import ASK_FOR_FEATURES, MACS, MAX_DROP, PARAMS
 from compressor.graph.costs import layer_costs
-from compressor.job import Job
+from compressor.job import Job, posed_part
 from compressor.prunable import Prunable
 from compressor.search import make_strategy
 from compressor.search.clustering import n_distinct
@@ -48,7 +48,7 @@ from compressor.search.objective import (
 )
 from compressor.search.space import Widths
 from compressor.search.study import Study, read_before
-from compressor.tasks import Classification
+from compressor.tasks import Agreement, Classification
 from compressor.values import (
     FIRST_PLAN,
     GATHERING,
@@ -56,13 +56,13 @@ from compressor.values import (
     TIMING_LAYERS,
     TRYING_EACH,
     Accuracy,
-    Data,
     GroupFeatures,
     PairedLatency,
     Progress,
     ProgressCallback,
+    Split,
     Trial,
-    draw,
+    batches,
 )
 
 MORE, MIN_MORE = 1 / 6, 3  # of the trials, and trials: after a correction
@@ -83,7 +83,8 @@ def pose(job: Job, bench: Bench) -> Problem:
 
     Raises:
         ConfigError: The original meets them already.
-        DataError: The original is right by chance only.
+        DataError: The original is right by chance only; or, without labels, answers every image
+            alike.
     """
     if isinstance(job.criterion, Classification):
         original = bench.original_accuracy
@@ -94,6 +95,8 @@ def pose(job: Job, bench: Bench) -> Problem:
             n_right=round(original.value * original.n),
             batch_size=bench.batch_size,
         )
+    elif isinstance(job.criterion, Agreement):
+        check_answers_differ(bench.search)
     original_ms = bench.noise_floor.original.median_ms
     limits: dict[str, float] = {}
     for constraint in job.config.constraints:
@@ -198,13 +201,13 @@ def is_looked_into(problem: Problem) -> bool:
 
 def _with_features(job: Job, problem: Problem) -> Problem:
     """`problem` with what its channels answer."""
-    return replace(problem, features=features(job.prunable, job.data))
+    some = posed_part(job.data.fit, N_FEATURE_IMAGES, job.model, job.criterion)
+    return replace(problem, features=features(job.prunable, some))
 
 
-def features(prunable: Prunable, data: Data) -> dict[str, GroupFeatures]:
+def features(prunable: Prunable, some: Split) -> dict[str, GroupFeatures]:
     """What the channels of every free group answer; see `features.channel_maps`."""
-    rows = draw(data.fit, N_FEATURE_IMAGES).split(images_at_once(data.fit))
-    maps = channel_maps(prunable.module, prunable.groups, map(data.fit.batch, rows))
+    maps = channel_maps(prunable.module, prunable.groups, batches(some, images_at_once(some)))
     return {
         name: GroupFeatures(
             means, fisher, tuple(n_distinct(means.reshape(len(means), -1), e) for e in EPS)

@@ -24,6 +24,8 @@ from compressor.goals import Constraint
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)  # of any dimension, synchronised, lazy
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
+NO_LABEL = -1  # of an image whose class nobody has told
+
 IndexArray = npt.NDArray[np.int64]
 # (tensor, dimension) -> which positions of the original's tensor are left, of all that lose some.
 Kept = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
@@ -278,6 +280,7 @@ class LayerCost:
 class Accuracy:
     """Share of right answers in [0, 1], with the standard error of `n` yes-no answers.
 
+    Without labels, those are right that the original gives.
     Of a task that is no classification: the share of the original's metric that is kept, which
     is 1 for the original and may exceed 1.
 
@@ -661,6 +664,40 @@ def draw(split: Split, n: int) -> Tensor:
     return order[:n]
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some images of a split.
+
+    Attributes:
+        whole: The split.
+        rows: `(n,)` int64, which of its images.
+    """
+
+    whole: Split
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """`(c, h, w)` of one image."""
+        return self.whole.input_shape
+
+    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Any]:
+        """Images as the model takes them, and their targets."""
+        return self.whole.batch(self.rows[rows])
+
+    def model_input(self, rows: Tensor | slice) -> Tensor:
+        """The images alone."""
+        return self.whole.model_input(self.rows[rows])
+
+
+def few(split: Split, n: int) -> Split:
+    """At most `n` images of the split at random, always the same ones."""
+    return Part(split, draw(split, n))
+
+
 def batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Any]]:
     """Images as the model takes them and their targets, in stored order."""
     for start in range(0, len(split), batch_size):
@@ -669,11 +706,11 @@ def batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """A split whose targets are classes.
+    """A split whose targets are classes, or nothing.
 
     Attributes:
         images: `(n, c, h, w)`; uint8 as stored, or float32 as the model takes them.
-        labels: `(n,)` int64.
+        labels: `(n,)` int64; all of them `NO_LABEL` where there are none.
         mean: Per channel, subtracted after scaling uint8 to [0, 1].
         std: Per channel, divided by after that.
     """
@@ -718,7 +755,7 @@ class Data:
         fit: What the network may learn from.
         search: What plans are ranked by.
         test: Looked at once, at the end, with the exported files.
-        class_names: Name of each label; empty where there are no classes.
+        class_names: Name of each label; empty where there are none, as in a task's data.
         fingerprint: SHA-256 of all images and labels; of a task's, of some samples.
         is_trainable: False where no fit split was given. Then `fit` is the search split: its
             images repair a pruned network, but nothing is learned from their targets.

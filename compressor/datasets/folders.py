@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.errors import DataError
-from compressor.inputs import folders
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+from compressor.inputs import IMAGE_SUFFIXES, folders
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +88,10 @@ def _walk(folder: Path, around: tuple[Path, ...], found: list[tuple[str, list[Pa
     n_hidden = 0
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
-            n_hidden += path.is_dir() or path.suffix.lower() in SUFFIXES
+            n_hidden += path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
         elif path.is_dir():
             n_hidden += _walk(path, (*around, real), found)
-        elif path.suffix.lower() in SUFFIXES:
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
             files.append(path)
     found.append((str(folder), files))
     return n_hidden

@@ -8,6 +8,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from compressor.report.clock import clock_of, went_on
+from compressor.report.words import NO_LABELS, is_agreement
+from compressor.tasks import AGREEMENT, CLASSIFICATION
 from compressor.values import (
     Basis,
     Branch,
@@ -42,6 +44,7 @@ def text_report(result: Result) -> str:
         *aligned(before_and_after(result)),
         "",
         f"asked for   {_asked_for(result)} on {result.target} ({result.runtime})",
+        *([f"agreement   {NO_LABELS}"] if is_agreement(result) else []),
         f"verdict     {VERDICTS[result.verdict]}",
         f"speed-up    {speedup_of(result.speedup)}",
         *(f"clock       {told}" for told in clock_of(result.speedup)),
@@ -64,7 +67,7 @@ def text_report(result: Result) -> str:
 def before_and_after(result: Result) -> list[tuple[str, str, str, str]]:
     """Rows of both networks' figures, heads first."""
     before, after = result.original, result.compressed
-    task = result.search.get("task", "")
+    task = result.search.get("task", CLASSIFICATION.name)
     head = ("", "original", "compressed", "change")
     if after is None:
         return [head, *((name, value, "-", "") for name, value in _figures(before, task))]
@@ -105,7 +108,9 @@ def _training(result: Result) -> list[str]:
 
 def front_report(results: Sequence[Result]) -> str:
     """A row for every model of a front, slowest first; a model that another one beats says so."""
-    heads = "model", "speed-up", "95 % interval", "latency", "accuracy", "change", "MACs", "params"
+    is_labelled = not any(map(is_agreement, results))
+    figure = CLASSIFICATION.name if is_labelled else AGREEMENT.name
+    heads = "model", "speed-up", "95 % interval", "latency", figure, "change", "MACs", "params"
     rows: list[tuple[str, ...]] = [(*heads, "")]
     for result in results:
         before, after, (low, high) = result.original, result.compressed, result.speedup.ci95
@@ -122,7 +127,7 @@ def front_report(results: Sequence[Result]) -> str:
                 _times(before.params, after.params),
             ]
         rows.append((*row, _beaten(result, results)))
-    return "\n".join(aligned(rows))
+    return "\n".join([*aligned(rows), *([] if is_labelled else ["", NO_LABELS])])
 
 
 def _beaten(result: Result, results: Sequence[Result]) -> str:
@@ -361,8 +366,8 @@ def staircase_json(staircase: Staircase) -> str:
 
 
 def _figures(side: Side, task: str) -> list[tuple[str, str]]:
-    """Rows of one side; `task` names the metric where it is no accuracy."""
-    worth = [("test accuracy", f"{side.accuracy:.2%}")]
+    """Rows of one side; `task` names the metric."""
+    worth = [(f"test {task}", f"{side.accuracy:.2%}")]
     if side.metric is not None:
         worth = [(f"test {task}", f"{side.metric:.5g}"), ("kept of it", f"{side.accuracy:.2%}")]
     return [

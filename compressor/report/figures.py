@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.cluster.hierarchy import dendrogram, is_valid_linkage
 
+from compressor.report.words import percent
 from compressor.values import Result, Trial
 
 ORIGINAL, COMPRESSED, MUTED, ACCENT = "#8a8f98", "#0b6bcb", "#c9cdd3", "#c2410c"
@@ -71,7 +72,7 @@ def pareto(result: Result, trials: Sequence[Trial]) -> Figure | None:
         "Accuracy on the search split before training, and measured speed-up. "
         + ("Right of the line the limit is met." if shapes else ""),
         traces, {"xaxis": {"title": _text("times as fast"), "type": "log"},
-                 "yaxis": {"title": _text("accuracy, %")}, "shapes": shapes},
+                 "yaxis": {"title": _text(percent(result))}, "shapes": shapes},
     )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def convergence(result: Result, trials: Sequence[Trial]) -> Figure | None:
         "search; at a rollback clusters give way to finer ones, then to single layers.",
         [{"type": "scatter", "mode": "lines", "x": numbers, "y": values, "name": "best so far",
           "line": {"shape": "hv", "color": COMPRESSED, "width": 3}}],
-        {"xaxis": {"title": _text("trial")}, "yaxis": {"title": _text("accuracy, %")},
+        {"xaxis": {"title": _text("trial")}, "yaxis": {"title": _text(percent(result))},
          "showlegend": False,
          "shapes": [_line(x=number) for number, _ in changes],
          "annotations": [

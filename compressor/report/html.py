@@ -14,7 +14,7 @@ from importlib import resources
 from compressor.report import before_and_after
 from compressor.report.clock import clock_of
 from compressor.report.figures import Figure, figures
-from compressor.report.words import verdict_in_words, why
+from compressor.report.words import NO_LABELS, is_agreement, verdict_in_words, why
 from compressor.values import Result, Trial
 
 STYLE = """
@@ -71,6 +71,7 @@ def html_report(result: Result, trials: Sequence[Trial]) -> str:
         f"<title>{_safe(title)}</title>", f"<style>{STYLE}</style>", "</head>", "<body>",
         f"<h1>{_safe(title)}</h1>",
         f'<p class="verdict">{_safe(verdict_in_words(result))}</p>',
+        *_agreement(result),
         *_before_and_after(result),
         *_why(result),
         *(line for figure in drawn for line in _figure(figure)),
@@ -80,6 +81,11 @@ def html_report(result: Result, trials: Sequence[Trial]) -> str:
         f'<script type="text/plain" id="plotly">{_library()}</script>',
         f"<script>{SCRIPT}</script>", "</body>", "</html>", "",
     ])  # fmt: skip
+
+
+def _agreement(result: Result) -> list[str]:
+    said = f'<p class="note">{NO_LABELS[0].upper()}{NO_LABELS[1:]}.</p>'
+    return [said] if is_agreement(result) else []
 
 
 def _before_and_after(result: Result) -> list[str]:

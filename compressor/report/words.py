@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from compressor.tasks import AGREEMENT
 from compressor.values import Basis, LayerRow, Result, Verdict
 
 FOLLOWS = 1.15  # time falls with MACs where its share is at most so many times theirs
@@ -11,6 +12,20 @@ CAST = "Cast"  # the operation, in ONNX and in the names of inserted ones
 SLOWED = 0.75  # of its MACs a second, below which a layer got less efficient
 SMALL_MS = 0.01  # layers this quick are mostly the runtime's own work between them
 N_NAMED = 3
+NO_LABELS = (
+    "no label was used: accuracy is the share of images to which the compressed network answers "
+    "the class that the original answers, which has 100 % by definition"
+)
+
+
+def is_agreement(result: Result) -> bool:
+    """Whether accuracy is agreement with the original's answers."""
+    return result.search.get("task") == AGREEMENT.name
+
+
+def percent(result: Result) -> str:
+    """What accuracy is, for the axis of a figure."""
+    return f"{'agreement with the original' if is_agreement(result) else 'accuracy'}, %"
 
 
 def verdict_in_words(result: Result) -> str:
@@ -25,6 +40,8 @@ def verdict_in_words(result: Result) -> str:
     drop = result.accuracy_drop_points or 0.0
     what = "loses" if drop > 0 else "gains"
     change = f"{what} {abs(drop):.2f} points of accuracy" if drop else "keeps its accuracy"
+    if is_agreement(result):
+        change = f"answers as it does to {result.compressed.accuracy:.2%} of the test images"
     measured = "by the profile's figures, not measured," if result.basis is Basis.ESTIMATE else ""
     meets = "meets" if result.verdict is Verdict.MET else "misses"
     return (

@@ -1,14 +1,15 @@
 """What a network is for: it decides what is learned, and what counts as right.
 
-Classification needs nothing but labelled images. Everything else is a `Task` of the user's own,
-named by `--task package.module:object`; `samples/segmentation` has one.
+Classification needs nothing but labelled images; without any it is the original's answers
+that are right. Everything else is a `Task` of the user's own, named by
+`--task package.module:object`; `samples/segmentation` has one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +22,20 @@ from torch.utils.data import Dataset
 from compressor.containers import tensors_in
 from compressor.errors import DataError, MeasurementError, TaskError
 from compressor.inputs import check_task
+from compressor.tasks.classification import (
+    AGREEMENT,
+    CLASSIFICATION,
+    Agreement,
+    Answered,
+    Classification,
+)
 from compressor.user_code import USER_CODE_FAILURES, find, importable, told
-from compressor.values import SPLITS, Data
+from compressor.values import SPLITS, Data, Split
+
+__all__ = [
+    "AGREEMENT", "CLASSIFICATION", "Agreement", "Answered", "Classification", "Criterion",
+    "DatasetSplit", "OwnTask", "Task", "load_task", "task_data",
+]  # fmt: skip
 
 PARTS = ("dataset", "loss", "judge", "metric")  # that a task must have
 N_LOOKED_AT = 16  # samples of a split that its fingerprint is taken from
@@ -74,6 +87,8 @@ class Criterion(Protocol):
         name: Of the metric.
         larger_is_better: Of the metric.
         has_distance: Whether `distance` is fit to be learned from.
+        is_share: Whether the metric is a share of the images. Then a judgement is (is right,
+            cross-entropy in nats), and a drop is told in points.
     """
 
     @property
@@ -82,6 +97,22 @@ class Criterion(Protocol):
     def larger_is_better(self) -> bool: ...  # noqa: D102
     @property
     def has_distance(self) -> bool: ...  # noqa: D102
+    @property
+    def is_share(self) -> bool: ...  # noqa: D102
+
+    def posed(self, split: Split, answers: Iterable[Any]) -> Split:
+        """The split with the targets that answers are judged by.
+
+        Args:
+            split: As the data has it.
+            answers: Of the original to its images, batch by batch; computed where asked for.
+        """
+
+    def lesson(self, temperature: float, label_smoothing: float) -> Criterion:
+        """What is learned, where it is not quite what is measured; see `Classification`."""
+
+    def distillation(self, asked: float) -> float:
+        """Weight of `distance` in what is learned, where `asked` was; `loss` has the rest."""
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """See `Task`."""
@@ -97,44 +128,6 @@ class Criterion(Protocol):
 
 
 @dataclass(frozen=True)
-class Classification:
-    """One class an image; the metric is the share of right answers.
-
-    Attributes:
-        temperature: That answers are divided by before they are compared with the original's;
-            the square of it keeps gradients of one size [hinton2015].
-        label_smoothing: Share of every label that goes to the other classes.
-    """
-
-    temperature: float = 1.0
-    label_smoothing: float = 0.0
-    name = "accuracy"
-    larger_is_better = True
-    has_distance = True
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of logits `(batch, n_classes)` and labels `(batch,)`."""
-        return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
-
-    def judge(self, outputs: Tensor, targets: Tensor) -> list[tuple[bool, float]]:
-        """Whether the answer is right, and its cross-entropy, of every image."""
-        right = outputs.argmax(dim=1) == targets
-        losses = F.cross_entropy(outputs.double(), targets, reduction="none")
-        return list(zip(right.tolist(), losses.tolist(), strict=True))
-
-    def metric(self, judged: Sequence[tuple[bool, float]]) -> float:
-        """Share of right answers."""
-        return sum(is_right for is_right, _ in judged) / len(judged)
-
-    def distance(self, outputs: Tensor, wanted: Tensor) -> Tensor:
-        """Kullback-Leibler divergence of softened answers, in nats, times the temperature^2."""
-        student = (outputs / self.temperature).log_softmax(dim=1)
-        teacher = (wanted / self.temperature).log_softmax(dim=1)
-        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        return divergence * self.temperature**2
-
-
-@dataclass(frozen=True)
 class OwnTask:
     """A task of the user's own; what goes wrong in it is told as a `TaskError`.
 
@@ -145,6 +138,7 @@ class OwnTask:
 
     reference: str
     task: Task = field(repr=False)
+    is_share = False
 
     @property
     def name(self) -> str:
@@ -160,6 +154,18 @@ class OwnTask:
     def has_distance(self) -> bool:
         """Whether the task says how far answers are from the original's."""
         return hasattr(self.task, "distance")
+
+    def posed(self, split: Split, answers: Iterable[Any]) -> Split:
+        """The split: its dataset has the targets."""
+        return split
+
+    def lesson(self, temperature: float, label_smoothing: float) -> OwnTask:
+        """The task's own loss and distance."""
+        return self
+
+    def distillation(self, asked: float) -> float:
+        """0 where the task does not say how far answers are."""
+        return asked if self.has_distance else 0.0
 
     def loss(self, outputs: Any, targets: list[Any]) -> Tensor:
         """See `Task`."""
@@ -369,6 +375,3 @@ def _checked(
 def _spread(n: int) -> list[int]:
     """A few rows from first to last."""
     return sorted({round(row) for row in torch.linspace(0, n - 1, N_LOOKED_AT).tolist()})
-
-
-CLASSIFICATION = Classification()
