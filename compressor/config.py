@@ -139,7 +139,8 @@ class Config(BaseModel):
         batch_size: Images per step of fine-tuning.
         finalists: Plans that are trained a little, for a fifth of all steps, before one of them
             gets the rest; fewer where that would be too little, 1 for the search's best alone.
-        distillation: Weight of the original's answers beside the labels, from 0 to 1.
+        distillation: Weight of the original's answers beside the labels, from 0 to 1; without
+            labels it is 1.
         hints: Weight of what the original's layers read, beside what the pruned ones do.
         temperature: Of both answers in distillation.
         label_smoothing: Share of every label that goes to the other classes.

@@ -97,7 +97,7 @@ def posed(
         for each, _ in _answered(original(), split, batch_size):
             yield each
 
-    with torch.inference_mode():
+    with torch.no_grad():  # and not in inference mode: gradients may be taken with these targets
         return criterion.posed(split, answers())
 
 

@@ -337,7 +337,13 @@ def read_task(config: Config) -> tuple[Criterion, Data]:
         return task, task_data(task)
     assert config.data is not None  # see `Config.check_goal`
     data = read_data(config, config.data, use_labels=config.labels != NO_LABELS)
-    return CLASSIFICATION if data.class_names else AGREEMENT, data
+    if data.class_names:
+        return CLASSIFICATION, data
+    if config.labels != NO_LABELS:
+        logger.warning(
+            "%s has no labels: accuracy is agreement with the original's answers", config.data
+        )
+    return AGREEMENT, data
 
 
 def read_data(config: Config, source: Path, *, use_labels: bool) -> Data:

@@ -153,11 +153,9 @@ def finish(
         layers = bench.layers(original_file, unproven, tuned)
         tell(3, "accuracy of the original")
         tested = exam(job, original_file, bench)
-        measured = tested(original_file, None)
-        before = measured_side(job, job.model, original_file, speedup.original, measured)
+        before = measured_side(job, job.model, original_file, speedup.original, tested)
         tell(4, "accuracy of the compressed network")
-        measured = tested(unproven, before.metric)
-        after = measured_side(job, tuned, unproven, speedup.candidate, measured)
+        after = measured_side(job, tuned, unproven, speedup.candidate, tested, before.metric)
         tell(N_FINISH_PARTS, "")
         are_met = [c.is_met(speedup, before, after) for c in job.config.constraints]
         verdict = judge(speedup, searched.noise_floor, are_met)
@@ -293,10 +291,19 @@ def exam(job: Job, original: Path, bench: Bench) -> Exam:
 
 
 def measured_side(
-    job: Job, model: nn.Module, file: Path, latency: Latency, measured: Accuracy
+    job: Job,
+    model: nn.Module,
+    file: Path,
+    latency: Latency,
+    tested: Exam,
+    original: float | None = None,
 ) -> Side:
-    """One model of the result: its test accuracy is that of the ONNX file."""
+    """One model of the result: its test accuracy is that of the ONNX file.
+
+    `original` is the metric of the original, of a task that is no classification.
+    """
     paper = cost(model, job.loaded.example_input)
+    measured = tested(file, original)
     return Side(
         accuracy=measured.value,
         latency_ms=latency,

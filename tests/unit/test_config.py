@@ -89,6 +89,12 @@ def test_what_is_written_is_what_is_read(folder: Path) -> None:
         ({"target": "host-cpu", "mean": ["1"], "std": ["0"]}, "above 0"),
         ({"target": "host-cpu", "mean": ["nan"], "std": ["1"]}, "--mean:.*finite"),
         ({"target": "host-cpu", "mean": ["0"], "std": ["inf"]}, "--std:.*finite"),
+        ({"target": "host-cpu", "labels": "non"}, "Unknown --labels 'non'. Did you mean 'none'"),
+        (
+            {"target": "host-cpu", "labels": "none", "label_smoothing": 0.1, "classes": "c.txt"},
+            "without labels, leave classes and label-smoothing away",
+        ),
+        ({"target": "host-cpu", "labels": "none", "task": "a:b"}, "leave labels away"),
         ({"target": "host-cpu", "trails": 3}, "Unknown setting 'trails'. Did you mean 'trials'"),
     ],
 )

@@ -113,7 +113,7 @@ def arrays(**changes: object) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (arrays(labels=None), "has images but no labels"),
+        (arrays(labels=None, label=[1]), "images but no labels, beside label.*--labels none"),
         ({"x": np.zeros(3)}, "needs the arrays images and labels"),
         (arrays(images=np.zeros((100, 8, 8), np.uint8)), r"shape \(n, c, h, w\); got uint8"),
         (arrays(images=np.zeros((100, 1, 8, 8))), "uint8 or float32.*got float64"),
@@ -129,7 +129,8 @@ def arrays(**changes: object) -> dict[str, np.ndarray]:
             | {"images": np.zeros(0)},
             r"labels must lie in 0\.\.4.*run from 0 to 5",
         ),
-        ({"fit_images": arrays()["images"]}, "has fit_images but no fit_labels"),
+        (arrays(fit_images=arrays()["images"]), "has fit_images but no fit_labels"),
+        (arrays(images=[], labels=None, split=3), "has images but no labels, beside split"),
     ],
 )
 def test_bad_arrays_are_named(
@@ -368,3 +369,111 @@ def test_accents_are_one_name_however_they_are_encoded(tmp_path: Path) -> None:
     image_at(tmp_path / "val" / nfc / "0.png", 5)
     with pytest.raises(DataError, match="encoded in two ways"):
         load_data(tmp_path)
+
+
+UNTOLD = {-1}
+
+
+def classes_of(data: Data) -> set[int]:
+    return {label for name in ("fit", "search", "test")
+            for label in labelled(getattr(data, name)).labels.tolist()}  # fmt: skip
+
+
+def n_images(data: Data) -> list[int]:
+    return [len(split) for split in (data.fit, data.search, data.test)]
+
+
+def test_images_without_labels_are_split_at_random_by_the_seed(tmp_path: Path) -> None:
+    """A flat folder: every image is in one split, and which one the seed alone decides."""
+    for i in range(50):
+        image_at(tmp_path / "flat" / f"{i}.png", i)
+    (tmp_path / "flat" / "notes.txt").write_text("none")
+    data, again, other = (load_data(tmp_path / "flat", seed=seed) for seed in (1, 1, 2))
+    assert n_images(data) == [32, 8, 10]
+    assert data.class_names == ()
+    assert classes_of(data) == UNTOLD
+    assert_disjoint(data)
+    assert len(set.union(*digests(data).values())) == 50
+    assert data.fingerprint == again.fingerprint != other.fingerprint
+    assert digests(data)["test"] != digests(other)["test"]
+
+
+def test_splits_without_class_folders_are_kept(tmp_path: Path) -> None:
+    for i, name in enumerate(["train"] * 20 + ["val"] * 4 + ["test"] * 5):
+        image_at(tmp_path / name / f"{i}.png", i)
+    data = load_data(tmp_path)
+    assert n_images(data) == [20, 4, 5]
+    assert classes_of(data) == UNTOLD
+    image_at(tmp_path / "test" / "cat" / "1.png", 1000)
+    with pytest.raises(DataError, match=r"test has class folders \(cat, ...\), other splits"):
+        load_data(tmp_path)
+    assert n_images(load_data(tmp_path, use_labels=False)) == [20, 4, 6]
+    image_at(tmp_path / "train" / "cat" / "1.png", 1001)
+    for path in (tmp_path / "train").glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match="val holds 4 images itself .* beside no class folder"):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("images",), ("fit_images", "test_images")])
+def test_an_npz_with_images_alone_has_no_labels(tmp_path: Path, names: tuple[str, ...]) -> None:
+    content = {name: blob_images(40, np.random.default_rng(i))[0] for i, name in enumerate(names)}
+    np.savez(tmp_path / "x.npz", **content)  # type: ignore[arg-type]
+    data = load_data(tmp_path / "x.npz")
+    assert sum(n_images(data)) == 40 * len(names)
+    assert classes_of(data) == UNTOLD
+    assert data.class_names == ()
+
+
+def test_a_thousand_classes_of_one_image_have_a_way(tmp_path: Path) -> None:
+    """The error names the flag; with it labels are not looked at, in arrays or in folders."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 255, size=(1000, 1, 4, 4)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(1000))
+    with pytest.raises(DataError, match="class 0 has 1 images left.*Or give --labels none, for"):
+        load_data(tmp_path / "x.npz")
+    data = load_data(tmp_path / "x.npz", use_labels=False)
+    assert n_images(data) == [640, 160, 200]
+    assert classes_of(data) == UNTOLD
+    np.savez(tmp_path / "y.npz", images=images, labels=np.full((3, 7), 0.5))
+    assert load_data(tmp_path / "y.npz", use_labels=False).fingerprint == data.fingerprint
+    write_images(tmp_path / "folders", {f"n{i:02d}": 1 for i in range(20)})
+    with pytest.raises(DataError, match="Or give --labels none"):
+        load_data(tmp_path / "folders")
+    assert n_images(load_data(tmp_path / "folders", use_labels=False)) == [13, 3, 4]
+
+
+def test_splits_that_lack_most_classes_have_a_way(tmp_path: Path) -> None:
+    images, labels = blob_images(200, np.random.default_rng(0))
+    others, theirs = blob_images(200, np.random.default_rng(1))
+    np.savez(tmp_path / "x.npz", images=images, labels=labels,
+             search_images=others[theirs < 2], search_labels=theirs[theirs < 2])  # fmt: skip
+    with pytest.raises(DataError, match="3 of 5 classes have no image.*--labels none"):
+        load_data(tmp_path / "x.npz")
+    load_data(tmp_path / "x.npz", use_labels=False)
+
+
+def test_images_beside_class_folders_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A few are left out with a word; more are images whose class nobody has told."""
+    write_images(tmp_path / "x", {"cat": 60, "dog": 60})
+    image_at(tmp_path / "x" / "preview.png", 1)
+    data = load_data(tmp_path / "x", image_size=7)
+    assert sum(n_images(data)) == 120
+    assert "1 images beside cat, dog are left out" in caplog.text
+    image_at(tmp_path / "x" / "more.png", 2)
+    with pytest.raises(DataError, match=r"x holds 2 images itself \(more.png, .*--labels none"):
+        load_data(tmp_path / "x", image_size=7)
+    assert sum(n_images(load_data(tmp_path / "x", image_size=7, use_labels=False))) == 122
+
+
+def test_too_few_images_without_labels_are_told(tmp_path: Path) -> None:
+    image_at(tmp_path / "one" / "1.png", 1)
+    with pytest.raises(DataError, match="there are 1 images left") as told:
+        load_data(tmp_path / "one")
+    assert "--labels" not in str(told.value)
+    image_at(tmp_path / "none" / "train" / "1.png", 1)
+    (tmp_path / "none" / "test").mkdir()
+    with pytest.raises(DataError, match="test has no image"):
+        load_data(tmp_path / "none")
