@@ -91,7 +91,7 @@ REFUSALS = [
     # Images, architecture, task.
     run("--data none.npz", 1, "No data at none.npz; expected an .npz file or a folder", "--data"),
     run("--data hollow", 1, "hollow must hold one folder per class; it holds no", "--data"),
-    run("--data flat --classes devices.toml", 1, "flat holds images without any", "--data"),
+    run("--data flat --classes masks.py", 1, "flat holds images without any", "--data"),
     run("--labels no", 2, "Unknown --labels 'no'"),
     run("--labels none --classes devices.toml", 2, "without labels, leave classes away"),
     run("--data model.pt", 1, "--data must be an .npz file or a folder of images", "--data"),
@@ -161,18 +161,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(b"something")
     for name in ("empty.pt", "empty.npz"):
         (folder / name).touch()
-    for name in (
-        "images/cat",
-        "flat",
-        "hollow",
-        "full",
-        "begun",
-        "gone",
-        "strange",
-        "toml",
-        "key",
-    ):
+    for name in ("images/cat", "hollow", "full", "begun", "gone", "strange", "toml", "key"):
         (folder / name).mkdir(parents=True)
+    (folder / "flat").mkdir()
     (folder / "flat" / "1.png").write_bytes(b"something")
     (folder / "full" / "thesis.txt").write_text("precious")
     (folder / "strange" / "study.db").write_text("SQL")
