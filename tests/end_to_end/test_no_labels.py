@@ -34,9 +34,11 @@ def make(trained: Path, tmp_path: Path) -> Make:
     """The small network of the samples' tests, pruned until it answers otherwise now and then."""
     shutil.copy(trained, tmp_path / "model.pt")
     small: dict[str, object] = {
-        "target": "host-cpu", "arch": "tests.conftest:make_conv_net", "input_shape": [1, 8, 8],
-        "constraint": {"macs": 0.25}, "trials": 3, "finalists": 1, "fine_tune_epochs": 1,
-        "batch_size": 16, "learning_rate": 1e-4, "least_squares": False, "out": tmp_path / "run",
+        "target": "raspberry-pi-5", "estimate": True, "arch": "tests.conftest:make_conv_net",
+        "input_shape": [1, 8, 8], "constraint": {"macs": 0.08}, "min_keep_ratio": 0.05,
+        "trials": 3, "finalists": 1, "fine_tune_epochs": 1, "batch_size": 16,
+        "learning_rate": 1e-4, "least_squares": False, "recalibration_images": 0,
+        "out": tmp_path / "run",
     }  # fmt: skip
 
     def make(**flags: object) -> compressor.Config:
