@@ -336,7 +336,7 @@ def read_task(config: Config) -> tuple[Criterion, Data]:
         task = load_task(config.task, beside=config.model.parent)
         return task, task_data(task)
     assert config.data is not None  # see `Config.check_goal`
-    data = read_data(config, config.data, use_labels=config.labels != NO_LABELS)
+    data = read_data(config, config.data)
     if data.class_names:
         return CLASSIFICATION, data
     if config.labels != NO_LABELS:
@@ -346,8 +346,8 @@ def read_task(config: Config) -> tuple[Criterion, Data]:
     return AGREEMENT, data
 
 
-def read_data(config: Config, source: Path, *, use_labels: bool) -> Data:
-    """The images at `source`, as `config` wants them read."""
+def read_data(config: Config, source: Path, *, use_labels: bool = True) -> Data:
+    """The images at `source`, as `config` wants them read; False for the images alone."""
     return load_data(
         source,
         image_size=config.image_size,
@@ -356,7 +356,7 @@ def read_data(config: Config, source: Path, *, use_labels: bool) -> Data:
         mean=config.mean,
         std=config.std,
         seed=config.seed,
-        use_labels=use_labels,
+        use_labels=use_labels and config.labels != NO_LABELS,
     )
 
 
