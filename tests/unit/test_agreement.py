@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.augmentation import FLIP, suitable
-from compressor.bench import features
 from compressor.chance import check_answers_differ
 from compressor.errors import DataError
 from compressor.evaluate import accuracy, drop_of, judgements, posed
@@ -20,6 +19,7 @@ from compressor.learner import Learner
 from compressor.prunable import make_prunable
 from compressor.tasks import AGREEMENT, CLASSIFICATION, Agreement, Answered, Criterion
 from compressor.training import Recipe, fine_tune
+from compressor.trials import features
 from compressor.values import LabelledImages, few
 from tests.conftest import ConvNet, blob_images, make_conv_net, randomised
 
