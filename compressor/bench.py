@@ -118,9 +118,8 @@ class Bench:
             measured: What was measured of the original on this very machine before.
         """
         self.prunable, self.space, self.data = prunable, space, data
-        self.recovery, self.criterion = recovery, criterion
-        self._device, self._on_progress = device, on_progress
-        self.described = device.describe()
+        self.recovery, self.criterion, self._on_progress = recovery, criterion, on_progress
+        self._device, self.described = device, device.describe()
         example = data.fit.model_input(slice(0, 1)).clone()
         floors = tuple(choice[0] for choice in space.choices[: len(space.groups)])
         pruned = prunable.without(space.plan((*floors, *(1 for _ in space.branches))))

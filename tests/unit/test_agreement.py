@@ -42,8 +42,12 @@ class Table:
         return self.logits[images[:, 0, 0, 0].long()]
 
 
-ORIGINAL = [[3, 1, 0], [0, 2, 1], [0, 2, 1], [1, 0, 9], [5, 4, 0], [0, 0.5, 0.4], [2, 1, 0]]
-OTHER = [[9, 0, 0], [0, 1, 0], [0, 1, 2], [0, 0, 1], [4, 5, 0], [0, 1, 0], [1, 0, 0]]
+ORIGINAL: list[list[float]] = [
+    [3, 1, 0], [0, 2, 1], [0, 2, 1], [1, 0, 9], [5, 4, 0], [0, 0.5, 0.4], [2, 1, 0],
+]  # fmt: skip
+OTHER: list[list[float]] = [
+    [9, 0, 0], [0, 1, 0], [0, 1, 2], [0, 0, 1], [4, 5, 0], [0, 1, 0], [1, 0, 0],
+]  # fmt: skip
 ALIKE = [True, True, False, True, False, True, True]
 
 
@@ -149,7 +153,7 @@ def test_what_looks_at_classes_sees_the_originals(conv_net: ConvNet) -> None:
     """Fisher ratios of channels, and augmentations that the original bears."""
     net, split = conv_net, images_of(60)
     with torch.no_grad():  # else it answers all alike
-        net.head.bias -= net(split.model_input(slice(0, 60))).mean(0)
+        net.head.bias.sub_(net(split.model_input(slice(0, 60))).mean(0))
     part = few(split, 40)
     answered = posed(lambda: net, part, batch_size=16, criterion=AGREEMENT)
     images = part.model_input(slice(0, 40))
