@@ -27,9 +27,10 @@ from torch import nn
 
 import compressor
 from benchmarks.cifar import add_inputs, load_cifar, searched_resnet56
-from compressor.bench import BATCH_SIZE, Bench
+from compressor.bench import Bench
 from compressor.evaluate import accuracy
 from compressor.recovery import Recovery, recalibrate_batch_norm
+from compressor.rows import BATCH_SIZE, one_tensor
 from compressor.training import Recipe, fine_tune
 from compressor.values import Accuracy, LabelledImages, Plan, Split
 
@@ -51,7 +52,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     data = load_cifar(args.data, 25_000, 2000, 5000)
-    example = data.fit.model_input(slice(0, 1))
+    example = one_tensor(data.fit.model_input(slice(0, 1)))
     target = compressor.load_target("host-cpu")
     prunable, space = searched_resnet56(args.model, example, target.step)
     with compressor.open_device(target) as device:

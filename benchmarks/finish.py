@@ -18,12 +18,12 @@ import torch
 
 import compressor
 from benchmarks.cifar import MEAN, STD, add_inputs, as_npz, load_cifar, load_resnet56
-from compressor.bench import BATCH_SIZE
 from compressor.config import Config
 from compressor.evaluate import accuracy
 from compressor.finalists import Place, choose, contest, train
 from compressor.job import Job
 from compressor.pipeline import searched_in
+from compressor.rows import BATCH_SIZE
 from compressor.training import halving
 
 WAYS: dict[str, dict[str, object]] = {

@@ -17,6 +17,7 @@ from compressor.datasets import load_data
 from compressor.evaluate import accuracy
 from compressor.importance import WeightNorm, channel_norms
 from compressor.recovery import recalibrate_batch_norm
+from compressor.rows import example_of
 from compressor.search.space import make_space
 from compressor.surgery import remove_channels
 from compressor.values import ChannelGroup, Role
@@ -29,7 +30,7 @@ def main() -> None:
     """Prints one row a keep ratio."""
     data = load_data(SAMPLE / "data.npz", mean=(0.1307,), std=(0.3081,))
     loaded = compressor.load_model(
-        SAMPLE / "model.pt", arch="network:digits_resnet", input_shape=data.input_shape
+        SAMPLE / "model.pt", arch="network:digits_resnet", example=example_of(data.fit)
     )
     model, example = loaded.module, loaded.example_input
     groups = compressor.channel_groups(model, example)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import compressor
-from compressor.bench import BATCH_SIZE
 from compressor.evaluate import accuracy
 from compressor.export import export_onnx
 from compressor.latency.device import Device
@@ -24,6 +23,7 @@ from compressor.latency.onnxruntime import predictor
 from compressor.latency.timing import Effort
 from compressor.prunable import Prunable, make_prunable, with_branches
 from compressor.recovery import recalibrate_batch_norm
+from compressor.rows import BATCH_SIZE, one_tensor
 from compressor.values import Data, PairedLatency, Plan, Role, Split, draw
 
 N_RANKING = 512  # images of gradients
@@ -58,14 +58,14 @@ class Setting:
         with torch.inference_mode():
             for rows in draw(split, N_SCORED).split(BATCH_SIZE):
                 images, labels = split.batch(rows)
-                answers = network(images.to(memory_format=torch.channels_last))
+                answers = network(one_tensor(images).to(memory_format=torch.channels_last))
                 n_right += int((answers.argmax(dim=1) == labels).sum())
         return n_right / N_SCORED
 
     @property
     def example(self) -> Tensor:
         """One image."""
-        return self.data.fit.model_input(slice(0, 1))
+        return one_tensor(self.data.fit.model_input(slice(0, 1)))
 
 
 Prune = Callable[[Setting, float], nn.Module]
@@ -188,7 +188,7 @@ def fastnas(step: int) -> Prune:
 def _calibration(fit: Split) -> Iterator[tuple[Tensor]]:
     """What FastNAS takes batch-norm statistics of, for every candidate."""
     for rows in draw(fit, 256).split(64):
-        yield (fit.model_input(rows),)
+        yield (one_tensor(fit.model_input(rows)),)
 
 
 def uniform_widths(setting: Setting, strength: float) -> nn.Module:

@@ -40,6 +40,7 @@ from compressor.environment import cpu_name
 from compressor.goals import ASK_FOR_FEATURES, MACS
 from compressor.graph.costs import layer_costs
 from compressor.recovery import Recovery
+from compressor.rows import one_tensor
 from compressor.search import STRATEGIES
 from compressor.search.bocr import Bocr
 from compressor.search.objective import (
@@ -86,7 +87,7 @@ def main() -> None:
 def run_all(args: argparse.Namespace) -> None:
     """Every strategy and seed that the CSV file lacks."""
     data = load_cifar(args.data, N_FIT, N_SEARCH, 0)
-    example = data.fit.model_input(slice(0, 1))
+    example = one_tensor(data.fit.model_input(slice(0, 1)))
     target = compressor.load_target("host-cpu")
     prunable, space = searched_resnet56(args.model, example, target.step)
     known = {(r["task"], r["trials"], r["strategy"], r["seed"]) for r in read_rows(args.csv)}

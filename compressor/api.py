@@ -25,11 +25,12 @@ from compressor.errors import (
     unknown_name,
 )
 from compressor.export import export_onnx
+from compressor.exporter import whole_inputs
 from compressor.graph import channel_groups
 from compressor.graph.branches import residual_branches
 from compressor.graph.costs import ran
 from compressor.importance import IMPORTANCES
-from compressor.job import read_data, read_model
+from compressor.job import read_model, read_part, read_task
 from compressor.latency.device import OPENING, TIMING_BOTH, open_device
 from compressor.latency.layers import Profiled, layer_rows, profiled
 from compressor.latency.probe import probe, save
@@ -49,6 +50,7 @@ from compressor.prunable import (
 )
 from compressor.report import text_report, trials_json, trials_report
 from compressor.report.html import html_report
+from compressor.rows import example_of
 from compressor.search.dashboard import Dashboard, dashboard_of
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
@@ -66,9 +68,10 @@ from compressor.values import (
     Role,
     Staircase,
     Target,
+    call,
 )
 
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # (images, labels), anew at each call
+Batches = Callable[[], Iterable[tuple[Example, Tensor]]]  # (inputs, labels), anew at each call
 
 
 def prune(
@@ -135,7 +138,7 @@ def _plan(
     def losses(network: nn.Module) -> Iterator[Tensor]:
         assert batches is not None
         for images, labels in batches():
-            yield F.cross_entropy(network(images), labels)
+            yield F.cross_entropy(call(network, images), labels)
 
     scores = IMPORTANCES[importance].scores(
         prunable.module, prunable.groups, None if batches is None else losses
@@ -161,19 +164,24 @@ def load_compressed(
             names is not called unless you name it here: a file must not decide what code is run.
         arch_args: Keyword arguments of the factory; the run's own where not given.
         original: The original network itself, where the run read a module or a `.pt2` program:
-            `load_model(...).module`.
+            `load_model(...).module`; or the part of it that the task's `network` returned.
 
     Raises:
         ModelError: The file is not a `model.pt` of a run, or does not fit the original.
     """
     saved = read_checkpoint(path)
+    if original is None and saved.get("part_of"):
+        raise ModelError(
+            f"{path} is a part of its model, the one that `network` of the task "
+            f"{saved['part_of']!r} returns; name it: original=task.network(model)."
+        )
     if original is None and arch is None:
         how = f"arch={saved['arch']!r}" if saved["arch"] else "original=load_model(...).module"
         raise ModelError(f"{path} can be rebuilt with {how}; name it.")
     if original is None:
         assert arch is not None
         original = build(arch, dict(arch_args or saved["arch_args"]), beside=path.parent).eval()
-    example = torch.zeros(1, *saved["input_shape"])
+    example = saved.get("example", torch.zeros(1, *saved["input_shape"]))
     if saved.get("form") in (TRACED, PROGRAM):
         original = in_form(original, saved["form"], example)
     plan = Plan(
@@ -202,12 +210,15 @@ def inspect_model(
     Raises:
         CompressorError: As for `compress`.
     """
-    shape = config.input_shape
-    if shape is None and config.data is not None:
+    has_data = config.data is not None or config.task is not None
+    if has_data and (config.input_shape is None or config.task is not None):
         on_progress(Progress("Reading the images", 0, 1))
-        shape = read_data(config, config.data, use_labels=False).input_shape
-    on_progress(Progress("Reading the model", 0, 1))
-    loaded = read_model(config, shape)
+        criterion, data = read_task(config, use_labels=False)
+        on_progress(Progress("Reading the model", 0, 1))
+        loaded = read_part(config, criterion, example_of(data.fit))
+    else:
+        on_progress(Progress("Reading the model", 0, 1))
+        loaded = read_model(config, None)
     on_progress(Progress("Finding channel groups", 0, 1))
     prunable = make_prunable(loaded.module, loaded.example_input)
     on_progress(Progress("Finding residual branches", 0, 1))
@@ -244,7 +255,7 @@ def explain(
             on_progress(Progress("Exporting both networks", i, 2))
             export_onnx(network, example, file, target=target)
         on_progress(Progress(OPENING, 0, 1))
-        with open_device(target) as device:
+        with open_device(target, whole_inputs(loaded.module, example)) as device:
             models: list[Profiled] = []
             expected: dict[str, float] = {}
             for network, file in zip(networks, files, strict=True):

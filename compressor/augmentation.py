@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.rows import is_images
 from compressor.values import Split
 
 FLIP, CROP, JITTER, ERASE = "flip", "crop", "jitter", "erase"
@@ -62,13 +63,17 @@ def augmented(images: Tensor, names: Sequence[str], generator: torch.Generator) 
 def suitable(model: nn.Module, split: Split) -> tuple[str, ...]:
     """The augmentations that the network was trained to bear: it answers as well under them.
 
-    Digits must not be flipped, photographs may be; nobody has to say which these are.
+    Digits must not be flipped, photographs may be; nobody has to say which these are. Nothing is
+    known of inputs that are no images.
 
     Args:
         model: The original.
         split: At most `N_TRIED_IMAGES`, with the classes that are right.
     """
     images, labels = split.batch(slice(0, N_TRIED_IMAGES))
+    if not is_images(images):
+        return ()
+    assert isinstance(images, Tensor)
 
     def share_right(names: Sequence[str]) -> float:
         seen = augmented(images, names, torch.Generator().manual_seed(0))

@@ -4,7 +4,6 @@ The measuring half of the pipeline: surgery, recovery, export, evaluation and la
 """
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +13,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compressor.containers import map_tensors
+from compressor.containers import answers_in, map_tensors
 from compressor.errors import MeasurementError
-from compressor.evaluate import Predict, accuracy, check_agree, judgements, memory_format, posed
+from compressor.evaluate import (
+    Predict,
+    accuracy,
+    check_agree,
+    check_alike,
+    judgements,
+    memory_format,
+    posed,
+)
 from compressor.export import candidate_writer
 from compressor.graph import outputs
 from compressor.graph.costs import ran
@@ -30,6 +37,7 @@ from compressor.latency.timing import FINAL, FINALIST, TRIAL, Effort
 from compressor.least_squares import LeastSquares, gather
 from compressor.prunable import Prunable
 from compressor.recovery import Recovery, recalibrate_batch_norm
+from compressor.rows import BATCH_SIZE, arranged, images_at_once, repeated
 from compressor.running import is_norm
 from compressor.search.objective import TimedPlan
 from compressor.search.space import SearchSpace, Widths, design
@@ -40,19 +48,18 @@ from compressor.values import (
     TIMING_LAYERS,
     Accuracy,
     Data,
+    Example,
     LayerRow,
     Original,
     PairedLatency,
     Plan,
     Progress,
     ProgressCallback,
-    Split,
     Target,
+    call,
     draw,
 )
 
-BATCH_SIZE = 50  # of accuracy, at most; larger batches leave the cache and gain nothing
-BATCH_NUMBERS = BATCH_SIZE * 3 * 224 * 224  # of a batch's images, at most
 N_COMPARED = 8  # real images, for which the original and its file answer alike
 N_PROOF_IMAGES = 32  # real images that engines must agree on
 N_REPAIR_IMAGES, LEAST_REPAIR_IMAGES = 1000, 100  # whose patches least squares looks at
@@ -71,10 +78,6 @@ _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 
 Once = Callable[[str, Callable[[], PairedLatency]], PairedLatency]
-
-
-def _always(_what: str, measure: Callable[[], PairedLatency]) -> PairedLatency:
-    return measure()
 
 
 class Bench:
@@ -120,11 +123,11 @@ class Bench:
         self.prunable, self.space, self.data = prunable, space, data
         self.recovery, self.criterion, self._on_progress = recovery, criterion, on_progress
         self._device, self.described = device, device.describe()
-        example = data.fit.model_input(slice(0, 1)).clone()
+        example = data.fit.model_input(slice(0, 1))
         floors = tuple(choice[0] for choice in space.choices[: len(space.groups)])
         pruned = prunable.without(space.plan((*floors, *(1 for _ in space.branches))))
         self.batch_size = images_at_once(data.fit)
-        batch = example.expand(self.batch_size, *example.shape[1:]).contiguous()
+        batch = repeated(example, self.batch_size)
         self.like = outputs(prunable.module, example)
         self.seconds: dict[str, float] = {}
         with timed(self.seconds, CHECKING):
@@ -161,16 +164,17 @@ class Bench:
         """What was measured of it."""
         return Original(self.noise_floor, self.original_accuracy, self.seconds)
 
-    def _check_files(self, plan: Plan, batch: Tensor) -> None:
+    def _check_files(self, plan: Plan, batch: Example) -> None:
         """The original's file must answer like torch, and that of a plan without branches, too."""
         file = predictor(self._original_onnx, n_threads=n_cores(), like=self.like)
         images = self.data.search.model_input(slice(0, N_COMPARED))
         check_agree("The original in torch and its ONNX file", self.prunable.module, file, images)
         if plan.dropped:  # its graph is an edited one
             compact = self.prunable.without(plan)
-            one = map_tensors(lambda each: each[:1], self.predictor_of(compact)(batch))
+            both = compact, self.predictor_of(compact)
             with torch.inference_mode():
-                check_agree("torch and ONNX Runtime", compact, lambda _: one, batch[:1])
+                want, have = (answers_in(call(each, batch)) for each in both)
+            check_alike("torch and ONNX Runtime disagree", want, have, self.batch_size)
 
     @cached_property
     def original_accuracy(self) -> Accuracy:
@@ -224,7 +228,7 @@ class Bench:
             self._fitted = gather(self.prunable.module, self.prunable.groups, batches)
         return self.n_repair_images
 
-    def _repair_batches(self, has_time: Callable[[], bool]) -> Iterator[Tensor]:
+    def _repair_batches(self, has_time: Callable[[], bool]) -> Iterator[Example]:
         drawn, n = draw(self.data.fit, N_REPAIR_IMAGES)[: self.n_repair_images], 0
         for rows in drawn.split(self.batch_size):
             if n >= LEAST_REPAIR_IMAGES and not has_time():
@@ -271,7 +275,7 @@ class Bench:
 
     def layers(self, original: Path, candidate: Path, compact: nn.Module) -> tuple[LayerRow, ...]:
         """What every layer takes on the device; empty where it does not tell."""
-        example = self.data.fit.model_input(slice(0, 1)).clone()
+        example = self.data.fit.model_input(slice(0, 1))
         networks = (original, self.prunable.module), (candidate, compact)
         try:
             before, after = (
@@ -288,7 +292,7 @@ class Bench:
         seed: int,
         *,
         at_most: int,
-        once: Once = _always,
+        once: Once = lambda _what, measure: measure(),
         has_time: Callable[[], bool] = lambda: True,
     ) -> list[TimedPlan]:
         """Plans timed before the search: the fastest one, and some that differ in everything.
@@ -339,8 +343,8 @@ class Bench:
         split = self.data.search
         rows = draw(split, N_HARM_IMAGES * self.batch_size // BATCH_SIZE)
         with torch.inference_mode():
-            images = split.model_input(rows).to(memory_format=self.memory_format)
-            answers = model.to(memory_format=self.memory_format)(images)
+            images = arranged(split.model_input(rows), self.memory_format)
+            answers = call(model.to(memory_format=self.memory_format), images)
         return map_tensors(lambda t: t.double() if t.is_floating_point() else t, answers)
 
     def accuracy(self, model: nn.Module) -> Accuracy:
@@ -375,11 +379,6 @@ def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module
     compact = prunable.without(plan)
     oracle = prunable.masked(plan)
     return compact, check_agree("Own surgery and the masked original", compact, oracle, images)
-
-
-def images_at_once(split: Split) -> int:
-    """Images in a batch: `BATCH_SIZE`, or fewer where they are large."""
-    return max(1, min(BATCH_SIZE, BATCH_NUMBERS // math.prod(split.input_shape)))
 
 
 def n_cores() -> int:

@@ -19,8 +19,9 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from compressor.errors import DataError
+from compressor.running import cloned
 from compressor.tasks import Answered
-from compressor.values import Split, batches
+from compressor.values import Split, batches, call, full_batches
 
 EXPLAINS = 0.5  # of the images right in another order, and better than chance: that is it
 FAR_MORE = 1.5  # times as many right as in the given order
@@ -29,7 +30,7 @@ WELL_ABOVE = 1.25  # times chance: few images cannot tell, but it looks better
 N_NAMED = 6  # classes in a message
 NEARLY_ALL = 0.9  # of the images in one class: agreement says little
 
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[..., Tensor]
 logger = logging.getLogger(__name__)
 
 Labels = npt.NDArray[np.int64]
@@ -47,7 +48,7 @@ def check_better_than_chance(
     classes of their share among the answers times that among the labels.
 
     Args:
-        predict: Images to logits `(batch_size, n_outputs)`.
+        predict: Inputs to logits `(batch_size, n_outputs)`.
         split: Images and labels.
         class_names: In the order of the labels.
         n_right: Of `split`.
@@ -125,11 +126,8 @@ def _answers(predict: Predict, split: Split, batch_size: int) -> tuple[Labels, i
     """The class that each image is taken for, and how many the network knows."""
     found, n_outputs = [], 0
     with torch.inference_mode():
-        for images, _ in batches(split, batch_size):
-            n_missing = batch_size - len(images)
-            if n_missing:
-                images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
-            logits = predict(images.clone())[: batch_size - n_missing]
+        for images, _, n_new in full_batches(split, batch_size):
+            logits = call(predict, cloned(images))[:n_new]
             n_outputs = logits.shape[1]
             found.append(logits.argmax(dim=1).numpy())
     return np.concatenate(found), n_outputs

@@ -1,8 +1,8 @@
 """A model's answers + data -> accuracy with its standard error; and do two models agree.
 
-Whatever answers is a function from images `(batch, c, h, w)` to what the model returns, for
-classification logits `(batch, n_classes)`: a torch module in eval mode, or a session of any
-runtime.
+Whatever answers is called as the network is, with tensors of `(batch, ...)`, and returns what the
+network does, for classification logits `(batch, n_classes)`: a torch module in eval mode, or a
+session of any runtime.
 
 [efron1982] Efron, The Jackknife, the Bootstrap and Other Resampling Plans, SIAM 1982.
 """
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.containers import answers_in, map_tensors, tensors_in
+from compressor.containers import answers_in, tensors_in
 from compressor.errors import EquivalenceError, MeasurementError, TaskError
+from compressor.rows import arranged, each_alone, holds_maps, n_rows
 from compressor.running import cloned
 from compressor.tasks import CLASSIFICATION, Criterion
-from compressor.values import Accuracy, Split, batches
+from compressor.values import Accuracy, Example, Split, call, full_batches
 
-Predict = Callable[[Tensor], Any]
+Predict = Callable[..., Any]
 
 N_PARTS = 50  # of the images, each left out once by the jackknife
 
@@ -41,9 +42,9 @@ def accuracy(
     """Accuracy on all of `split`, with what its standard error follows from.
 
     Args:
-        predict: Images to answers.
-        split: Images and what is to be answered.
-        batch_size: Every call gets exactly this many; the last batch is padded.
+        predict: Inputs to answers.
+        split: Inputs and what is to be answered.
+        batch_size: Every call gets exactly this many; the last batch is filled up.
         criterion: What answers are judged by.
         original: The original's metric, of a task that is no classification; None where this is
             the original.
@@ -73,8 +74,8 @@ def judgements(
     """What `criterion` says of every image of `split`; see `accuracy`."""
     found: list[Any] = []
     with torch.inference_mode():
-        for answers, targets in _answered(predict, split, batch_size):
-            found += criterion.judge(answers, targets)
+        for answers, targets, n_new in _answered(predict, split, batch_size):
+            found += criterion.judge(answers, targets)[:n_new]
     return found
 
 
@@ -94,25 +95,20 @@ def posed(
     """
 
     def answers() -> Iterator[Any]:
-        for each, _ in _answered(original(), split, batch_size):
-            yield each
+        for each, _, n_new in _answered(original(), split, batch_size):
+            yield each[:n_new]
 
     with torch.no_grad():  # and not in inference mode: gradients may be taken with these targets
         return criterion.posed(split, answers())
 
 
-def _answered(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """Answers and targets, batch by batch."""
-    for images, targets in batches(split, batch_size):
-        n_missing = batch_size - len(images)
-        if n_missing:
-            images = torch.cat([images, images[:1].expand(n_missing, -1, -1, -1)])
-        answers = predict(cloned(images))
-        if n_missing:
-            answers = map_tensors(lambda each: each[:-n_missing], answers)  # noqa: B023
+def _answered(predict: Predict, split: Split, batch_size: int) -> Iterator[tuple[Any, Any, int]]:
+    """Answers, targets, and how many of them count, batch by batch; see `full_batches`."""
+    for inputs, targets, n_new in full_batches(split, batch_size):
+        answers = call(predict, cloned(inputs))
         if not all(each.isfinite().all() for each in tensors_in(answers)):
             raise MeasurementError("The network's answers to real images are not finite.")
-        yield answers, targets
+        yield answers, targets, n_new
 
 
 def drop_of(
@@ -164,34 +160,36 @@ def _jackknife_error(values: Sequence[float]) -> float:
     return float(np.sqrt((len(values) - 1) * np.var(values)))
 
 
-def memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
+def memory_format(model: nn.Module, images: Example) -> torch.memory_format:
     """Channels-last, in which torch is up to 1.6 times faster here, where `model` can run in it.
 
-    Networks that call `view` on feature maps cannot.
+    Networks that call `view` on feature maps cannot, and what reads no maps has no such layout.
 
     Args:
         model: Not changed.
-        images: `(batch, c, h, w)`, as the model takes them.
+        images: `(batch, c, h, w)`, as the model takes them; other inputs have no layout.
     """
-    arranged = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    if not holds_maps(images):
+        return torch.contiguous_format
+    rearranged = copy.deepcopy(model).to(memory_format=torch.channels_last)
     try:
         with torch.inference_mode():
-            arranged(cloned(images).to(memory_format=torch.channels_last))
+            call(rearranged, arranged(cloned(images), torch.channels_last))
     except RuntimeError:
         return torch.contiguous_format
     return torch.channels_last
 
 
 def check_agree(
-    what: str, expected: Predict, got: Predict, images: Tensor, *, tolerance: float = TOLERANCE
+    what: str, expected: Predict, got: Predict, images: Example, *, tolerance: float = TOLERANCE
 ) -> float:
     """Largest absolute difference of two models' outputs on `images`, which must be small.
 
     Args:
         what: The two engines, for the message.
-        expected: Images to logits.
-        got: Images to logits; called with one image at a time.
-        images: `(n, c, h, w)`, real ones, as the models take them.
+        expected: Inputs to answers.
+        got: Inputs to answers; called with one input at a time.
+        images: `(n, ...)`, real ones, as the models take them.
         tolerance: Of the largest output.
 
     Raises:
@@ -200,17 +198,37 @@ def check_agree(
     """
     try:
         with torch.inference_mode():
-            want = answers_in(expected(cloned(images)))
-            alone = [answers_in(got(cloned(image[None]))) for image in images]
-            have = [torch.cat(each) for each in zip(*alone, strict=True)]
+            want = answers_in(call(expected, cloned(images)))
+            alone = [answers_in(call(got, cloned(image))) for image in each_alone(images)]
+            parts = list(zip(*alone, strict=True))
+            have = [
+                torch.cat(part, dim=_batch_dim(whole, part))
+                for whole, part in zip(want, parts, strict=False)
+            ]
+            have += [torch.cat(part) for part in parts[len(want) :]]
     except (RuntimeError, ValueError, IndexError) as err:
         raise EquivalenceError(
             f"{what} cannot be compared: one fails on real images: {err}"
         ) from err
+    return check_alike(f"{what} disagree", want, have, n_rows(images), tolerance=tolerance)
+
+
+def check_alike(
+    what: str, want: list[Tensor], have: list[Tensor], n: int, *, tolerance: float = TOLERANCE
+) -> float:
+    """Largest absolute difference of two models' answers; see `check_agree`.
+
+    Args:
+        what: Of the message, which says that they disagree.
+        want: Answers of the one model.
+        have: Answers of the other.
+        n: Inputs, for the message.
+        tolerance: Of the largest output.
+    """
     shapes = [[tuple(t.shape) for t in side] for side in (want, have)]
     if shapes[0] != shapes[1]:
         wanted, got_ = (", ".join(map(str, side)) for side in shapes)
-        raise EquivalenceError(f"{what} disagree: outputs are {wanted} and {got_}.")
+        raise EquivalenceError(f"{what}: outputs are {wanted} and {got_}.")
     pairs = list(zip(want, have, strict=True))
     errors = [float((h.double() - w.double()).abs().max()) for w, h in pairs]
     largest = [float(w.abs().max()) for w in want]
@@ -219,7 +237,14 @@ def check_agree(
     for error, most in zip(errors, largest, strict=True):
         if error > tolerance * max(1.0, most):
             raise EquivalenceError(
-                f"{what} disagree: outputs differ by up to {error:.3g} where the largest is "
-                f"{most:.3g} ({len(images)} real images). No model was written."
+                f"{what}: outputs differ by up to {error:.3g} where the largest is "
+                f"{most:.3g} ({n} real images). No model was written."
             )
     return max(errors)
+
+
+def _batch_dim(whole: Tensor, alone: Sequence[Tensor]) -> int:
+    """Along which inputs lie in an answer to all of them, beside answers to each; 0 in doubt."""
+    sizes = zip(whole.shape, alone[0].shape, strict=False)
+    differing = [dim for dim, (of_all, of_one) in enumerate(sizes) if of_all != of_one]
+    return differing[0] if len(differing) == 1 else 0

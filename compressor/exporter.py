@@ -16,7 +16,7 @@ import re
 import string
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,13 @@ def ways(limits: Limits, refusals: list[ExportError]) -> Iterator[Way]:
 
 
 def written(
-    model: nn.Module, example_input: Example, answer: Any, way: Way, *, fold: bool
+    model: nn.Module,
+    example_input: Example,
+    answer: Any,
+    way: Way,
+    *,
+    fold: bool,
+    names: Sequence[str] = (),
 ) -> bytes:
     """The ONNX file of `model`, as one of torch's exporters writes it for `example_input`.
 
@@ -124,15 +130,18 @@ def written(
         way: Which exporter, and which operator set.
         fold: Whether constants are computed and batch-norms folded; the names of the initialisers
             are those of the state_dict otherwise.
+        names: Of the inputs, in the order in which the network takes them; see `names_in`.
 
     Raises:
         UnwritableError: The network has an operation that this way has not.
         ExportError: The network returns no tensor, or the file has not the opset asked for.
     """
+    names = list(names or names_in(_ordered(model, example_input)))
     if not (_is_plain(answer) and _is_plain_input(model, example_input)):
         flat = _Flat(model, example_input, answer)
         plain = tuple(_tensors_of(answer))
-        return _without_prefix(written(flat, flat.given, plain, way, fold=fold), "inner.")
+        content = written(flat, flat.given, plain, way, fold=fold, names=names)
+        return _without_prefix(content, "inner.")
     args, kwargs = (example_input if isinstance(example_input, tuple) else (example_input,)), None
     if isinstance(example_input, dict):
         args, kwargs = (), cloned(example_input)
@@ -140,7 +149,7 @@ def written(
     try:
         with warnings.catch_warnings(), _silence():
             warnings.simplefilter("ignore")  # they announce their own age at every call
-            content = write(model, cloned(args), kwargs, way.opset, fold)
+            content = write(model, cloned(args), kwargs, names, way.opset, fold)
     except (torch.onnx.errors.OnnxExporterError, *FORWARD_FAILURES) as err:
         raise UnwritableError(_name(model), way, str(err)) from err
     return _small_letters(content) if b"Einsum" in content else content
@@ -173,7 +182,9 @@ def refused(
     )
 
 
-def _by_first(model: nn.Module, args: Any, kwargs: Any, opset: int, fold: bool) -> bytes:
+def _by_first(
+    model: nn.Module, args: Any, kwargs: Any, names: list[str], opset: int, fold: bool
+) -> bytes:
     register(opset)
     if args and isinstance(args[-1], dict):
         args = (*args, {})  # or the exporter took it for keyword arguments
@@ -181,15 +192,17 @@ def _by_first(model: nn.Module, args: Any, kwargs: Any, opset: int, fold: bool) 
     mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
     torch.onnx.export(
         model, args, buffer, kwargs=kwargs, dynamo=False, opset_version=opset,
-        input_names=[INPUT], output_names=[OUTPUT], training=mode, do_constant_folding=fold,
+        input_names=names, output_names=[OUTPUT], training=mode, do_constant_folding=fold,
     )  # fmt: skip
     content: bytes = buffer.getvalue()
     return content
 
 
-def _by_second(model: nn.Module, args: Any, kwargs: Any, opset: int, fold: bool) -> bytes:
+def _by_second(
+    model: nn.Module, args: Any, kwargs: Any, names: list[str], opset: int, fold: bool
+) -> bytes:
     program = torch.onnx.export(
-        model, args, kwargs=kwargs, dynamo=True, opset_version=opset, input_names=[INPUT],
+        model, args, kwargs=kwargs, dynamo=True, opset_version=opset, input_names=names,
         output_names=[OUTPUT], optimize=fold, verbose=False,
     )  # fmt: skip
     assert program is not None
@@ -239,7 +252,7 @@ def _name(model: nn.Module) -> str:
 
 def _place(model: nn.Module, example: Example, operation: str) -> str:
     """Where the first such operation is: " in LAYER (FILE, line N)"; "" where it is not found."""
-    ordered = in_order(model, example) if isinstance(example, dict) else example
+    ordered = _ordered(model, example)
     kind = operation if "::" in operation else f"aten::{operation.removeprefix('aten.')}"
     wrapped = _Flat(model, ordered, None)
     try:
@@ -336,6 +349,25 @@ def _small_letters(content: bytes) -> bytes:
     return renamed
 
 
+def names_in(example: Example) -> list[str]:
+    """What the file calls inputs: `input`; or `input_0`, `input_1`, ...; or as arguments are."""
+    if isinstance(example, Tensor):
+        return [INPUT]
+    if isinstance(example, dict):
+        parts = example.items()
+    else:
+        parts = {f"{INPUT}_{i}": each for i, each in enumerate(example)}.items()
+    found = []
+    for name, part in parts:
+        n_leaves = len(_inputs(part))
+        found += [name] if n_leaves == 1 else [f"{name}_{i}" for i in range(n_leaves)]
+    return found
+
+
+def _ordered(model: nn.Module, example: Example) -> Example:
+    return in_order(model, example) if isinstance(example, dict) else example
+
+
 def in_order(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
     """The inputs in the order of the forward pass's parameters, as the exporter writes them."""
     bound = inspect.signature(model.forward).bind(**example)
@@ -344,10 +376,19 @@ def in_order(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
 
 def inputs_in(model: nn.Module, example: Example) -> list[Tensor]:
     """The tensors of an example in the order of the file's inputs; Python's numbers are inputs."""
-    ordered = in_order(model, example) if isinstance(example, dict) else example
-    leaves, _ = torch.utils._pytree.tree_flatten(ordered)
     return [
         leaf.detach() if isinstance(leaf, Tensor) else torch.tensor(leaf)
-        for leaf in leaves
-        if isinstance(leaf, (Tensor, bool, int, float))
+        for leaf in _inputs(_ordered(model, example))
     ]
+
+
+def whole_inputs(model: nn.Module, example: Example) -> dict[str, Any]:
+    """Name in the file -> value, of every input of whole numbers, as NumPy arrays."""
+    names = names_in(_ordered(model, example))
+    named = dict(zip(names, inputs_in(model, example), strict=True))
+    return {name: t.numpy() for name, t in named.items() if not t.is_floating_point()}
+
+
+def _inputs(example: Any) -> list[Any]:
+    leaves = torch.utils._pytree.tree_leaves(example)
+    return [leaf for leaf in leaves if isinstance(leaf, (Tensor, bool, int, float))]

@@ -7,20 +7,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from compressor.values import ChannelGroup, Role
+from compressor.values import ChannelGroup, Example, Role, call
 from compressor.watching import watched
 
 FloatArray = npt.NDArray[np.float64]
 
 
 def channel_maps(
-    model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[tuple[Example, Tensor]]
 ) -> dict[str, tuple[FloatArray, FloatArray]]:
     """Group's name -> (mean maps, Fisher ratios) of what its first producer writes.
 
-    Mean maps are `(n_channels, h, w)`, before any norm; Fisher ratios `(n_channels,)`, the
-    variance of the pooled maps between classes divided by that within them. Groups whose channels
-    are no maps, or stand for several positions, are left out.
+    Mean maps are `(n_channels, h, w)`, of signals `(n_channels, length)` and so on, before any
+    norm; Fisher ratios `(n_channels,)`, the variance of the pooled maps between classes divided by
+    that within them. Groups whose channels are no maps, or stand for several positions, are left
+    out.
 
     Args:
         model: In eval mode; not changed.
@@ -30,19 +31,20 @@ def channel_maps(
     producers = {
         g.modules(Role.PRODUCER)[0]: g for g in groups if g.locked_because is None and g.unit == 1
     }
+    layers = dict(model.named_modules())
     sums: dict[str, Tensor] = {}
     pooled: dict[str, list[Tensor]] = {}
 
     def add(name: str, _read: Tensor, answer: Tensor) -> None:
-        if answer.ndim == 4:
+        if isinstance(layers[name], nn.modules.conv._ConvNd):
             total = answer.double().sum(dim=0)
             sums[name] = sums[name] + total if name in sums else total
-            pooled.setdefault(name, []).append(answer.double().mean(dim=(2, 3)))
+            pooled.setdefault(name, []).append(answer.double().flatten(2).mean(dim=2))
 
     labels = []
     with watched(model, producers, add), torch.inference_mode():
         for images, of_images in batches:
-            model(images)
+            call(model, images)
             labels.append(of_images)
     classes = torch.cat(labels).numpy()
     found = {}

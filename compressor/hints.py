@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.values import Kept
+from compressor.containers import tensors_in
+from compressor.running import cloned
+from compressor.values import Example, Kept, call
 from compressor.watching import See, watched
 
 Read = dict[str, Tensor]
@@ -25,14 +27,14 @@ NO_HINTS: Hints = {}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def choose_hints(original: nn.Module, pruned: nn.Module, kept: Kept, example: Tensor) -> Hints:
+def choose_hints(original: nn.Module, pruned: nn.Module, kept: Kept, example: Example) -> Hints:
     """The last layer of both networks that reads maps of each size.
 
     Args:
         original: In eval mode.
         pruned: The same with fewer channels and layers.
         kept: (tensor, dimension) -> which positions of the original's tensor are left.
-        example: `(1, c, h, w)`.
+        example: As both take it.
     """
     last: dict[torch.Size, str] = {}
     left = _read_by(pruned, example)
@@ -75,18 +77,19 @@ def hint_loss(student: nn.Module, hints: Hints, read: Read, wanted: Read) -> Ten
     return torch.stack(losses).mean()
 
 
-def _read_by(network: nn.Module, example: Tensor) -> Read:
-    """What every layer reads whose weight has a column for each channel of it, but the image."""
+def _read_by(network: nn.Module, example: Example) -> Read:
+    """What every layer reads whose weight has a column for each channel of it, but the inputs."""
     plain = [
         name
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Linear) or (isinstance(layer, CONVOLUTIONS) and layer.groups == 1)
     ]
     read: Read = {}
-    own = example.clone()  # the network may write over it
+    own = cloned(example)  # the network may write over it
     with watched(network, plain, keep(read)), torch.inference_mode():
-        network(own)
-    return {name: tensor for name, tensor in read.items() if tensor is not own}
+        call(network, own)
+    given = {id(tensor) for tensor in tensors_in(own)}
+    return {name: tensor for name, tensor in read.items() if id(tensor) not in given}
 
 
 def _map_size(layer: nn.Module, read: Tensor) -> torch.Size:

@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from compressor import border
 from compressor.augmentation import N_TRIED_IMAGES, suitable
-from compressor.bench import check_surgery, images_at_once
+from compressor.bench import check_surgery
 from compressor.config import AUTO, NO_LABELS, Config, make_config
-from compressor.containers import answers_in
-from compressor.datasets import WAY_OUT, load_data
-from compressor.errors import ConfigError, DataError, TaskError, TrainingError
+from compressor.datasets import load_data
+from compressor.errors import ConfigError, TrainingError
 from compressor.evaluate import memory_format, posed
-from compressor.graph import outputs
 from compressor.hints import NO_HINTS, choose_hints
 from compressor.importance import IMPORTANCES
 from compressor.latency.targets import load_target
+from compressor.matching import check_outputs, check_whole_numbers
 from compressor.prunable import Prunable, load_model, make_prunable, with_branches
 from compressor.recovery import Recovery
+from compressor.rows import example_of, images_at_once, is_images
 from compressor.search.space import SearchSpace, make_space
 from compressor.tasks import (
     AGREEMENT,
@@ -39,6 +39,7 @@ from compressor.values import (
     READING,
     ChannelGroup,
     Data,
+    Example,
     LoadedModel,
     Plan,
     Progress,
@@ -46,6 +47,8 @@ from compressor.values import (
     Split,
     Target,
     batches,
+    call,
+    example_shapes,
     few,
 )
 
@@ -118,6 +121,11 @@ class Job:
     def augmentations(self) -> tuple[str, ...]:
         """What becomes of images while the network is trained."""
         if self.config.augment != AUTO:
+            if self.config.augment and not is_images(self.example):
+                raise ConfigError(
+                    f"--augment changes images, (n, c, h, w); the inputs here are "
+                    f"{example_shapes(self.example)}. Leave it away."
+                )
             return tuple(self.config.augment)
         if not self.criterion.is_share:  # its dataset's own business
             return ()
@@ -130,9 +138,8 @@ class Job:
         return self.prunable.groups
 
     @property
-    def example(self) -> Tensor:
-        """`(1, c, h, w)`; `prepare` has checked that the model takes one tensor."""
-        assert isinstance(self.loaded.example_input, Tensor)
+    def example(self) -> Example:
+        """One input, as the model takes it."""
         return self.loaded.example_input
 
 
@@ -164,13 +171,11 @@ def prepare(
     criterion, data = read_task(config)
     if criterion is AGREEMENT:  # which may have come to light just now
         config = make_config(dict(config) | {"labels": NO_LABELS})
-    if config.input_shape is not None and config.input_shape != data.input_shape:
-        raise ConfigError(
-            f"--input-shape is {config.input_shape}, but the images are {data.input_shape}."
-        )
+    example = example_of(data.fit)
     tell(1, "the model")
-    loaded = read_model(config, data.input_shape)
-    _check_outputs(loaded, data, criterion, config)
+    loaded = read_part(config, criterion, example)
+    check_whole_numbers(loaded.module, data)
+    check_outputs(loaded, data, criterion, config)
     tell(2, "channel groups")
     prunable = make_prunable(loaded.module, loaded.example_input)
     if config.depth:
@@ -190,6 +195,7 @@ def prepare(
         branches=prunable.branches,
     )
     job = Job(config, target, loaded, criterion, data, prunable, space)
+    _ = config.augment == AUTO or job.augmentations
     tell(5, "whether the narrowest network answers rightly")
     check_surgery(prunable, space.plan(space.narrowest), data)
     tell(6, "whether networks can be trained")
@@ -244,7 +250,7 @@ def _one_step(job: Job, what: str, plan: Plan, layout: torch.memory_format) -> f
     )  # fmt: skip
     if recipe.hints:
         kept = job.prunable.kept_positions(plan)
-        hints = choose_hints(job.model, network, kept, job.example.clone())
+        hints = choose_hints(job.model, network, kept, job.example)
     try:
         return check_step(
             network, job.data.fit, recipe,
@@ -266,80 +272,19 @@ def posed_part(split: Split, n: int, original: nn.Module, criterion: Criterion) 
 def _ranking_losses(some: Split, criterion: Criterion, network: nn.Module) -> Iterator[Tensor]:
     """What importance may look at: losses on some images."""
     for images, targets in batches(some, images_at_once(some)):
-        yield criterion.loss(network(images), targets)
+        yield criterion.loss(call(network, images), targets)
 
 
-def _check_outputs(loaded: LoadedModel, data: Data, criterion: Criterion, config: Config) -> None:
-    """Raises `DataError` where the model's answers cannot be judged."""
-    if not isinstance(loaded.example_input, Tensor):
-        raise DataError("The model takes several inputs; images alone cannot rank its plans.")
-    output = outputs(loaded.module, loaded.example_input)
-    if isinstance(criterion, OwnTask):
-        _check_task(loaded.module, data.search, criterion)
-        return
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise DataError(
-            f"The model must return one tensor of logits, shape (1, n_classes); it returns "
-            f"{what}. A network that is no classifier needs --task package.module:object."
-        )
-    n_classes, n_logits = len(data.class_names), output.shape[1]
-    if criterion is AGREEMENT:
-        if n_logits < 2:
-            raise DataError(
-                "The model returns one number an image, so all its answers are class 0; agreement "
-                "needs at least 2 logits. Give --task package.module:object, with a threshold."
-            )
-        return
-    is_folder = config.data is not None and config.data.is_dir()
-    if n_logits < n_classes or (is_folder and n_logits != n_classes):
-        raise DataError(
-            f"The data has {n_classes} classes ({data.class_names[0]} to {data.class_names[-1]}), "
-            f"the model {n_logits} logits. Class folders, sorted by name or in the order of "
-            f"--classes, must be its outputs. {WAY_OUT}"
-        )
-    if 2 * n_classes <= n_logits:
-        raise DataError(
-            f"The data has {n_classes} classes, the model {n_logits} logits; what becomes of the "
-            f"others could not be seen. Give images of every class, or cut the model's last layer "
-            f"to the classes that are shipped. {WAY_OUT}"
-        )
-
-
-def _check_task(model: nn.Module, split: Split, task: OwnTask) -> None:
-    """Raises where the task's parts do not work on two real images."""
-    images, targets = split.batch(slice(0, 2))
-    answers = outputs(model, images)
-    found = answers_in(answers)
-    if any(not tensor.ndim or len(tensor) != 2 for tensor in found):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
-        raise DataError(
-            f"For 2 images the model returns {shapes}; expected tensors whose first dimension "
-            f"runs over the images. Leave what picks results (as NMS does) to the task's judge."
-        )
-    try:
-        task.loss(answers, targets)
-    except TaskError as err:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
-        raise TaskError(
-            f"{err} It was given what the model returns in evaluation mode, a "
-            f"{type(answers).__name__} with {shapes} for 2 images. The network learns from that, "
-            f"too: parts that only training runs are not run."
-        ) from err
-    task.metric(task.judge(answers, targets))
-    task.distance(answers, answers)
-
-
-def read_task(config: Config) -> tuple[Criterion, Data]:
-    """What the network is for, and its images."""
+def read_task(config: Config, *, use_labels: bool = True) -> tuple[Criterion, Data]:
+    """What the network is for, and its images; False for the images alone."""
     if config.task is not None:
         task = load_task(config.task, beside=config.model.parent)
         return task, task_data(task)
     assert config.data is not None  # see `Config.check_goal`
-    data = read_data(config, config.data)
+    data = read_data(config, config.data, use_labels=use_labels)
     if data.class_names:
         return CLASSIFICATION, data
-    if config.labels != NO_LABELS:
+    if use_labels and config.labels != NO_LABELS:
         logger.warning(
             "%s has no labels: accuracy is agreement with the original's answers", config.data
         )
@@ -360,13 +305,32 @@ def read_data(config: Config, source: Path, *, use_labels: bool = True) -> Data:
     )
 
 
-def read_model(config: Config, input_shape: Sequence[int] | None) -> LoadedModel:
-    """The model of `config`."""
+def read_part(config: Config, criterion: Criterion, example: Example) -> LoadedModel:
+    """What is compressed: the model of `config`, or the part of it that its task picks.
+
+    Raises:
+        ConfigError: `--input-shape` is not what the data has.
+        CompressorError: As for `load_model`; or the task's own code failed.
+    """
+    shape = config.input_shape
+    if shape is not None and example_shapes(example) != example_shapes(torch.empty(1, *shape)):
+        raise ConfigError(
+            f"--input-shape is {shape}, but one input of the data is {example_shapes(example)}."
+        )
+    loaded = read_model(config, example)
+    if isinstance(criterion, OwnTask):
+        return replace(loaded, module=criterion.network(loaded.module))
+    return loaded
+
+
+def read_model(config: Config, example: Example | None) -> LoadedModel:
+    """The model of `config`, which takes what `example` is, where there is one."""
     return load_model(
         config.model,
         arch=config.arch,
         arch_args=config.arch_args,
-        input_shape=input_shape,
+        input_shape=config.input_shape if example is None else None,
+        example=example,
         trust=config.trust,
         weights_key=config.weights_key,
     )

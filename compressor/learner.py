@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from compressor.containers import map_tensors, tensors_in
 from compressor.errors import CompressorError, TaskError, TrainingError
 from compressor.hints import NO_HINTS, Hints, Read, hint_loss, keep
-from compressor.running import frozen_norms, learning, work_on_copies
+from compressor.rows import arranged
+from compressor.running import cloned, frozen_norms, learning, work_on_copies
 from compressor.tasks import Criterion, OwnTask
 from compressor.user_code import told
-from compressor.values import FORWARD_FAILURES
+from compressor.values import FORWARD_FAILURES, Example, call
 from compressor.watching import watch
 
 
@@ -30,7 +31,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Example,
         criterion: Criterion,
         teacher: nn.Module | None,
         hints: Hints,
@@ -72,11 +73,11 @@ class Learner:
         for module in self._learning:
             module.training = True
 
-    def loss(self, images: Tensor, targets: Any) -> Tensor:
+    def loss(self, images: Example, targets: Any) -> Tensor:
         """What is to become smaller.
 
         Args:
-            images: `(n, c, h, w)`; not changed.
+            images: As the network takes them; not changed.
             targets: Of these images.
 
         Raises:
@@ -86,7 +87,7 @@ class Learner:
             outputs, wanted = self._answers(images)
             return self._sum_of_losses(outputs, wanted, self._on_device(targets))
 
-    def checked_loss(self, images: Tensor, targets: Any) -> Tensor:
+    def checked_loss(self, images: Example, targets: Any) -> Tensor:
         """The loss, after it was looked at whether anything can be learned from it.
 
         Raises:
@@ -108,8 +109,9 @@ class Learner:
                 _check_gradient("distance", distance, self.criterion)
             return self._sum_of_losses(outputs, wanted, targets)
 
-    def _placed(self, images: Tensor) -> Tensor:
-        return images.to(self.device, memory_format=self._format)
+    def _placed(self, images: Example) -> Example:
+        placed: Example = map_tensors(lambda each: each.to(self.device), images)
+        return arranged(placed, self._format)
 
     def _on_device(self, targets: Any) -> Any:
         return map_tensors(lambda each: each.to(self.device), targets)
@@ -118,14 +120,14 @@ class Learner:
         in_half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=in_half)
 
-    def _answers(self, images: Tensor) -> tuple[Any, Any]:
+    def _answers(self, images: Example) -> tuple[Any, Any]:
         """Those of the network and of the original; each may write over its images."""
         placed = self._placed(images)
-        outputs = self._forward(placed.clone())
+        outputs = call(self._forward, cloned(placed))
         if self.teacher is None:
             return outputs, None
         with torch.no_grad():
-            return outputs, self.teacher(placed.clone())
+            return outputs, call(self.teacher, cloned(placed))
 
     def _sum_of_losses(self, outputs: Any, wanted: Any, targets: Any) -> Tensor:
         loss, share = torch.zeros(()), self._distillation

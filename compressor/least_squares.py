@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.values import ChannelGroup, Kept, Role
+from compressor.values import ChannelGroup, Example, Kept, Role, call
 from compressor.watching import watched
 
 N_POSITIONS = 10  # of every batch, the same ones for all its images, as in the released code
@@ -64,7 +64,7 @@ class LeastSquares:
 def gather(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    batches: Iterable[Tensor],
+    batches: Iterable[Example],
     *,
     seed: int = 0,
 ) -> LeastSquares:
@@ -75,7 +75,7 @@ def gather(
     Args:
         model: In eval mode; not changed.
         groups: Its channel groups.
-        batches: Inputs, `(n, c, h, w)` each.
+        batches: Inputs, as the model takes them.
         seed: Decides the positions.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def gather(
 
     with watched(model, layers, add), torch.inference_mode():
         for batch in batches:
-            model(batch)
+            call(model, batch)
     return LeastSquares(grams)
 
 

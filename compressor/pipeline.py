@@ -13,6 +13,7 @@ from compressor.config import Config
 from compressor.corrections import taught_by_files, taught_by_finalists, worth
 from compressor.environment import describe_environment
 from compressor.errors import DeviceError, InterruptedRunError, RunFolderError
+from compressor.exporter import whole_inputs
 from compressor.finalists import (
     Finalists,
     bands,
@@ -29,7 +30,8 @@ from compressor.run import Run
 from compressor.run_folder import RunFolder
 from compressor.search.objective import corrected
 from compressor.search.study import Study, read_corrections, read_trials
-from compressor.shipping import build, trial_shipped, write_result
+from compressor.shipping import build, write_result
+from compressor.summary import trial_shipped
 from compressor.trials import (
     Searched,
     TrialCallback,
@@ -212,7 +214,7 @@ def searched_in(
         environment = describe_environment(job.target, job.loaded, job.data)
         if stopped is not None:
             stopped.check(environment, force=force)
-        device = stack.enter_context(open_device(job.target))
+        device = stack.enter_context(open_device(job.target, whole_inputs(job.model, job.example)))
         study = Study.of_stopped(stopped.study, job.space) if stopped else None
         begun = study is not None and study.has_problem
         bench = Bench(

@@ -91,6 +91,7 @@ def load_model(
     arch: str | None = None,
     arch_args: Mapping[str, object] | None = None,
     input_shape: Sequence[int] | None = None,
+    example: Example | None = None,
     trust: bool = False,
     weights_key: str | None = None,
 ) -> LoadedModel:
@@ -105,6 +106,7 @@ def load_model(
             folder are found too. A checkpoint may name one of the first two itself.
         arch_args: Keyword arguments of the factory.
         input_shape: `(c, h, w)` of one input; None takes the architecture's or program's own.
+        example: What it takes, in place of `input_shape`: tensors of `(1, ...)`.
         trust: Read pickles in the file although that runs code from it.
         weights_key: Which weights of a checkpoint with several, such as "ema".
 
@@ -113,8 +115,8 @@ def load_model(
         UntrustedModelError: The file is a pickle that holds more than tensors.
     """
     loaded = read_file(
-        path, arch=arch, arch_args=arch_args, input_shape=input_shape, trust=trust,
-        weights_key=weights_key,
+        path, arch=arch, arch_args=arch_args, input_shape=input_shape, example=example,
+        trust=trust, weights_key=weights_key,
     )  # fmt: skip
     if path.suffix != PROGRAM_SUFFIX:
         return loaded

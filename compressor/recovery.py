@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from compressor.rows import arranged
 from compressor.running import is_norm, ran
-from compressor.values import Split, draw
+from compressor.values import Split, call, draw
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def recalibrate_batch_norm(
     recalibrated = copy.deepcopy(model).to(memory_format=memory_format).eval()
     if len(split) < 2 or not any(map(is_norm, recalibrated.modules())):
         return recalibrated
-    one = split.model_input(torch.arange(1)).to(memory_format=memory_format)
+    one = arranged(split.model_input(torch.arange(1)), memory_format)
     norms = [module for module in ran(recalibrated, one) if is_norm(module)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -62,7 +63,7 @@ def recalibrate_batch_norm(
                 n_batches += 1
                 for norm in norms:
                     norm.momentum = 1 / n_batches  # type: ignore[assignment] # a plain mean
-                recalibrated(split.model_input(rows).to(memory_format=memory_format))
+                call(recalibrated, arranged(split.model_input(rows), memory_format))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return recalibrated.to(memory_format=torch.contiguous_format).eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery, n_cores
+from compressor.containers import map_tensors
 from compressor.environment import describe_environment
 from compressor.errors import EngineError, EquivalenceError, ExportError, TrainingError
 from compressor.evaluate import accuracy, check_agree, posed
@@ -20,32 +21,27 @@ from compressor.job import Job
 from compressor.latency.onnxruntime import predictor
 from compressor.latency.precision import FP16, half_onnx
 from compressor.latency.timing import FINAL, is_win
-from compressor.prunable import MODULE, TRACED, Prunable
+from compressor.prunable import MODULE, TRACED
 from compressor.report.html import html_report
 from compressor.run import Run
-from compressor.search.clustering import importance_tree
+from compressor.summary import branches_table, groups_table, search_report, training_report
 from compressor.surgery import check_dropped, groups_left, prune_with_nni, remove_branches
-from compressor.training import Tuned
-from compressor.trials import INHERENT_PARTS, TRIAL_PARTS, Searched
+from compressor.tasks import OwnTask
+from compressor.trials import Searched
 from compressor.values import (
     MEASURING_FILES,
     PRUNING,
     Accuracy,
     Basis,
-    Branch,
-    BranchRow,
     Equivalence,
-    GroupRow,
+    Example,
     Latency,
     PairedLatency,
     Plan,
     Progress,
     Result,
-    SearchCost,
     Side,
     Trained,
-    Tree,
-    Trial,
     Untrained,
     Verdict,
 )
@@ -203,31 +199,6 @@ def write_result(run: Run, searched: Searched, result: Result) -> Result:
     return result
 
 
-def training_report(
-    job: Job, winner: Winner, tuned: Tuned, n_steps: int
-) -> Trained | Untrained | None:
-    """How the shipped network was trained, in `n_steps` steps."""
-    if not job.data.is_trainable and job.config.fine_tune_epochs:
-        return {"skipped_because": "there is no fit split to learn from"}
-    if not job.n_steps:
-        return None
-    if not n_steps:
-        return {"skipped_because": "the time budget had no time for it"}
-    return {
-        "steps": n_steps,
-        "batch_size": job.config.batch_size,
-        "finalists": [list(scores) for scores in winner.scores],
-        "distillation": job.distillation,
-        "hints": job.config.hints,
-        "augmentations": list(job.augmentations),
-        "search_accuracy": tuned.score,
-        "search_accuracy_before": (
-            tuned.score_before if winner.score_before is None else winner.score_before
-        ),
-        "stopped_because": winner.stopped_because or tuned.stopped_because,
-    }
-
-
 def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:
     """The content of `model.pt`: tensors and plain values, read by `load_compressed`."""
     return {
@@ -236,13 +207,32 @@ def rebuildable(job: Job, plan: Plan, tuned: nn.Module) -> dict[str, object]:
         "dropped": list(plan.dropped),
         "arch": job.config.arch,
         "arch_args": dict(job.config.arch_args),
-        "input_shape": list(job.data.input_shape),
+        **_kept_example(job.example),
+        "part_of": job.config.task if _is_part(job) else None,
         "form": MODULE if job.prunable.form == TRACED and not plan.dropped else job.prunable.form,
     }
 
 
+def _is_part(job: Job) -> bool:
+    """Whether a part of the model is compressed, which its task picks."""
+    return isinstance(job.criterion, OwnTask) and job.criterion.has_network
+
+
+def _kept_example(example: Example) -> dict[str, object]:
+    """What rebuilding records the network with: shapes, and of ids one that there is.
+
+    No other value of the data is kept.
+    """
+    if isinstance(example, Tensor) and example.is_floating_point():
+        return {"input_shape": list(example.shape[1:])}
+    kept = map_tensors(
+        lambda t: (t.new_zeros(()) if t.is_floating_point() else t.amin()).expand(t.shape), example
+    )
+    return {"input_shape": [], "example": kept}
+
+
 def export_both(
-    job: Job, tuned: nn.Module, files: tuple[Path, Path], images: Tensor, bench: Bench
+    job: Job, tuned: nn.Module, files: tuple[Path, Path], images: Example, bench: Bench
 ) -> dict[str, float]:
     """Writes the original and the compressed network; how far the latter's answers are from torch.
 
@@ -314,41 +304,6 @@ def measured_side(
     )
 
 
-def groups_table(prunable: Prunable, plan: Plan) -> list[GroupRow]:
-    """What became of every channel group."""
-    gone = {name for b in prunable.branches if b.name in plan.dropped for name in b.groups}
-    return [
-        {
-            "name": group.name,
-            "channels": group.n_channels,
-            "unit": group.unit,
-            "kept": 0 if group.name in gone else plan.width(group),
-            "locked_because": group.locked_because,
-        }
-        for group in prunable.groups
-    ]
-
-
-def branches_table(branches: Sequence[Branch], plan: Plan) -> list[BranchRow]:
-    """What became of every residual branch."""
-    return [{"name": b.name, "kept": b.name not in plan.dropped, "macs": b.macs} for b in branches]
-
-
-def is_shipped(prunable: Prunable, plan: Plan, result: Result) -> bool:
-    """Whether `plan` is what `result` shipped."""
-    same_groups = groups_table(prunable, plan) == list(result.groups)
-    return same_groups and branches_table(prunable.branches, plan) == list(result.branches)
-
-
-def trial_shipped(job: Job, trials: Sequence[Trial], result: Result) -> Trial | None:
-    """The trial whose plan `result` shipped; None where there is none."""
-    for trial in trials:
-        plan = job.space.plan(job.space.from_names(trial.widths))
-        if trial.accuracy is not None and is_shipped(job.prunable, plan, result):
-            return trial
-    return None
-
-
 def judge(speedup: PairedLatency, noise_floor: PairedLatency, are_met: Sequence[bool]) -> Verdict:
     """Whether the limits are met; and what is no faster than noise can make it is no win.
 
@@ -359,34 +314,3 @@ def judge(speedup: PairedLatency, noise_floor: PairedLatency, are_met: Sequence[
     if not (speedup.ratio > 1 if is_estimate else is_win(speedup, noise_floor)):
         return Verdict.NOT_FASTER
     return Verdict.MET if all(are_met) else Verdict.INFEASIBLE
-
-
-def search_report(run: Run, searched: Searched) -> SearchCost:
-    """How the plan was found, and what a trial cost: seconds a trial, part by part."""
-    job, trials = run.job, searched.trials
-    parts = {
-        part: sum(t.seconds.get(part, 0.0) for t in trials) / len(trials) for part in TRIAL_PARTS
-    }
-    wall = searched.seconds / len(trials)
-    floor = searched.noise_floor
-    tree: Tree = {"names": [group.name for group in job.space.groups], "linkage": []}
-    if len(job.space.groups) > 1:
-        rows = importance_tree(job.space.scores).tolist()
-        tree["linkage"] = [(one, other, height, n) for one, other, height, n in rows]
-    return {
-        "strategy": job.config.search,
-        "n_trials": len(trials),
-        "n_failed": sum(trial.failed_because is not None for trial in trials),
-        "seconds": searched.seconds,
-        "seed": job.config.seed,
-        "task": job.criterion.name,
-        "limits": dict(searched.problem.objective.limits),
-        "front": job.config.pareto,
-        "n_timed_before": len(searched.problem.timed),
-        "noise_floor": {"ratio": floor.ratio, "ci95": floor.ci95},
-        "seconds_per_trial": {**parts, "all": wall},
-        "tree": tree,
-        "n_corrections": len(searched.study.corrections),
-        "cut_short": list(run.budget.cut_short),
-        "overhead_seconds_per_trial": wall - sum(parts[part] for part in INHERENT_PARTS),
-    }

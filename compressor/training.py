@@ -37,7 +37,7 @@ from compressor.files import UNREADABLE, write_whole
 from compressor.hints import NO_HINTS, Hints
 from compressor.learner import Learner, failures
 from compressor.tasks import CLASSIFICATION, Criterion
-from compressor.values import FINE_TUNING, Progress, ProgressCallback, Split
+from compressor.values import FINE_TUNING, Example, Progress, ProgressCallback, Split
 
 SMALL_STEP, QUICK_STEP_S = 8, 5.0  # images, seconds: how a step is timed
 N_CHECKED = 2  # images of the step that shows whether anything can be learned
@@ -294,13 +294,16 @@ class _Training:
             self.best, self.best_score = candidate, score
         on_progress(Progress(FINE_TUNING, self.step, self.recipe.n_steps, f"score {score:.4f}"))
 
-    def _batches(self, epoch: int, n: int) -> Iterator[tuple[Tensor, Any]]:
+    def _batches(self, epoch: int, n: int) -> Iterator[tuple[Example, Any]]:
         """The first `n` of a pass; the same ones whenever they are asked for."""
         generator = torch.Generator().manual_seed(self.recipe.seed + 7919 * epoch)
         order = torch.randperm(len(self.fit), generator=generator)
         for rows in order.split(self.recipe.batch_size)[:n]:
             images, targets = self.fit.batch(rows)
-            yield augmented(images, self.recipe.augmentations, generator), targets
+            if self.recipe.augmentations:
+                assert isinstance(images, Tensor)  # `Job.augmentations` has seen to it
+                images = augmented(images, self.recipe.augmentations, generator)
+            yield images, targets
 
     def _as_it_came(self) -> nn.Module:
         """The network to look at: a copy that nobody watches, on the CPU and contiguous."""
@@ -350,7 +353,7 @@ class _Training:
         return True
 
 
-def _ahead(batches: Iterator[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
+def _ahead(batches: Iterator[tuple[Example, Any]]) -> Iterator[tuple[Example, Any]]:
     """The same; each is made while the one before is learned from."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, batches, None)

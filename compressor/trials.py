@@ -20,7 +20,6 @@ from compressor.bench import (
     REPAIR,
     SURGERY,
     Bench,
-    images_at_once,
     timed,
 )
 from compressor.budget import Budget
@@ -32,6 +31,7 @@ from compressor.goals import ASK_FOR_FEATURES, MACS, MAX_DROP, PARAMS
 from compressor.graph.costs import layer_costs
 from compressor.job import Job, posed_part
 from compressor.prunable import Prunable
+from compressor.rows import images_at_once
 from compressor.search import make_strategy
 from compressor.search.clustering import n_distinct
 from compressor.search.greedy import lazy_greedy

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import TypedDict
 
-from compressor.containers import tensors_in
+from compressor.containers import map_tensors, tensors_in
 from compressor.goals import Constraint
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)  # of any dimension, synchronised, lazy
@@ -635,27 +635,26 @@ class Images(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """uint8 as stored, or float32 as the model takes them."""
+        """uint8 as stored, or another as the model takes them."""
 
     def __getitem__(self, rows: Tensor | slice, /) -> Tensor:
         """`(n_rows, c, h, w)`."""
 
 
 class Split(Protocol):
-    """Images of one purpose, and what is to be answered to them."""
+    """Inputs of one purpose, images for the most part, and what is to be answered to them.
+
+    An input is whatever a network takes: one tensor of any shape, or several.
+    """
 
     def __len__(self) -> int:
-        """Images."""
+        """Inputs."""
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """`(c, h, w)` of one image."""
+    def batch(self, rows: Tensor | slice, /) -> tuple[Example, Any]:
+        """Inputs as the model takes them, tensors of `(n_rows, ...)`, and their targets."""
 
-    def batch(self, rows: Tensor | slice, /) -> tuple[Tensor, Any]:
-        """Images as the model takes them, `(n_rows, c, h, w)` float32, and their targets."""
-
-    def model_input(self, rows: Tensor | slice, /) -> Tensor:
-        """The images alone."""
+    def model_input(self, rows: Tensor | slice, /) -> Example:
+        """The inputs alone."""
 
 
 def draw(split: Split, n: int) -> Tensor:
@@ -666,11 +665,11 @@ def draw(split: Split, n: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some images of a split.
+    """Some inputs of a split.
 
     Attributes:
         whole: The split.
-        rows: `(n,)` int64, which of its images.
+        rows: `(n,)` int64, which of them.
     """
 
     whole: Split
@@ -679,29 +678,36 @@ class Part:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """`(c, h, w)` of one image."""
-        return self.whole.input_shape
-
-    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Any]:
-        """Images as the model takes them, and their targets."""
+    def batch(self, rows: Tensor | slice) -> tuple[Example, Any]:
+        """Inputs as the model takes them, and their targets."""
         return self.whole.batch(self.rows[rows])
 
-    def model_input(self, rows: Tensor | slice) -> Tensor:
-        """The images alone."""
+    def model_input(self, rows: Tensor | slice) -> Example:
+        """The inputs alone."""
         return self.whole.model_input(self.rows[rows])
 
 
 def few(split: Split, n: int) -> Split:
-    """At most `n` images of the split at random, always the same ones."""
+    """At most `n` inputs of the split at random, always the same ones."""
     return Part(split, draw(split, n))
 
 
-def batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Any]]:
-    """Images as the model takes them and their targets, in stored order."""
+def batches(split: Split, batch_size: int) -> Iterator[tuple[Example, Any]]:
+    """Inputs as the model takes them and their targets, in stored order."""
     for start in range(0, len(split), batch_size):
         yield split.batch(slice(start, min(start + batch_size, len(split))))
+
+
+def full_batches(split: Split, batch_size: int) -> Iterator[tuple[Example, Any, int]]:
+    """Inputs as the model takes them, their targets, and how many of them count.
+
+    Every batch has `batch_size` of them, which files with a static shape need: the last one is
+    filled up with others.
+    """
+    for start in range(0, len(split), batch_size):
+        n_new = min(batch_size, len(split) - start)
+        rows = torch.arange(start, start + batch_size) % len(split)
+        yield *split.batch(rows if n_new < batch_size else slice(start, start + n_new)), n_new
 
 
 @dataclass(frozen=True, eq=False)
@@ -709,7 +715,8 @@ class LabelledImages:
     """A split whose targets are classes, or nothing.
 
     Attributes:
-        images: `(n, c, h, w)`; uint8 as stored, or float32 as the model takes them.
+        images: `(n, c, h, w)`, or of other dimensions; uint8 as stored, or of another kind as the
+            model takes them.
         labels: `(n,)` int64; all of them `NO_LABEL` where there are none.
         mean: Per channel, subtracted after scaling uint8 to [0, 1].
         std: Per channel, divided by after that.
@@ -723,28 +730,52 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """`(c, h, w)` of one image."""
-        return tuple(self.images.shape[1:])
-
     def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images as the model takes them, and their labels."""
         return self.model_input(rows), self.labels[rows]
 
     def model_input(self, rows: Tensor | slice) -> Tensor:
-        """`(n_rows, c, h, w)` float32, as the model takes them."""
-        images = self.images[rows]
-        if isinstance(rows, slice):
-            images = images.clone()  # a network may write into what it is given
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
+        """`(n_rows, c, h, w)` as the model takes them; what was uint8 is float32."""
+        images = _taken(self.images, rows)
         if self.mean:
-            shape = (1, -1, 1, 1)
+            shape = (1, -1, *[1] * (images.ndim - 2))
             images = (images - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(
                 shape
             )
         return images
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledInputs:
+    """A split whose targets are classes, of a network that takes several inputs.
+
+    Attributes:
+        images: `(n, ...)` each, by position or by the names of the forward pass's arguments.
+        labels: `(n,)` int64.
+    """
+
+    images: tuple[Tensor, ...] | dict[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Tensor | slice) -> tuple[Example, Tensor]:
+        """Inputs as the model takes them, and their labels."""
+        return self.model_input(rows), self.labels[rows]
+
+    def model_input(self, rows: Tensor | slice) -> Example:
+        """`(n_rows, ...)` each, as the model takes them; what was uint8 is float32."""
+        given: Example = map_tensors(lambda each: _taken(each, rows), self.images)
+        return given
+
+
+def _taken(stored: Images, rows: Tensor | slice) -> Tensor:
+    """Rows of what is stored, scaled to [0, 1] where that is bytes."""
+    images = stored[rows]
+    if isinstance(rows, slice):
+        images = images.clone()  # a network may write into what it is given
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 @dataclass(frozen=True, eq=False)
@@ -767,11 +798,6 @@ class Data:
     class_names: tuple[str, ...]
     fingerprint: str
     is_trainable: bool = True
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """`(c, h, w)` of one image."""
-        return self.fit.input_shape
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""Images -> three splits (fit, search, test); labels and overlap checked at the border.
+"""Data -> three splits (fit, search, test); labels and overlap checked at the border.
 
 Two kinds of source:
 
 * an `.npz` with `images` and `labels`, or `fit_images`, `fit_labels`, `search_...`, `test_...`
-  (`train_` is read as `fit_`). Images are `(n, c, h, w)`: uint8, scaled here by `mean` and
-  `std`; or float32, which the model takes as they are.
+  (`train_` is read as `fit_`). Images are `(n, c, h, w)`, or of any other layout with a row an
+  example: uint8, scaled here by `mean` and `std`; or float32, int32, int64 or bool, which the
+  model takes as they are. Several inputs lie in `input_0`, `input_1`, ..., or in arrays called as
+  the arguments of the network's forward pass (see `arrays`).
 * a folder of class folders, or a folder holding `train` or `fit`, `search` or `val`, and `test`
   folders of class folders. Files are what Pillow reads.
 
@@ -19,9 +21,8 @@ Up to 1 % of a split may be in another one too, as duplicates are usual in real 
 error. A search or test split that is not given is cut from fit, by `seed` and by class.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -30,23 +31,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.containers import map_tensors, tensors_in
+from compressor.datasets.arrays import (
+    ALIASES,
+    IMAGES,
+    Inputs,
+    as_inputs,
+    by_split,
+    labels_key,
+)
 from compressor.datasets.files import ImageFiles, Read, reader
 from compressor.datasets.folders import class_folders, class_order, image_files
+from compressor.datasets.identity import FEW, Stored, check_disjoint, fingerprint
 from compressor.errors import DataError
 from compressor.files import UNREADABLE, check_size
 from compressor.inputs import check_data, folders, loose_images, no_classes
-from compressor.values import NO_LABEL, SPLITS, Data, Images, LabelledImages
+from compressor.values import NO_LABEL, SPLITS, Data, Images, LabelledImages, LabelledInputs
 
-ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
 HELD_OUT_SHARE = 0.2  # of every class, for a split that is not given
 MAX_LABEL = 999_999
-FEW = 0.01  # of the images may be in two splits, or beside the class folders
 WAY_OUT = "Or give --labels none, for accuracy that is agreement with the original's answers."
 MAX_BYTES = 2 * 2**30  # of a split in memory, as uint8
 
 logger = logging.getLogger(__name__)
 
-_Arrays = dict[str, tuple[Images, Tensor]]
+_Arrays = dict[str, tuple[Stored, Tensor]]
 _ReadFiles = Callable[[Path, Sequence[Path]], Images]  # those of a folder
 _T = TypeVar("_T")
 
@@ -98,15 +107,18 @@ def load_data(
     for name, (images, labels) in arrays.items():
         _check(source, name, images, labels, class_names, arrays[largest][0], mean)
     splits = {
-        name: LabelledImages(*content, tuple(mean), tuple(std)) for name, content in arrays.items()
+        name: LabelledInputs(images, labels)
+        if isinstance(images, (tuple, dict))
+        else LabelledImages(images, labels, tuple(mean), tuple(std))
+        for name, (images, labels) in arrays.items()
     }
-    _check_disjoint(source, splits)
+    check_disjoint(source, splits)
     return Data(
         fit=splits[largest],
         search=splits["search"],
         test=splits["test"],
         class_names=class_names,
-        fingerprint=_fingerprint(splits),
+        fingerprint=fingerprint(splits),
         is_trainable=is_trainable,
     )
 
@@ -119,14 +131,24 @@ def _read_npz(source: Path, use_labels: bool) -> tuple[_Arrays, tuple[str, ...]]
     except UNREADABLE as err:
         raise DataError(f"{source} cannot be read as .npz: {err}.") from err
     arrays: _Arrays = {}
-    of_images = {key: key.replace("images", "labels") for key in found if _is_of_images(key)}
-    use_labels = use_labels and found.keys() != of_images.keys()
-    for key, of_it in of_images.items():
-        if use_labels and of_it not in found:
-            others = ", ".join(sorted(found.keys() - of_images.keys()))
-            raise DataError(f"{source} has {key} but no {of_it}, beside {others}. {WAY_OUT}")
-        tensors = _to_tensors(source, key, found[key], found[of_it] if use_labels else None)
-        _add(arrays, key.rpartition("_")[0] or "fit", tensors, source)
+    splits = by_split(found, SPLITS)
+    of_inputs = {key for names in splits.values() for key in names.values()}
+    is_of_images = all(IMAGES in names for names in splits.values())
+    use_labels = use_labels and not (is_of_images and found.keys() == of_inputs)
+    for prefix, names in splits.items():
+        key = labels_key(prefix)
+        if use_labels and key not in found:
+            others = ", ".join(sorted(found.keys() - of_inputs)) or "nothing else"
+            raise DataError(
+                f"{source} has {', '.join(names.values())} but no {key}, beside {others}. "
+                f"{WAY_OUT}"
+            )
+        labels = _labels(source, key, found[key]) if use_labels else None
+        n = None if labels is None else len(labels)
+        inputs = as_inputs(source, {n: found[where] for n, where in names.items()}, n)
+        if labels is None:
+            labels = torch.full((len(next(tensors_in(inputs))),), NO_LABEL)
+        _add(arrays, prefix or "fit", (inputs, labels), source)
     if "fit" not in arrays and "search" not in arrays:
         raise DataError(
             f"{source} needs the arrays images and labels, or fit_images and fit_labels, or at "
@@ -140,32 +162,18 @@ def _read_npz(source: Path, use_labels: bool) -> tuple[_Arrays, tuple[str, ...]]
     return arrays, tuple(str(label) for label in range(n_classes))
 
 
-def _is_of_images(key: str) -> bool:
-    return key.rpartition("_")[2] == "images"
-
-
-def _to_tensors(
-    source: Path, key: str, images: np.ndarray, labels: np.ndarray | None
-) -> tuple[Tensor, Tensor]:
-    images = images.astype(images.dtype.newbyteorder("="), copy=False)
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or 0 in images.shape[1:]:
+def _labels(source: Path, key: str, labels: np.ndarray) -> Tensor:
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
-            f"{source}: {key} must be uint8 or float32 of shape (n, c, h, w); "
-            f"got {images.dtype} of shape {images.shape}."
-        )
-    if labels is None:
-        return torch.from_numpy(images), torch.full((len(images),), NO_LABEL)
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(
-            f"{source}: the labels of {key} must be {len(images)} integers; "
-            f"got {labels.dtype} of shape {labels.shape}."
+            f"{source}: {key} must be integers, one an example; got {labels.dtype} of shape "
+            f"{labels.shape}."
         )
     if len(labels) and (labels.min() < 0 or labels.max() > MAX_LABEL):
         raise DataError(
-            f"{source}: the labels of {key} must lie in 0..{MAX_LABEL}; they run from "
-            f"{labels.min()} to {labels.max()}."
+            f"{source}: {key} must lie in 0..{MAX_LABEL}; they run from {labels.min()} to "
+            f"{labels.max()}."
         )
-    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _read_folder(
@@ -281,8 +289,8 @@ def _read_files(folder: Path, paths: Sequence[Path], *, read: Read, is_resized: 
 
 
 def _hold_out(
-    images: Images, labels: Tensor, generator: np.random.Generator, source: Path
-) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
+    images: Stored, labels: Tensor, generator: np.random.Generator, source: Path
+) -> tuple[tuple[Stored, Tensor], tuple[Stored, Tensor]]:
     """(rest, held out); `HELD_OUT_SHARE` of every class, at least one image of each.
 
     Without labels all images are of one kind.
@@ -309,29 +317,29 @@ def _hold_out(
     )
 
 
-def _only(images: Images, mask: Tensor) -> Images:
+def _only(images: Stored, mask: Tensor) -> Stored:
     if isinstance(images, ImageFiles):
         paths = [path for path, is_kept in zip(images.paths, mask, strict=True) if is_kept]
         return ImageFiles(paths, images.read, tuple(images.shape[1:]))
-    return images[mask]
+    kept: Inputs = map_tensors(lambda each: each[mask], images)
+    return kept
 
 
 def _check(
     source: Path,
     name: str,
-    images: Images,
+    images: Stored,
     labels: Tensor,
     class_names: Sequence[str],
-    fit_images: Images,
+    fit_images: Stored,
     mean: Sequence[float],
 ) -> None:
     where = f"{source}, {name} split"
     if not len(labels):
         raise DataError(f"{where}: no images.")
-    if images.shape[1:] != fit_images.shape[1:] or images.dtype != fit_images.dtype:
+    if _kind(images) != _kind(fit_images):
         raise DataError(
-            f"{where}: images are {images.dtype} {tuple(images.shape[1:])}, those of the fit "
-            f"split {fit_images.dtype} {tuple(fit_images.shape[1:])}."
+            f"{where}: images are {_kind(images)}, those of the fit split {_kind(fit_images)}."
         )
     lowest, highest = int(labels.min()), int(labels.max())
     if class_names and (lowest < 0 or highest >= len(class_names)):
@@ -348,47 +356,29 @@ def _check(
         )
     if absent:
         logger.warning("%s: no image of class %s", where, ", ".join(absent[:5]))
-    if images.dtype.is_floating_point and not images[:].isfinite().all():
+    if not all(each.isfinite().all() for each in tensors_in(images)):
         raise DataError(f"{where}: images hold NaN or infinity.")
-    if mean and len(mean) not in (1, images.shape[1]):
+    if mean:
+        _check_mean(mean, images)
+
+
+def _check_mean(mean: Sequence[float], images: Stored) -> None:
+    if isinstance(images, (tuple, dict)) or images.dtype not in (torch.uint8, torch.float32):
         raise DataError(
-            f"mean and std must have one value, or one for each of {images.shape[1]} channels; "
-            f"got mean={tuple(mean)}."
+            f"mean and std are for one input of uint8 or float32; the data has {_kind(images)}. "
+            f"Leave them away, and store the inputs as the model takes them."
+        )
+    if len(images.shape) < 3 or len(mean) not in (1, images.shape[1]):
+        raise DataError(
+            f"mean and std must have one value, or one for each of the channels in dimension 1 "
+            f"of {tuple(images.shape)}; got mean={tuple(mean)}."
         )
 
 
-def _check_disjoint(source: Path, splits: Mapping[str, LabelledImages]) -> None:
-    """No image in two splits: accuracy on an image the model was fitted to proves nothing."""
-    seen = {name: _digests(split.images) for name, split in splits.items()}
-    for one, other in (("fit", "test"), ("search", "test"), ("fit", "search")):
-        if one not in seen:
-            continue
-        n_shared = len(seen[one] & seen[other])
-        if n_shared > FEW * len(splits[other]):  # a few duplicates are usual in real data
-            raise DataError(
-                f"{source}: {n_shared} of {len(splits[other])} images of the {other} split are "
-                f"also in the {one} split; the splits must not overlap."
-            )
-        if n_shared:
-            logger.warning("%s: %d images of %s are in %s too", source, n_shared, other, one)
-
-
-def _digests(images: Images) -> set[bytes]:
-    """Of every image; of a file on disk, its size and its beginning."""
-    if isinstance(images, ImageFiles):
-        return set(images.digests)
-    pixels = images[:].numpy()
-    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels}
-
-
-def _fingerprint(splits: Mapping[str, LabelledImages]) -> str:
-    digest = hashlib.sha256()
-    for name in filter(splits.__contains__, SPLITS):
-        digest.update(f"{name} {tuple(splits[name].images.shape)}".encode())
-        images = splits[name].images
-        if isinstance(images, ImageFiles):
-            digest.update(b"".join(images.digests))
-        else:
-            digest.update(np.ascontiguousarray(images[:].numpy()).data)
-        digest.update(splits[name].labels.numpy().data)
-    return digest.hexdigest()
+def _kind(images: Stored) -> str:
+    """Names, kinds and shapes of what one example has."""
+    if isinstance(images, dict):
+        return ", ".join(f"{name} {_kind(each)}" for name, each in sorted(images.items()))
+    if isinstance(images, tuple):
+        return ", ".join(map(_kind, images))
+    return f"{images.dtype} {tuple(images.shape[1:])}"

@@ -17,10 +17,11 @@ An operation without a rule in `rules.py` locks what it reads, with its name and
 unknown means locked, never guessed.
 """
 
+import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import GraphError
@@ -123,10 +124,16 @@ def _not_taken(model: nn.Module, example: Example, err: BaseException) -> GraphE
             f"{type(model).__name__} needs more memory than there is for an input of shape "
             f"{example_shapes(example)}: {_told(err)}."
         )
+    advice = (
+        "Give the shape that it was trained with (--input-shape C,H,W; image files are read as "
+        "colour unless C is 1)."
+    )
+    if not isinstance(example, Tensor) or example.ndim != 4:
+        named = f"It was given {', '.join(example)}; its" if isinstance(example, dict) else "Its"
+        advice = f"{named} forward pass takes {inspect.signature(model.forward)}."
     return GraphError(
         f"{type(model).__name__} does not take an input of shape {example_shapes(example)}: "
-        f"{_told(err)}. Give the shape that it was trained with (--input-shape C,H,W; image "
-        f"files are read as colour unless C is 1)."
+        f"{_told(err)}. {advice}"
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from compressor.errors import DeviceLostError, MeasurementError, UnreachableError
 from compressor.latency import runner, timing
+from compressor.latency.given import Given, as_file, whole_numbers
 from compressor.latency.host import Host, LocalHost
 from compressor.latency.machine import Model, checked_machine, content_of, mismatch
 from compressor.latency.process import Runner
@@ -19,6 +20,7 @@ from compressor.latency.ssh import SshHost
 from compressor.latency.timing import FINAL, Effort
 from compressor.values import KernelTime, PairedLatency, SessionPair, Target
 
+NOTHING: Given = {}
 N_PROFILED = 50  # runs; the profiler slows each node by microseconds
 # A GPU's clocks take longer to rise than a CPU's caches to fill.
 N_WARMUP_GPU, WARMUP_GPU_S = 50, 10.0
@@ -33,9 +35,11 @@ logger = logging.getLogger(__name__)
 class RunnerDevice:
     """A runner process on a host: ONNX Runtime anywhere, or TensorRT's Python API here."""
 
-    def __init__(self, host: Host, target: Target) -> None:
+    def __init__(self, host: Host, target: Target, real: Given = NOTHING) -> None:
         self._host = host
         self._target = target
+        self._real = real
+        self._inputs: dict[str, str] = {}  # file of a model -> file of what it is given
         self._is_tensorrt = target.runtime == TENSORRT
         self._runner = Runner(self._start, host.label, getattr(host, "refusal", _never))
         self._engines: dict[str, str] = {}
@@ -59,7 +63,7 @@ class RunnerDevice:
                 "do": "pair",
                 "original": prepared[0],
                 "candidate": prepared[1],
-                "options": self._options(),
+                "options": self._options() | self._given(contents[0], files[0]),
                 "seconds": effort.pair_s,
                 "limit_s": effort.pair_limit_s,
                 "min_rounds": effort.min_rounds,
@@ -79,11 +83,12 @@ class RunnerDevice:
         """See `Device.profile`; of ONNX Runtime only."""
         if self._is_tensorrt:
             return ()
-        file = self._host.put(content_of(model), "model.onnx")
+        content = content_of(model)
+        file = self._host.put(content, "model.onnx")
         request = {
             "do": "profile",
             "model": file,
-            "options": self._options(),
+            "options": self._options() | self._given(content, file),
             "n_runs": N_PROFILED,
         }
         try:
@@ -135,6 +140,13 @@ class RunnerDevice:
             "workspace_mib": target.workspace_mib,
             "timing_cache": f"{self._host.cache}/timing-{target.name}-{version}.cache",
         }
+
+    def _given(self, content: bytes, file: str) -> dict[str, object]:
+        """The option that names what inputs of whole numbers get; none where there are none."""
+        if file not in self._inputs:
+            values = whole_numbers(content, self._real)
+            self._inputs[file] = self._host.put(as_file(values), "inputs.npz") if values else ""
+        return {"inputs": self._inputs[file]} if self._inputs[file] else {}
 
     def _time_pair(self, request: Mapping[str, object], seed: int) -> SessionPair:
         answer = self._runner.ask({**request, "seed": seed}, limit_s=self._target.run_limit_s)

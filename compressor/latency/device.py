@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar
 
 from compressor.errors import DeviceBusyError, DeviceError, DeviceLostError, UnreachableError
 from compressor.latency import estimate
-from compressor.latency.by_runner import RunnerDevice
+from compressor.latency.by_runner import NOTHING, RunnerDevice
+from compressor.latency.given import Given
 from compressor.latency.host import Host, LocalHost
 from compressor.latency.machine import Model, check_is_this_machine, check_same_inputs, content_of
 from compressor.latency.schema import TENSORRT, TRTEXEC
@@ -87,13 +88,18 @@ class Device(Protocol):
 
 
 @contextmanager
-def open_device(target: Target) -> Iterator[Device]:
+def open_device(target: Target, real: Given = NOTHING) -> Iterator[Device]:
     """The device of `target`, ready to measure; closed at the end of the context.
+
+    Args:
+        target: Where, and by which runtime.
+        real: Input of the models -> what it is timed with, where that is whole numbers; see
+            `given.whole_numbers` for those that are not there.
 
     Raises:
         DeviceError: It does not answer, has not the runtime, or is in use.
     """
-    device = _device(target)
+    device = _device(target, real)
     try:
         yield device
     finally:
@@ -205,7 +211,7 @@ class EstimateDevice:
         """See `Device.close`."""
 
 
-def _device(target: Target) -> Device:
+def _device(target: Target, real: Given) -> Device:
     if target.basis is Basis.ESTIMATE:
         return EstimateDevice(target)
     if target.device is None:
@@ -216,7 +222,7 @@ def _device(target: Target) -> Device:
         over_ssh = target.device is not None and target.runtime == TENSORRT
         if target.runtime == TRTEXEC or over_ssh:
             return TrtexecRunner(host, target)
-        return RunnerDevice(host, target)
+        return RunnerDevice(host, target, real)
     except BaseException:
         host.close()
         raise

@@ -25,11 +25,12 @@ MAX_WAYS = 50  # to leave inputs out
 FLOATS = {"tensor(float)": torch.float32, "tensor(double)": torch.float64}
 
 
-def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Callable[[Tensor], Any]:
-    """An ONNX model on the CPU as a function from images to what the network returns.
+def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Callable[..., Any]:
+    """An ONNX model on the CPU, to be called as the network is, which returns what that does.
 
     Args:
-        model: ONNX file or its content, with one input.
+        model: ONNX file or its content. Several inputs by position are called `input_0`,
+            `input_1`, ... in it (see `exporter.names_in`); what it does not read is left out.
         n_threads: Threads of one call.
         like: Something that the network returned: ONNX keeps a plain list of tensors, and they
             are put back where `like` has its own. None stands for a single tensor.
@@ -38,11 +39,17 @@ def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Calla
         MeasurementError: The model cannot be loaded, now, or run, when called.
     """
     session = _open(model, n_threads)
-    name = session.get_inputs()[0].name
+    wanted = [each.name for each in session.get_inputs()]
 
-    def predict(images: Tensor) -> Any:
+    def predict(*given: Tensor, **named: Tensor) -> Any:
+        if len(given) == 1 and len(wanted) == 1:
+            fed = {wanted[0]: given[0]}
+        else:
+            fed = {f"input_{i}": tensor for i, tensor in enumerate(given)} | named
         with _translated("run"):
-            outputs = session.run(None, {name: images.numpy()})
+            outputs = session.run(
+                None, {name: tensor.numpy() for name, tensor in fed.items() if name in wanted}
+            )
         tensors = (torch.from_numpy(np.asarray(each)) for each in outputs)
         return next(tensors) if like is None else map_tensors(lambda _: next(tensors), like)
 

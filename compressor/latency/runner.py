@@ -14,6 +14,9 @@ it writes says what it is. It ends when stdin does, busy or not.
     {"do": "state"} -> what the machine says of its clocks, temperatures and load
     any of them     -> {"error": {"kind": KIND, "message": TEXT}}
 
+Options may name an .npz file with "inputs", arrays under the names of the model's inputs: ids of
+a table must lie in it. What is not there is drawn.
+
 CPU times are those of the thread that runs the model, where one thread does; interruptions are
 the context switches that the process did not ask for. What a system cannot tell is missing.
 
@@ -60,6 +63,12 @@ PACKAGES = {
 BOUND_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 TAKES_PARTS = ("XnnpackExecutionProvider",)  # leaves nodes to the CPU by design
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+WHOLE = {  # what whole numbers mean is not known here: they come with the request
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
 
 NS_PER_MS = 1e6
 PRECEDENCE = -20  # niceness: before all ordinary work
@@ -321,7 +330,7 @@ class OnnxRuntime:
         }
 
     def open(self, path: str, options: Dict[str, Any]) -> Callable[[], int]:
-        """A fresh session on fixed random inputs, as a function that runs it once.
+        """A fresh session on fixed inputs, as a function that runs it once.
 
         The graph is optimised anew for this CPU each time; a file that ONNX Runtime has
         optimised elsewhere may hold that CPU's layout.
@@ -398,7 +407,7 @@ class OnnxRuntime:
     def _runs(self, session: Any, options: Dict[str, Any]) -> Callable[[], object]:
         """What runs `session` once; it has done so once."""
         bound_to = BOUND_DEVICES.get(options.get("provider", CPU))
-        run = self._bound(session, self._inputs(session), bound_to)
+        run = self._bound(session, self._inputs(session, options.get("inputs")), bound_to)
         try:
             run()
         except Exception as err:
@@ -414,9 +423,13 @@ class OnnxRuntime:
                 f"Install {PACKAGES.get(provider, 'a build that has it')}.",
             )
 
-    def _inputs(self, session: Any) -> Dict[str, Any]:
-        """Normal random numbers, the same for every session; zeros would hide slow paths."""
+    def _inputs(self, session: Any, path: Optional[str]) -> Dict[str, Any]:
+        """What the file at `path` holds, else normal random numbers, the same for every session.
+
+        Zeros would hide slow paths.
+        """
         generator = self.numpy.random.RandomState(0)
+        given = given_inputs(self.numpy, path)
         inputs = {}
         for argument in session.get_inputs():
             if not all(isinstance(side, int) for side in argument.shape):
@@ -425,14 +438,19 @@ class OnnxRuntime:
                     f"Input {argument.name} has the shape {argument.shape}; latency is measured "
                     f"at a static shape. Export with a fixed batch size.",
                 )
-            if argument.type not in DTYPES:
+            kind = DTYPES.get(argument.type) or WHOLE.get(argument.type)
+            if kind is None or (argument.type in WHOLE and argument.name not in given):
                 raise RunnerError(
                     UNSUPPORTED,
                     f"Input {argument.name} is {argument.type}; expected "
                     f"{', '.join(sorted(DTYPES))}.",
                 )
+            if argument.name in given:
+                values = given[argument.name].reshape(argument.shape)
+                inputs[argument.name] = values.astype(kind)
+                continue
             values = generator.standard_normal(argument.shape)
-            inputs[argument.name] = values.astype(DTYPES[argument.type])
+            inputs[argument.name] = values.astype(kind)
         return inputs
 
     def _bound(
@@ -453,6 +471,14 @@ class OnnxRuntime:
             binding.synchronize_outputs()
 
         return run
+
+
+def given_inputs(numpy: Any, path: Optional[str]) -> Dict[str, Any]:
+    """The arrays of an .npz file; none without one."""
+    if path is None:
+        return {}
+    with numpy.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def kind_of(err: BaseException) -> str:

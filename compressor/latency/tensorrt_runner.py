@@ -43,6 +43,7 @@ from compressor.latency.runner import (
     RUNTIME_MISSING,
     UNSUPPORTED,
     RunnerError,
+    given_inputs,
     serve,
 )  # fmt: skip
 
@@ -126,12 +127,11 @@ class TensorRT:
         return False
 
     def open(self, path: str, options: Mapping[str, Any]) -> Callable[[], int]:
-        """A fresh engine on fixed random inputs, as a function that runs it once."""
-        del options
+        """A fresh engine on fixed inputs, as a function that runs it once; see `runner`."""
         if self.cuda is None:
             raise RunnerError(RUNTIME_MISSING, self.no_gpu)
         self.log.clear()
-        content, cuda = _read(path), self.cuda
+        content, cuda, given = _read(path), self.cuda, given_inputs(np, options.get("inputs"))
         try:
             runtime = self._made(lambda: self.trt.Runtime(self.log), "a Runtime")
             engine = runtime.deserialize_cuda_engine(content)
@@ -140,7 +140,7 @@ class TensorRT:
             context = engine.create_execution_context()
             if context is None:
                 raise self._failed(f"TensorRT cannot make an execution context for {path}")
-            buffers = self._buffers(engine, context, cuda)
+            buffers = self._buffers(engine, context, cuda, given)
             timed = cuda.timed(self._launcher(context, buffers, cuda))
             timed()
         except cuda.errors as err:
@@ -221,14 +221,20 @@ class TensorRT:
             _check_static(tensor.name, tensor.shape)
         return network, parser
 
-    def _buffers(self, engine: Any, context: Any, cuda: Cuda) -> list[tuple[object, int]]:
+    def _buffers(
+        self, engine: Any, context: Any, cuda: Cuda, given: Mapping[str, np.ndarray]
+    ) -> list[tuple[object, int]]:
         """Memory and address of every input and output; freed with the list."""
         buffers = []
         generator = np.random.RandomState(0)
         by_name = hasattr(context, "execute_async_v3")
         for name, shape, dtype, is_input in _tensors(self.trt, engine, by_name=by_name):
             _check_static(name, shape)
-            values = _random(generator, name, shape, dtype) if is_input else None
+            values = given.get(name) if is_input else None
+            if values is not None:  # whole numbers
+                values = values.reshape(shape).astype(dtype.lower())
+            elif is_input:
+                values = _random(generator, name, shape, dtype)
             n_bytes = int(np.prod(shape)) * ITEM_BYTES.get(dtype, 8)
             buffers.append(cuda.buffer(max(n_bytes, 1), values))
             if by_name:

@@ -45,6 +45,7 @@ def load_model(
     arch: str | None = None,
     arch_args: Mapping[str, object] | None = None,
     input_shape: Sequence[int] | None = None,
+    example: Example | None = None,
     trust: bool = False,
     weights_key: str | None = None,
 ) -> LoadedModel:
@@ -59,6 +60,7 @@ def load_model(
             folder are found too. A checkpoint may name one of the first two itself.
         arch_args: Keyword arguments of the factory.
         input_shape: `(c, h, w)` of one input; None takes the architecture's or program's own.
+        example: What it takes, in place of `input_shape`: tensors of `(1, ...)`.
         trust: Read pickles in the file although that runs code from it.
         weights_key: Which weights of a checkpoint with several, such as "ema".
 
@@ -67,9 +69,9 @@ def load_model(
         UntrustedModelError: The file is a pickle that holds more than tensors.
     """
     check_model_file(path, arch)
-    example: Example | None = None
+    own: Example | None = None
     if path.suffix == PROGRAM_SUFFIX:
-        module, example = read_program(path, trust=trust)
+        module, own = read_program(path, trust=trust)
     else:
         content = _read(path, trust=trust)
         whole = modules_in(content) if arch is None or isinstance(content, nn.Module) else {}
@@ -82,10 +84,11 @@ def load_model(
             logger.info("the weights stand under %s", stood or "the names of the network")
         module = module.cpu().eval()
     check_usable(path, module)
-    if input_shape is None and example is None:
+    if input_shape is None and example is None and own is None:
         input_shape = own_input_shape(module, arch)
     if input_shape is not None:
-        example = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
+        own = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
+    example = own if example is None else example
     if example is None:
         raise ModelError("The shape of one input is not known; give --input-shape C,H,W or data.")
     provenance = {

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from compressor.containers import tensors_in
+from compressor.containers import map_tensors, tensors_in
 from compressor.errors import DataError, MeasurementError, TaskError
 from compressor.inputs import check_task
+from compressor.rows import kind_of, told_kind
 from compressor.tasks.classification import (
     AGREEMENT,
     CLASSIFICATION,
@@ -29,8 +30,9 @@ from compressor.tasks.classification import (
     Answered,
     Classification,
 )
+from compressor.tasks.criterion import Criterion
 from compressor.user_code import USER_CODE_FAILURES, find, importable, told
-from compressor.values import SPLITS, Data, Split
+from compressor.values import SPLITS, Data, Example, Split
 
 __all__ = [
     "AGREEMENT", "CLASSIFICATION", "Agreement", "Answered", "Classification", "Criterion",
@@ -44,25 +46,35 @@ N_LOOKED_AT = 16  # samples of a split that its fingerprint is taken from
 class Task(Protocol):
     """What a user's own task must have.
 
+    It may have more: `name`, of the metric; `distance(outputs, wanted)`, how far answers are from
+    the original's, one differentiable number that is distilled by; and `network(model)`, the part
+    of the model that is compressed, an nn.Module. Where a model ends in what picks results, or
+    takes lists, as torchvision's detectors do, that is a module of yours around its layers, from
+    tensors to raw heads.
+
     Attributes:
         larger_is_better: Whether a larger `metric` is a better one.
     """
 
     larger_is_better: bool
 
-    def dataset(self, split: str) -> Dataset[tuple[Tensor, Any]] | None:
+    def dataset(self, split: str) -> Dataset[tuple[Any, Any]] | None:
         """Samples of "fit", "search" or "test"; None for "fit" where nothing may be trained.
 
-        A sample is `(image, target)`: the image float32 `(c, h, w)` as the model takes it, the
-        target anything. The splits must share no sample.
+        A sample is `(input, target)`. The input is what the model takes for one example, without
+        the batch's dimension: a tensor, float32 `(c, h, w)` of an image, of other shapes, or
+        int32, int64 or bool; where the model takes several, a tuple of them, or a dict by the
+        names of the forward pass's arguments. All samples' inputs are alike. The target is
+        anything. The splits must share no sample.
         """
 
     def loss(self, outputs: Any, targets: list[Any]) -> Tensor:
         """One differentiable number, smaller is better, mean over the batch.
 
         Args:
-            outputs: What the model returns for a batch of images.
-            targets: Of the same images, as the dataset gave them.
+            outputs: What the model returns for a batch of inputs, whichever dimension of its
+                tensors these lie along.
+            targets: Of the same inputs, as the dataset gave them.
         """
 
     def judge(self, outputs: Any, targets: list[Any]) -> Sequence[Any]:
@@ -78,53 +90,6 @@ class Task(Protocol):
         Asked for all images of a split, and for parts of them: its standard error is the
         jackknife's.
         """
-
-
-class Criterion(Protocol):
-    """A task, as the product sees it.
-
-    Attributes:
-        name: Of the metric.
-        larger_is_better: Of the metric.
-        has_distance: Whether `distance` is fit to be learned from.
-        is_share: Whether the metric is a share of the images. Then a judgement is (is right,
-            cross-entropy in nats), and a drop is told in points.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def larger_is_better(self) -> bool: ...  # noqa: D102
-    @property
-    def has_distance(self) -> bool: ...  # noqa: D102
-    @property
-    def is_share(self) -> bool: ...  # noqa: D102
-
-    def posed(self, split: Split, answers: Iterable[Any]) -> Split:
-        """The split with the targets that answers are judged by.
-
-        Args:
-            split: As the data has it.
-            answers: Of the original to its images, batch by batch; computed where asked for.
-        """
-
-    def lesson(self, temperature: float, label_smoothing: float) -> Criterion:
-        """What is learned, where it is not quite what is measured; see `Classification`."""
-
-    def distillation(self, asked: float) -> float:
-        """Weight of `distance` in what is learned, where `asked` was; `loss` has the rest."""
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """See `Task`."""
-
-    def judge(self, outputs: Any, targets: Any) -> Sequence[Any]:
-        """See `Task`."""
-
-    def metric(self, judged: Sequence[Any]) -> float:
-        """See `Task`; raises `MeasurementError` where it is no number."""
-
-    def distance(self, outputs: Any, wanted: Any) -> Tensor:
-        """How far a network's answers are from the original's, mean over the batch; 0: alike."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +167,23 @@ class OwnTask:
         parts = [F.mse_loss(a, b) / b.var().clamp_min(1e-12) for a, b in pairs if b.numel() > 1]
         return torch.stack(parts).mean()
 
-    def dataset(self, split: str) -> Dataset[tuple[Tensor, Any]] | None:
+    def network(self, model: nn.Module) -> nn.Module:
+        """What of `model` is compressed, in eval mode: all of it, unless the task says."""
+        if not self.has_network:
+            return model
+        part = self._ask("network", model)
+        if not isinstance(part, nn.Module):
+            raise self._wrong("network", part, "an nn.Module")
+        return part.eval()
+
+    @property
+    def has_network(self) -> bool:
+        """Whether the task picks a part of the model."""
+        return hasattr(self.task, "network")
+
+    def dataset(self, split: str) -> Dataset[tuple[Any, Any]] | None:
         """See `Task`."""
-        found: Dataset[tuple[Tensor, Any]] | None = self._ask("dataset", split)
+        found: Dataset[tuple[Any, Any]] | None = self._ask("dataset", split)
         return found
 
     def _ask(self, part: str, *args: Any) -> Any:
@@ -237,54 +216,56 @@ class DatasetSplit:
         task: Whose dataset it is, for messages.
         name: "fit", "search" or "test".
         dataset: With `__len__`.
-        input_shape: `(c, h, w)` of every image.
+        kind: Of every input, in words; empty where none was looked at.
     """
 
     task: OwnTask
     name: str
-    dataset: Dataset[tuple[Tensor, Any]]
-    input_shape: tuple[int, ...] = ()
+    dataset: Dataset[tuple[Any, Any]]
+    kind: str = ""
 
     def __len__(self) -> int:
         assert isinstance(self.dataset, Sized)
         return len(self.dataset)
 
-    def sample(self, row: int) -> tuple[Tensor, Any]:
-        """One image and its target, checked."""
+    def sample(self, row: int) -> tuple[Example, Any]:
+        """One input and its target, checked."""
         try:
             found = self.dataset[row]
         except USER_CODE_FAILURES as err:
             raise DataError(f"{self._where(row)} cannot be read: {told(err)}.") from err
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise DataError(
-                f"{self._where(row)} is a {type(found).__name__}; expected (image, target)."
+                f"{self._where(row)} is a {type(found).__name__}; expected (input, target)."
             )
-        image, target = found
-        if not isinstance(image, Tensor) or image.dtype != torch.float32 or image.ndim != 3:
-            what = type(image).__name__
-            if isinstance(image, Tensor):
-                what = f"{image.dtype} {tuple(image.shape)}"
+        given, target = found
+        kind = kind_of(given)
+        if kind is None:
             raise DataError(
-                f"{self._where(row)}: the image is {what}; expected a float32 tensor (c, h, w), "
-                f"as the model takes it."
+                f"{self._where(row)}: the input is {told_kind(given)}; expected what the model "
+                f"takes: a tensor of float32, int32, int64 or bool, a tuple of tensors, or a dict "
+                f"of them by the names of the forward pass's arguments."
             )
-        if self.input_shape and tuple(image.shape) != self.input_shape:
+        if self.kind and kind != self.kind:
             raise DataError(
-                f"{self._where(row)}: the image is {tuple(image.shape)}, others are "
-                f"{self.input_shape}; all must be alike."
+                f"{self._where(row)}: the input is {kind}, others are {self.kind}; all must be "
+                f"alike."
             )
-        if not image.isfinite().all():
-            raise DataError(f"{self._where(row)}: the image holds NaN or infinity.")
-        return image, target
+        if not all(each.isfinite().all() for each in tensors_in(given)):
+            raise DataError(f"{self._where(row)}: the input holds NaN or infinity.")
+        return (tuple(given) if isinstance(given, list) else given), target
 
-    def batch(self, rows: Tensor | slice) -> tuple[Tensor, list[Any]]:
-        """`(n_rows, c, h, w)` and the targets."""
+    def batch(self, rows: Tensor | slice) -> tuple[Example, list[Any]]:
+        """Inputs as the model takes them, tensors of `(n_rows, ...)`, and the targets."""
         numbers = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         samples = [self.sample(row) for row in numbers]
-        return torch.stack([image for image, _ in samples]), [target for _, target in samples]
+        columns = zip(*(tensors_in(given) for given, _ in samples), strict=True)
+        stacks = iter([torch.stack(column) for column in columns])
+        inputs: Example = map_tensors(lambda _: next(stacks), samples[0][0])
+        return inputs, [target for _, target in samples]
 
-    def model_input(self, rows: Tensor | slice) -> Tensor:
-        """`(n_rows, c, h, w)`."""
+    def model_input(self, rows: Tensor | slice) -> Example:
+        """The inputs alone."""
         return self.batch(rows)[0]
 
     def _where(self, row: int) -> str:
@@ -329,16 +310,17 @@ def task_data(task: OwnTask) -> Data:
     """
     found: dict[str, DatasetSplit] = {}
     digest = hashlib.sha256()
-    shape: tuple[int, ...] = ()
+    kind = ""
     for name in SPLITS:
         dataset = task.dataset(name)
         if dataset is None and name == "fit":
             continue
-        split = _checked(task, name, dataset, shape)
-        shape = split.input_shape
+        split = _checked(task, name, dataset, kind)
+        kind = split.kind
         for row in _spread(len(split)):
             digest.update(f"{name} {len(split)} {row}".encode())
-            digest.update(split.sample(row)[0].numpy().tobytes())
+            for each in tensors_in(split.sample(row)[0]):
+                digest.update(each.numpy().tobytes())
         if any(split.dataset is other.dataset for other in found.values()):
             raise DataError(
                 f"--task {task.reference}: {name} is the very dataset of another split."
@@ -354,9 +336,7 @@ def task_data(task: OwnTask) -> Data:
     )
 
 
-def _checked(
-    task: OwnTask, name: str, dataset: Dataset[Any] | None, shape: tuple[int, ...]
-) -> DatasetSplit:
+def _checked(task: OwnTask, name: str, dataset: Dataset[Any] | None, kind: str) -> DatasetSplit:
     what = f"--task {task.reference}: dataset({name!r})"
     if dataset is None:
         use = "plans are ranked by it" if name == "search" else "the result is measured on it"
@@ -368,8 +348,8 @@ def _checked(
         )
     if len(dataset) < 2:
         raise DataError(f"{what} has {len(dataset)} samples; expected at least 2.")
-    first, _ = DatasetSplit(task, name, dataset, shape).sample(0)
-    return DatasetSplit(task, name, dataset, tuple(first.shape))
+    first, _ = DatasetSplit(task, name, dataset, kind).sample(0)
+    return DatasetSplit(task, name, dataset, kind_of(first) or "")
 
 
 def _spread(n: int) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.values import Split
+from compressor.values import Example, Split
 
 
 @dataclass(frozen=True)
@@ -132,17 +132,12 @@ class Answered:
     def __len__(self) -> int:
         return len(self.classes)
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """`(c, h, w)` of one image."""
-        return self.split.input_shape
-
-    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images as the model takes them, and the original's classes."""
+    def batch(self, rows: Tensor | slice) -> tuple[Example, Tensor]:
+        """Inputs as the model takes them, and the original's classes."""
         return self.split.model_input(rows), self.classes[rows]
 
-    def model_input(self, rows: Tensor | slice) -> Tensor:
-        """The images alone."""
+    def model_input(self, rows: Tensor | slice) -> Example:
+        """The inputs alone."""
         return self.split.model_input(rows)
 
 

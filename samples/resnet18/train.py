@@ -32,6 +32,7 @@ from torchvision import models
 
 import compressor
 from compressor.datasets import load_data
+from compressor.rows import one_tensor
 from compressor.values import Data, Split, batches
 
 HERE = Path(__file__).parent
@@ -126,7 +127,7 @@ def teach_head(net: models.ResNet, fit: Split) -> None:
     pairs = []
     with torch.inference_mode():
         for images, labels in batches(fit, BATCH_SIZE):
-            pairs.append((net(images.to(DEVICE)), labels.to(DEVICE)))
+            pairs.append((net(one_tensor(images).to(DEVICE)), labels.to(DEVICE)))
     features, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     net.fc = head
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2, weight_decay=1e-3)
@@ -157,14 +158,15 @@ def teach(
 
     def shuffled() -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.randperm(len(fit))[: n_batches * BATCH_SIZE].split(BATCH_SIZE):
-            yield fit.batch(rows)
+            images, labels = fit.batch(rows)
+            yield one_tensor(images), labels
 
     started = time.perf_counter()
     net.train()
     for epoch in range(n_epochs):
         for images, labels in shuffled():
             images = augmented(images, is_flipped=is_flipped)
-            loss = F.cross_entropy(net(images.to(DEVICE)), labels.to(DEVICE))
+            loss = F.cross_entropy(net(one_tensor(images).to(DEVICE)), labels.to(DEVICE))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -194,7 +196,9 @@ def accuracy(net: nn.Module, split: Split) -> float:
     n_right = 0
     with torch.inference_mode():
         for images, labels in batches(split, BATCH_SIZE):
-            n_right += int((net(images.to(DEVICE)).argmax(dim=1).cpu() == labels).sum())
+            n_right += int(
+                (net(one_tensor(images).to(DEVICE)).argmax(dim=1).cpu() == labels).sum()
+            )
     return n_right / len(split)
 
 

@@ -35,7 +35,7 @@ from tests.end_to_end.reader import (
 __all__ = ["board"]  # a fixture
 
 TAKES_LONG = re.compile(  # training, and engines that are built over SSH one by one
-    r"samples/\w+/train|compress samples/segmentation|"
+    r"samples/\w+/train|samples/detection/|compress samples/segmentation|"
     r"probe --target jetson|compress model.pt --target nvidia"
 )
 NEEDS_DEVICE = re.compile(r"\.local\b|--device my-")

@@ -105,6 +105,7 @@ def test_the_segmentation_task_and_its_network() -> None:
     seen = [{d.tobytes() for d in split.dataset.digits} for split in digits]  # type: ignore[attr-defined]
     assert sum(map(len, seen)) == len(set.union(*seen))
     images, masks = data.search.batch(slice(0, 20))
+    assert isinstance(images, torch.Tensor)
     assert images.shape == (20, 1, 48, 48)
     assert {0.0, 1.0} == set(torch.stack(masks).unique().tolist())
     logits = torch.stack(masks) * 2 - 1  # all right

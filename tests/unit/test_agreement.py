@@ -17,6 +17,7 @@ from compressor.features import fisher_ratios
 from compressor.hints import NO_HINTS
 from compressor.learner import Learner
 from compressor.prunable import make_prunable
+from compressor.rows import one_tensor
 from compressor.tasks import AGREEMENT, CLASSIFICATION, Agreement, Answered, Criterion
 from compressor.training import Recipe, fine_tune
 from compressor.trials import features
@@ -66,7 +67,7 @@ def test_accuracy_is_the_share_of_the_originals_answers(numbered: LabelledImages
     assert isinstance(split, Answered)
     assert split.classes.tolist() == [0, 1, 1, 2, 0, 1, 0]
     images, targets = split.batch(torch.tensor([3, 0]))
-    assert images[:, 0, 0, 0].tolist() == [3, 0]
+    assert one_tensor(images)[:, 0, 0, 0].tolist() == [3, 0]
     assert targets.tolist() == [2, 0]
     assert accuracy(original, split, **how).value == 1
     measured = accuracy(other, split, **how)
@@ -156,7 +157,7 @@ def test_what_looks_at_classes_sees_the_originals(conv_net: ConvNet) -> None:
         net.head.bias.sub_(net(split.model_input(slice(0, 60))).mean(0))
     part = few(split, 40)
     answered = posed(lambda: net, part, batch_size=16, criterion=AGREEMENT)
-    images = part.model_input(slice(0, 40))
+    images = one_tensor(part.model_input(slice(0, 40)))
     with torch.no_grad():
         classes = net(images).argmax(1)
         pooled = net.stem(images).double().mean((2, 3)).numpy()

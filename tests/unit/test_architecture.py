@@ -12,7 +12,7 @@ PACKAGE = ROOT / "compressor"
 
 BASE = {
     "containers", "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
-    "augmentation", "watching", "running", "learner", "environment",
+    "augmentation", "watching", "running", "rows", "learner", "environment",
 }  # fmt: skip
 STEPS = {
     "chance", "config", "model_io", "datasets", "graph", "program", "importance", "features",
@@ -32,30 +32,36 @@ MAY_IMPORT = {
         "containers",
         "errors",
         "hints",
+        "rows",
         "running",
         "tasks",
         "user_code",
         "values",
         "watching",
     },
-    "hints": {"errors", "values", "watching"},
-    "augmentation": {"errors", "values"},
+    "hints": {"containers", "errors", "running", "values", "watching"},
+    "rows": {"containers", "values"},
+    "augmentation": {"errors", "rows", "values"},
     "user_code": {"errors"},
     "inputs": {"errors", "user_code"},
-    "tasks": {"containers", "errors", "inputs", "values", "user_code"},
+    "tasks": {"containers", "errors", "inputs", "rows", "values", "user_code"},
     **{step: BASE for step in STEPS},
     "export": BASE | {"exporter", "latency", "template"},  # what was written is run
     "exporter": BASE | {"symbolics"},
     "template": BASE | {"exporter"},
     "border": BASE | STEPS,
+    "matching": BASE | STEPS,
     "prunable": BASE | STEPS,
     "budget": BASE | STEPS,
     "bench": BASE | STEPS | {"prunable"},
     "run": BASE | STEPS | {"bench", "budget", "job"},
-    "job": BASE | STEPS | {"border", "prunable", "bench"},
+    "job": BASE | STEPS | {"border", "prunable", "bench", "matching"},
     "trials": BASE | STEPS | {"budget", "prunable", "bench", "job"},
     "finalists": BASE | STEPS | {"budget", "prunable", "bench", "job", "run", "trials"},
-    "shipping": BASE | STEPS | {"prunable", "bench", "job", "run", "trials", "finalists"},
+    "summary": BASE | STEPS | {"prunable", "job", "run", "trials", "finalists"},
+    "shipping": BASE
+    | STEPS
+    | {"prunable", "bench", "job", "run", "trials", "finalists", "summary"},
     "corrections": BASE | STEPS | {"finalists", "trials"},
     "forecast": BASE | STEPS | {"bench", "job", "trials", "finalists"},
     "pipeline": BASE
@@ -70,6 +76,7 @@ MAY_IMPORT = {
         "trials",
         "finalists",
         "shipping",
+        "summary",
         "forecast",
         "border",
     },

@@ -14,6 +14,7 @@ from compressor.datasets import load_data
 from compressor.datasets.files import ImageFiles
 from compressor.datasets.folders import class_folders, image_files
 from compressor.errors import DataError
+from compressor.rows import one_tensor
 from compressor.values import Data, draw
 from tests.conftest import blob_images, labelled
 
@@ -44,7 +45,7 @@ def write_images(root: Path, classes: Mapping[str, int], size: tuple[int, int] =
 def test_given_splits_are_kept(blobs: Path) -> None:
     data = load_data(blobs)
     assert [len(s) for s in (data.fit, data.search, data.test)] == [600, 200, 200]
-    assert data.input_shape == (1, 8, 8)
+    assert labelled(data.fit).images.shape[1:] == (1, 8, 8)
     assert data.class_names == ("0", "1", "2", "3", "4")
     assert_disjoint(data)
 
@@ -69,7 +70,7 @@ def test_normalisation_has_the_closed_form(tmp_path: Path) -> None:
     np.savez(tmp_path / "rgb.npz", images=images, labels=labels)
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     data = load_data(tmp_path / "rgb.npz", mean=mean, std=std)
-    got = data.fit.model_input(slice(0, 5))
+    got = one_tensor(data.fit.model_input(slice(0, 5)))
     raw = labelled(data.fit).images[:5].double() / 255
     for channel in range(3):
         expected = (raw[:, channel] - mean[channel]) / std[channel]
@@ -80,7 +81,7 @@ def test_float_images_are_taken_as_they_are(tmp_path: Path) -> None:
     images, labels = blob_images(100, np.random.default_rng(1))
     np.savez(tmp_path / "f.npz", images=images.astype(np.float32) - 7, labels=labels)
     split = load_data(tmp_path / "f.npz").fit
-    assert torch.equal(split.model_input(slice(0, 9)), labelled(split).images[:9])
+    assert torch.equal(one_tensor(split.model_input(slice(0, 9))), labelled(split).images[:9])
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -91,14 +92,14 @@ def test_class_folders(tmp_path: Path) -> None:
     assert [len(s) for s in (data.fit, data.search, data.test)] == [25, 5, 8]
     assert data.class_names == ("cat", "dog")
     assert labelled(data.fit).labels.tolist() == [0] * 10 + [1] * 15
-    assert data.input_shape == (3, 9, 7)
+    assert labelled(data.fit).images.shape[1:] == (3, 9, 7)
 
 
 def test_plain_class_folders_are_split_and_resized(tmp_path: Path) -> None:
     write_images(tmp_path, {"cat": 10, "dog": 10})
     (tmp_path / ".cache").mkdir()
     data = load_data(tmp_path, image_size=6, n_channels=1)
-    assert data.input_shape == (1, 6, 6)
+    assert labelled(data.fit).images.shape[1:] == (1, 6, 6)
     assert [len(s) for s in (data.fit, data.search, data.test)] == [12, 4, 4]
     assert_disjoint(data)
 
@@ -113,12 +114,24 @@ def arrays(**changes: object) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (arrays(labels=None, label=[1]), "images but no labels, beside label.*--labels none"),
-        ({"x": np.zeros(3)}, "needs the arrays images and labels"),
-        (arrays(images=np.zeros((100, 8, 8), np.uint8)), r"shape \(n, c, h, w\); got uint8"),
-        (arrays(images=np.zeros((100, 1, 8, 8))), "uint8 or float32.*got float64"),
-        (arrays(labels=np.zeros(99, int)), "must be 100 integers"),
-        (arrays(labels=np.zeros(100)), "must be 100 integers; got float64"),
+        (
+            arrays(labels=None, fit_images=np.zeros((9, 1, 8, 8), np.uint8), fit_labels=[1] * 9),
+            "has images but no labels, beside fit_labels.*--labels none",
+        ),
+        ({"x": np.zeros(3)}, "has x but no labels, beside nothing else.*--labels none"),
+        ({"labels": np.zeros(3, int)}, "needs the arrays images and labels"),
+        (arrays(images=np.zeros((100, 1, 8, 8))), "images is float64; expected uint8"),
+        (arrays(images=np.zeros((100, 3), complex)), "images is complex128; expected uint8"),
+        (arrays(images=np.array([["a"]] * 100)), "images is <U1; expected uint8"),
+        (arrays(images=np.zeros((100, 0, 3), np.int64)), r"images has the shape \(100, 0, 3\)"),
+        (arrays(images=np.float32(3)), r"images has the shape \(\); expected \(n, ...\)"),
+        (arrays(labels=np.zeros(99, int)), "equally long.* images 100, labels 99"),
+        (arrays(labels=np.zeros(100)), "must be integers, one an example; got float64"),
+        (arrays(images=None, input_1=np.zeros((100, 3), np.float32)), "from 0 without gaps"),
+        (
+            arrays(images=None, ids=np.ones((100, 3), int), mask=np.ones((98, 3), bool)),
+            "equally long.* ids 100, mask 98, labels 100",
+        ),
         (arrays(labels=np.arange(100) - 1), r"must lie in 0\.\..*run from -1"),
         (arrays(images=np.zeros((0, 1, 8, 8), np.uint8), labels=np.zeros(0, int)), "no images"),
         (arrays(images=np.full((100, 1, 8, 8), np.nan, np.float32)), "NaN"),
@@ -141,6 +154,83 @@ def test_bad_arrays_are_named(
     np.savez(tmp_path / "bad.npz", **content)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=message):
         load_data(tmp_path / "bad.npz")
+
+
+def several(n: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(n)
+    return {
+        "ids": generator.integers(0, 9, (n, 5)),
+        "mask": generator.random((n, 5)) < 0.5,
+        "scale": generator.random(n).astype(np.float32),
+        "labels": np.arange(n) % 4,
+    }
+
+
+@pytest.mark.parametrize("how", ["by name", "numbered", "in splits"])
+def test_several_inputs_keep_their_rows_together(how: str, tmp_path: Path) -> None:
+    """Whole numbers stay what they are; every split holds rows as they stood in the file."""
+    stored = several(200)
+    names = ["ids", "mask", "scale"]
+    if how == "numbered":
+        names = [f"input_{i}" for i in range(3)]
+        stored = dict(zip((*names, "labels"), stored.values(), strict=True))
+    content = stored
+    if how == "in splits":
+        content = {f"train_{n}": a[:160] for n, a in stored.items()}
+        content |= {f"test_{n}": a[160:] for n, a in stored.items()}
+    if how == "numbered":
+        content = {**stored, "remark": np.ones(1)}  # what is neither input nor label is left
+    np.savez(tmp_path / "several.npz", **content)  # type: ignore[arg-type]
+    data = load_data(tmp_path / "several.npz")
+    whole = {
+        tuple(stored[n][row].tobytes() for n in names): stored["labels"][row] for row in range(200)
+    }
+    n_seen = 0
+    for split in (data.fit, data.search, data.test):
+        given, labels = split.batch(torch.arange(len(split)))
+        assert isinstance(given, tuple if how == "numbered" else dict)
+        tensors = given if isinstance(given, tuple) else tuple(given[n] for n in names)
+        assert [t.dtype for t in tensors] == [torch.int64, torch.bool, torch.float32]
+        for *row, label in zip(*tensors, labels, strict=True):
+            n_seen += 1
+            assert whole[tuple(t.numpy().tobytes() for t in row)] == label
+    assert n_seen == 200
+
+
+def test_one_input_of_another_name_and_layout_is_one_tensor(tmp_path: Path) -> None:
+    signals = np.random.default_rng(0).random((100, 2, 30)).astype(np.float32)
+    np.savez(tmp_path / "s.npz", signals=signals, labels=np.arange(100) % 2)
+    given = load_data(tmp_path / "s.npz").fit.model_input(slice(0, 3))
+    assert isinstance(given, torch.Tensor)
+    assert given.shape == (3, 2, 30)
+
+
+def test_uint8_of_any_layout_is_scaled_and_normalised(tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 255, (100, 2, 3, 4, 5)).astype(np.uint8)
+    np.savez(tmp_path / "v.npz", images=video, labels=np.arange(100) % 2)
+    data = load_data(tmp_path / "v.npz", mean=[0.1, 0.2], std=[0.5, 0.4])
+    given = data.fit.model_input(slice(0, 3))
+    raw = labelled(data.fit).images
+    assert isinstance(raw, torch.Tensor)
+    mean, std = (torch.tensor(v).view(2, 1, 1, 1) for v in ((0.1, 0.2), (0.5, 0.4)))
+    torch.testing.assert_close(given, (raw[:3] / 255 - mean) / std)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("ids",), r"mean and std are for one input of uint8 or float32; .*int64 \(5,\)"),
+        (("ids", "mask"), "for one input of uint8 or float32; .*mask torch.bool"),
+        (("scale",), r"channels in dimension 1 of \(.*,\)"),
+    ],
+)
+def test_a_mean_is_for_one_input_with_channels(
+    names: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    content = {name: array for name, array in several(90).items() if name in (*names, "labels")}
+    np.savez(tmp_path / "m.npz", **content)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=message):
+        load_data(tmp_path / "m.npz", mean=[0.5], std=[0.5])
 
 
 def test_pickled_arrays_are_not_unpickled(tmp_path: Path) -> None:
@@ -253,7 +343,7 @@ def test_images_on_disk_are_those_in_memory(
         assert torch.equal(one.model_input(rows), other.model_input(rows))
         assert torch.equal(one.model_input(slice(None)), other.model_input(slice(None)))
         assert len(other.model_input(slice(0, 0))) == 0
-    assert on_disk.input_shape == (3, 6, 6)
+    assert labelled(on_disk.fit).images.shape[1:] == (3, 6, 6)
     with pytest.raises(DataError, match="give --image-size"):
         load_data(tmp_path / "images")
 

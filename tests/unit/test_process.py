@@ -256,7 +256,7 @@ def one_node(
     [
         (b"not a model", MeasurementError, "cannot load the model"),
         (one_node("Relu", ["batch", 3]), UnsupportedModelError, "Export with a fixed batch size"),
-        (one_node("Abs", [1, 3], TensorProto.INT64), UnsupportedModelError, r"tensor\(int64\)"),
+        (one_node("Abs", [1, 3], TensorProto.INT8), UnsupportedModelError, r"tensor\(int8\)"),
         (one_node("NoSuchOp", [1, 3]), MeasurementError, "NoSuchOp"),
         (one_node("Relu", [1, 3], opset=99), UnsupportedModelError, "opset"),
     ],
