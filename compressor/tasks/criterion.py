@@ -1,5 +1,7 @@
 """What answers are judged by."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
