@@ -24,7 +24,7 @@ from compressor.graph import channel_groups
 from compressor.graph.alike import answers_alike
 from compressor.graph.branches import residual_branches, traced
 from compressor.graph.in_place import functional
-from compressor.graph.layers import BY_WIDTH
+from compressor.graph.record import NEEDS_PROGRAM
 from compressor.inputs import PROGRAM_SUFFIX
 from compressor.model_io import load_model as read_file
 from compressor.program import export_program, free_batch, with_layers
@@ -129,7 +129,8 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
 
     A network whose layers compute their weights from others (weight norm, standardised
     convolutions) is a program too, if more can be pruned in it: there these weights are numbers.
-    So is one with fused attention that scales by its width: there the scale is a number.
+    So is one with fused attention that scales by its width, or with means and maxima over
+    channels: there the scale is a number, and surgery writes in what is gone.
     Where neither can be pruned whole, the groups that cannot be are locked, one by one; of that
     and a program, the one in which more can be pruned is taken.
 
@@ -140,8 +141,10 @@ def make_prunable(model: nn.Module, example: Example) -> Prunable:
     form = PROGRAM if isinstance(model, fx.GraphModule) else MODULE
     probe = _probe(model, example)
     fault = _fault(probe, groups, *_proof_plans(groups))
-    is_by_width = any(BY_WIDTH in (group.locked_because or "") for group in groups)
-    if fault is None and not is_by_width and not _has_layers_without_group(model, groups):
+    needs_program = any(
+        reason in (group.locked_because or "") for group in groups for reason in NEEDS_PROGRAM
+    )
+    if fault is None and not needs_program and not _has_layers_without_group(model, groups):
         return Prunable(model, groups, form)
     if fault is not None:
         logger.info("%s does not follow its widths: %s", type(model).__name__, fault)

@@ -5,13 +5,12 @@ Legend: `g` groups of a grouped convolution; `ours` are the labels of what a lay
 """
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
-from compressor.graph.record import Call, Channels, Fixed, Outcome, State, Weight
+from compressor.graph.record import BY_WIDTH, Call, Channels, Fixed, Outcome, State, Weight
 from compressor.values import IndexArray, Role
-
-BY_WIDTH = "scales its answers by its width"
 
 
 def convolution(call: Call) -> Outcome:
@@ -47,6 +46,18 @@ def convolution(call: Call) -> Outcome:
         call.read(0, 1, ours)
     _place_bias(call, call.args["bias"], theirs)
     return Channels(1, theirs)
+
+
+def deformed(call: Call) -> Outcome:
+    """torchvision's deformable convolution: where it looks is no channel of what it looks at."""
+    for name in ("offset", "mask"):
+        state = call.state(call.args[name])
+        if isinstance(state, Channels):
+            call.lock(state.labels, f"{call.where} reads them as coordinates")
+    state = call.state(call.args["input"])
+    if call.args["offset_groups"] != 1 and isinstance(state, Channels):
+        call.lock(state.labels, f"{call.where} gives some channels offsets of their own")
+    return convolution(replace(call, args={**call.args, "transposed": False}))
 
 
 def linear(call: Call) -> Outcome:

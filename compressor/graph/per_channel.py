@@ -1,12 +1,18 @@
 """Rules for operations that work on each channel by itself."""
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from compressor.graph.record import Call, Channels, Fixed, Outcome, Weight, tensor_dim
+from compressor.graph.record import BY_WIDTH, WITH_ZEROS, Call, Channels, Fixed, Outcome, Weight, tensor_dim
 from compressor.values import IndexArray, Role
 
+aten = torch.ops.aten
+# Nodes of programs over channels that surgery rewrites.
+MEANS = (aten.mean.dim, aten.mean.default)
+EXTREMES = (aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim)
 # Operations on each channel by itself -> over how many dimensions, from the last.
 TRAILING_DIMS = {
     "max_pool1d_with_indices": 1, "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3,
@@ -136,13 +142,38 @@ def over_dims(call: Call) -> Outcome:
     dims = [dims] if isinstance(dims, int) else dims
     gone = {tensor_dim(d, source.ndim) for d in dims}
     if state.dim in gone:
-        if call.name != "sum":
-            return call.unknown(f"{call.where} goes over all channels together")
-        call.read(0, state.dim, state.labels)  # a removed channel adds zero
-        return call.fixed(f"{call.where} adds up channels")
+        obstacle = _over_channels(call)
+        if obstacle is not None:
+            return call.unknown(obstacle)
+        call.read(0, state.dim, state.labels)
+        return call.fixed(f"{call.where} goes over all channels together")
     first = call.out if isinstance(call.out, Tensor) else call.out[0]
     n_before = sum(d < state.dim for d in gone) if first.ndim < source.ndim else 0
     return Channels(state.dim - n_before, state.labels)
+
+
+def _over_channels(call: Call) -> str | None:
+    """Why what goes over channels does not take removed ones for zeros; None where it does.
+
+    A sum and a norm lose nothing with a zero. A mean divides by as many as there were, and a
+    maximum is at least the zero of those that are gone: surgery says so in programs, where it can
+    (see `surgery.sizes`).
+    """
+    if call.name == "sum" or (
+        call.name == "linalg_vector_norm" and 0 < float(call.args["ord"]) < math.inf
+    ):
+        return None
+    if call.name == "mean":
+        return None if call.is_node(*MEANS) else f"{call.where} {BY_WIDTH}"
+    if call.name in ("amax", "amin", "max", "min"):
+        node = call.record.node
+        if not call.is_node(*EXTREMES):
+            return f"{call.where} {WITH_ZEROS}"
+        assert node is not None
+        places = [user for user in node.users if user.args[1:] != (0,) and user.users]
+        if isinstance(call.out, Tensor) or not places:
+            return None
+    return f"{call.where} goes over all channels together"
 
 
 def roi_align(call: Call) -> Outcome:

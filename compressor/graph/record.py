@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 OWN_FOLDER = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
+# Why channels are locked in code that a program can say otherwise.
+BY_WIDTH = "scales its answers by its width"
+WITH_ZEROS = "compares channels, and one that is gone counts as zero"
+NEEDS_PROGRAM = (BY_WIDTH, WITH_ZEROS)
+
 
 @dataclass(frozen=True, eq=False)
 class Channels:
@@ -155,6 +160,11 @@ class Call:
             elif isinstance(state, Weight):
                 self.record.lock_tensors(state, because)
         return self.fixed(because)
+
+    def is_node(self, *targets: OpOverload) -> bool:
+        """Whether it is the whole of a node of a program, one that surgery can rewrite."""
+        node = self.record.node
+        return node is not None and node.target in targets
 
     @property
     def where(self) -> str:

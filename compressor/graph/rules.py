@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from compressor.graph.layers import attention, convolution, linear, product
+from compressor.graph.layers import attention, convolution, deformed, linear, product
 from compressor.graph.moves import (
     cat,
     channel_shuffle,
@@ -154,9 +154,9 @@ METADATA = frozenset({
 })  # fmt: skip
 MANY = frozenset({
     "convolution", "mm", "addmm", "linear", "bmm", "cat", "stack", "copy",
-    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu", "torchvision::deform_conv2d",
 })  # fmt: skip
-PRODUCERS = frozenset({"convolution", "mm", "addmm", "linear"})
+PRODUCERS = frozenset({"convolution", "mm", "addmm", "linear", "torchvision::deform_conv2d"})
 RULES: dict[str, Rule] = {
     "convolution": convolution, "mm": linear, "addmm": linear, "linear": linear,
     "bmm": product, "_scaled_dot_product_flash_attention_for_cpu": attention,
@@ -181,5 +181,6 @@ RULES: dict[str, Rule] = {
     "im2col": unfold, "col2im": fold, "gather": picked, "max_unpool2d": picked,
     "max_unpool3d": picked, "_fft_r2c": over_others, "_fft_c2r": over_others,
     "_fft_c2c": over_others,
-    "torchvision::roi_align": roi_align, "torchvision::roi_pool": roi_align,
+    "torchvision::deform_conv2d": deformed, "torchvision::roi_align": roi_align,
+    "torchvision::roi_pool": roi_align,
 }  # fmt: skip

@@ -1,4 +1,8 @@
-"""Sizes that stand in the code of a program, made those of its new widths."""
+"""Sizes that stand in the code of a program, made those of its new widths.
+
+What goes over all channels goes over those that are gone too, which count as zeros: that is
+written into a program as well.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,8 +25,8 @@ def rewrite_sizes(program: fx.GraphModule, keep: Mapping[str, tuple[int, Mask]])
         program: From `compressor.program`.
         keep: Node name -> the channel dimension of its output and which positions stay.
     """
-    for node in program.graph.nodes:
-        if node.op == "call_function" and (node.target in _SIZES):
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and node.target in _SIZES:
             _SIZES[node.target](node, keep)
     program.recompile()
 
@@ -118,6 +122,48 @@ def _rewrite_group_norm(node: fx.Node, keep: Kept) -> None:
         node.update_arg(1, n_groups * int(mask.sum()) // len(mask))
 
 
+def _rewrite_mean(node: fx.Node, keep: Kept) -> None:
+    """A mean over channels: the sum of those that stay, by as many as there were."""
+    mask = _mask_over(node, keep)
+    if mask is not None and not mask.all():
+        _follow(node, aten.mul.Tensor, float(mask.mean()))
+
+
+def _rewrite_extreme(node: fx.Node, keep: Kept) -> None:
+    """A maximum over channels is at least the zero of one that is gone; so a minimum at most."""
+    mask = _mask_over(node, keep)
+    if mask is None or mask.all():
+        return
+    is_least = node.target in (aten.amin.default, aten.min.dim)
+    bound = aten.clamp_max.default if is_least else aten.clamp_min.default
+    if node.target in (aten.max.dim, aten.min.dim):
+        for values in list(node.users):
+            if values.users:  # those are the values; where they lie, nobody asks
+                _follow(values, bound, 0.0)
+    else:
+        _follow(node, bound, 0.0)
+
+
+def _mask_over(node: fx.Node, keep: Kept) -> Mask | None:
+    """What stays of the node's input, if the node goes over its channels."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.name not in keep:
+        return None
+    dim, mask = keep[source.name]
+    dims = node.args[1] if len(node.args) > 1 else None
+    dims = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
+    n_dims = source.meta["val"].ndim
+    return mask if not dims or dim in {int(d) % n_dims for d in dims} else None
+
+
+def _follow(node: fx.Node, target: Any, argument: float) -> None:
+    """Lets whatever reads `node` read `target(node, argument)`."""
+    with node.graph.inserting_after(node):
+        made = node.graph.call_function(target, (node, argument))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+
+
 def _source_mask(node: fx.Node, keep: Kept) -> Mask | None:
     """What stays of the node's input, if the node works along its channels."""
     source = node.args[0]
@@ -148,6 +194,9 @@ _SIZES: dict[Any, Callable[[fx.Node, Kept], None]] = {
     aten.conv1d.default: _rewrite_groups, aten.conv2d.default: _rewrite_groups,
     aten.conv3d.default: _rewrite_groups, aten.convolution.default: _rewrite_groups,
     aten.group_norm.default: _rewrite_group_norm,
+    aten.mean.dim: _rewrite_mean, aten.mean.default: _rewrite_mean,
+    aten.amax.default: _rewrite_extreme, aten.amin.default: _rewrite_extreme,
+    aten.max.dim: _rewrite_extreme, aten.min.dim: _rewrite_extreme,
 }  # fmt: skip
 
 
