@@ -24,7 +24,7 @@ from compressor.graph import channel_groups
 from compressor.graph.alike import answers_alike
 from compressor.graph.branches import residual_branches, traced
 from compressor.graph.in_place import functional
-from compressor.graph.record import NEEDS_PROGRAM
+from compressor.graph.states import NEEDS_PROGRAM
 from compressor.inputs import PROGRAM_SUFFIX
 from compressor.model_io import load_model as read_file
 from compressor.program import export_program, free_batch, with_layers

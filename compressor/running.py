@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from compressor.containers import map_tensors, tensors_in
 from compressor.values import call
@@ -122,6 +122,25 @@ def frozen_norms(network: nn.Module) -> list[nn.Module]:
     if not any(p.requires_grad for p in network.parameters()):
         return []
     return [module for module in network.modules() if is_norm(module) and is_frozen(module)]
+
+
+@contextmanager
+def in_small_steps(network: nn.Module) -> Iterator[None]:
+    """Fused attention and LSTM layers of `network` run as the operations they are made of.
+
+    oneDNN has one operation for a layer of an LSTM, in float32 and not in float64.
+    """
+    has_lstm = any(isinstance(module, nn.LSTM) for module in network.modules()) or (
+        isinstance(network, fx.GraphModule)
+        and any(n.target is torch.ops.aten.lstm.input for n in network.graph.nodes)
+    )
+    was_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(was_enabled and not has_lstm)
+    try:
+        with unfused_attention():
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)
 
 
 @contextmanager

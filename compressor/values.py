@@ -144,7 +144,8 @@ class ChannelGroup:
 
     Attributes:
         name: The first module that produces the channels; a part of its channels that goes
-            elsewhere than the first part is `NAME#2`, and so on.
+            elsewhere than the first part is `NAME#2`, and so on. Whole heads of attention are
+            `NAME#heads`; they cross the channels that go from every head.
         n_channels: Channels before pruning. Where several positions of the producer can only go
             together (grouped convolutions, shuffles, group norms), such a unit is one channel.
         slices: Every place in the model's tensors where these channels lie.
@@ -266,7 +267,9 @@ class LayerCost:
         params: Its numbers.
         shape: Of the tensor.
         shares: For each of its dimensions that channels run along: group name -> share of that
-            dimension. What is missing to 1 stays whatever is pruned.
+            dimension. What is missing to 1 stays whatever is pruned. Groups that cross (heads,
+            and channels of all heads) stand in two mappings, whose shares multiply.
+        dims: The dimension of each of `shares`; empty where they are in order, one each.
     """
 
     name: str
@@ -274,6 +277,7 @@ class LayerCost:
     params: int
     shape: tuple[int, ...]
     shares: tuple[Mapping[str, float], ...]
+    dims: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

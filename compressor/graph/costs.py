@@ -30,11 +30,15 @@ def layer_costs(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[Layer
             places[where.key].append((group, where))
     costs = []
     for name, tensor in model.named_parameters():
-        shares: dict[int, dict[str, float]] = defaultdict(dict)
+        shares: dict[tuple[int, bool], dict[str, float]] = defaultdict(dict)
+        taken: dict[int, set[int]] = defaultdict(set)
         macs = 0.0
         for group, where in places.get(name, ()):
             share = where.index.size / tensor.shape[where.dim]
-            shares[where.dim][group.name] = share
+            positions = set(where.index.ravel().tolist())
+            is_crossed = bool(taken[where.dim] & positions)  # heads, beside channels of all heads
+            taken[where.dim] |= positions
+            shares[where.dim, is_crossed][group.name] = share
             macs = max(macs, where.macs * group.n_channels / share)
         costs.append(
             LayerCost(
@@ -42,7 +46,8 @@ def layer_costs(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[Layer
                 round(macs),
                 tensor.numel(),
                 tuple(tensor.shape),
-                tuple(shares[d] for d in sorted(shares)),
+                tuple(shares[place] for place in sorted(shares)),
+                tuple(dim for dim, _ in sorted(shares)),
             )
         )
     return tuple(costs)

@@ -2,6 +2,11 @@
 
 A *label* stands for one channel at one place. Labels that were joined can only be removed
 together; the joined sets are the connected components of a graph, found once at the end.
+
+Where a view parts the channels of a layer into heads, a channel may go in two ways: with the same
+channel of every other head, or with its whole head. So there are two *sides*, on each of which
+all labels lie, and are joined alike but at such views: on one the heads are tied there, on the
+other the channels of a head. A channel goes if it goes on either.
 """
 
 from collections import defaultdict
@@ -13,6 +18,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from compressor.values import ChannelGroup, ChannelSlice, IndexArray, NodeSlice, Reading, Role
+
+CHANNELS, HEADS = 0, 1  # the sides
 
 
 @dataclass
@@ -28,16 +35,39 @@ class Slot:
     is_parameter: bool = True
 
 
+@dataclass(eq=False)
+class Parting:
+    """A view that parts channels into heads, or into what turns out to be no heads.
+
+    Attributes:
+        flat: Labels before it, in the shape that the view gives them.
+        channels: Those along the channels of a head, to be broadcast against `flat`.
+        heads: Those along heads, likewise.
+        is_tied: Whether the parts were taken for no heads: None until that is known.
+    """
+
+    flat: IndexArray
+    channels: IndexArray
+    heads: IndexArray
+    is_tied: bool | None = None
+
+
 @dataclass
 class Labels:
-    """Every label of a network, in the order they were met."""
+    """Every label of a network, in the order they were met.
+
+    Attributes:
+        heads: Labels of heads that are worked on one by one.
+    """
 
     n_labels: int = 0
-    joins: list[tuple[IndexArray, IndexArray]] = field(default_factory=list)
+    joins: list[tuple[IndexArray, IndexArray, int | None]] = field(default_factory=list)
     locks: list[tuple[IndexArray, str]] = field(default_factory=list)
     slots: dict[tuple[str, int], Slot] = field(default_factory=dict)
     readings: list[tuple[str, int, int, int, IndexArray]] = field(default_factory=list)
     nodes: list[tuple[str, int, IndexArray]] = field(default_factory=list)
+    heads: list[IndexArray] = field(default_factory=list)
+    partings: list[Parting] = field(default_factory=list)
 
     def fresh(self, n: int, locked_because: str | None = None) -> IndexArray:
         """`n` new labels."""
@@ -47,11 +77,29 @@ class Labels:
             self.lock(labels, locked_because)
         return labels
 
-    def join(self, ours: IndexArray, theirs: IndexArray) -> None:
-        """Ties labels position by position; the arrays broadcast against each other."""
+    def join(self, ours: IndexArray, theirs: IndexArray, side: int | None = None) -> None:
+        """Ties labels position by position; the arrays broadcast against each other.
+
+        Args:
+            ours: Labels.
+            theirs: Others.
+            side: Where; None is on both sides.
+        """
         if ours is not theirs:
             a, b = np.broadcast_arrays(ours, theirs)
-            self.joins.append((a.ravel(), b.ravel()))
+            self.joins.append((a.ravel(), b.ravel(), side))
+
+    def part(self, flat: IndexArray, channels: IndexArray, heads: IndexArray) -> Parting:
+        """Begins a parting; see there."""
+        self.join(flat, channels, CHANNELS)
+        self.partings.append(Parting(flat, channels, heads))
+        return self.partings[-1]
+
+    def settle(self, parting: Parting, *, is_tied: bool) -> None:
+        """Ties the parts on both sides, or heads on theirs; the first word counts."""
+        if parting.is_tied is None:
+            parting.is_tied = is_tied
+            self.join(parting.flat, parting.channels if is_tied else parting.heads, HEADS)
 
     def lock(self, labels: IndexArray, because: str) -> None:
         """Labels that may not be removed; the first reason given is the one that is told."""
@@ -71,16 +119,28 @@ class Labels:
         Args:
             locked_tensors: Tensor name -> why it must stay as it is.
         """
-        channel_of = self._components()
-        slots = list(self.slots.values())
-        for slot in slots:
+        for slot in self.slots.values():
             if slot.name in locked_tensors:
                 self.lock(slot.labels, locked_tensors[slot.name])
+        for parting in self.partings:
+            self.settle(parting, is_tied=False)
+        found = self._groups_on(CHANNELS)
+        if self.heads:
+            found += self._groups_on(HEADS)
+        return tuple(group for _, group in sorted(found, key=lambda each: each[0]))
+
+    def _groups_on(self, side: int) -> list[tuple[int, ChannelGroup]]:
+        """(first slot, group) of one side; of heads, only those that can go."""
+        channel_of = self._components(side)
+        slots = list(self.slots.values())
         reasons: dict[int, str] = {}
         for labels, because in self.locks:
             for channel in np.unique(channel_of[labels]).tolist():
                 reasons.setdefault(channel, because)
         positions = _positions([channel_of[slot.labels] for slot in slots])
+        if side == HEADS:
+            apart = set(channel_of[np.concatenate(self.heads)].tolist()) - reasons.keys()
+            positions = {c: places for c, places in positions.items() if c in apart}
         alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
         for channel, places in positions.items():
             alike[tuple((slot, len(where)) for slot, where in places.items())].append(channel)
@@ -98,7 +158,8 @@ class Labels:
             if producer is None:
                 continue  # the model's input and other tensors that nothing here produces
             n_named[producer] += 1
-            name = producer if n_named[producer] == 1 else f"{producer}#{n_named[producer]}"
+            number = f"#{n_named[producer]}" if n_named[producer] > 1 else ""
+            name = f"{producer}{'#heads' if side == HEADS else ''}{number}"
             readings = tuple(
                 Reading(*self.readings[i][:4], index=index)
                 for i, index in _common(channels, read_at)
@@ -108,14 +169,16 @@ class Labels:
                 for i, index in _common(channels, found_in)
             )
             locked = next((reasons[c] for c in channels if c in reasons), None)
-            groups.append(ChannelGroup(name, len(channels), slices, locked, readings, nodes))
-        return tuple(groups)
+            group = ChannelGroup(name, len(channels), slices, locked, readings, nodes)
+            groups.append((signature[0][0], group))
+        return groups
 
-    def _components(self) -> IndexArray:
-        """`(n_labels,)`: which joined set each label is in."""
-        if not self.joins:
+    def _components(self, side: int) -> IndexArray:
+        """`(n_labels,)`: which joined set each label is in, on one side."""
+        joins = [(a, b) for a, b, where in self.joins if where in (None, side)]
+        if not joins:
             return np.arange(self.n_labels)
-        ours, theirs = (np.concatenate(side) for side in zip(*self.joins, strict=True))
+        ours, theirs = (np.concatenate(end) for end in zip(*joins, strict=True))
         edges = coo_array((np.ones(len(ours), dtype=bool), (ours, theirs)), (self.n_labels,) * 2)
         return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
 

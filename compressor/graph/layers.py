@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from compressor.graph.record import BY_WIDTH, Call, Channels, Fixed, Outcome, State, Weight
+from compressor.graph.record import Call
+from compressor.graph.states import Channels, Fixed, Outcome, State, Weight
 from compressor.values import IndexArray, Role
 
 
@@ -20,7 +21,7 @@ def convolution(call: Call) -> Outcome:
     state = call.state(source)
     n_in, n_out = source.shape[1], call.out.shape[1]
     if not isinstance(weight, Weight):
-        return call.unknown(f"{call.where} computes its weight from other tensors")
+        return correlation(call)
     if isinstance(state, Channels) and state.dim != 1:
         return call.unknown()
     ours = labels_read(call, state, n_in)
@@ -48,8 +49,23 @@ def convolution(call: Call) -> Outcome:
     return Channels(1, theirs)
 
 
+def correlation(call: Call) -> Outcome:
+    """What one image gives as filters for another: they meet channel by channel."""
+    ours, theirs = call.state(call.args["input"]), call.state(call.args["weight"])
+    is_plain = not call.args["transposed"] and call.args["bias"] is None
+    if isinstance(ours, Channels) and isinstance(theirs, Channels) and is_plain and ours.dim == 1:
+        if (theirs.dim, call.args["groups"]) == (1, 1):
+            call.labels.join(ours.labels, theirs.labels)
+            call.read(0, 1, ours.labels)
+            return call.fixed(f"{call.where} sums over channels")
+        if theirs.dim == 0 and len(ours.labels) == len(theirs.labels) == call.args["groups"]:
+            call.labels.join(ours.labels, theirs.labels)
+            return ours
+    return call.unknown(f"{call.where} computes its weight from other tensors")
+
+
 def deformed(call: Call) -> Outcome:
-    """torchvision's deformable convolution: where it looks is no channel of what it looks at."""
+    """Deformable convolution of torchvision: where it looks is no channel of what it reads."""
     for name in ("offset", "mask"):
         state = call.state(call.args[name])
         if isinstance(state, Channels):
@@ -69,8 +85,6 @@ def linear(call: Call) -> Outcome:
     else:
         source, matrix, argument = call.args["mat1"], call.args["mat2"], 1
     state, weight = call.state(source), call.state(matrix)
-    if call.name == "mm" and not isinstance(weight, Weight):
-        return product(call)
     if not isinstance(weight, Weight) or isinstance(state, Weight):
         return call.unknown()
     if isinstance(state, Channels) and state.dim != source.ndim - 1:
@@ -85,54 +99,6 @@ def linear(call: Call) -> Outcome:
     _place_bias(call, call.args.get("bias") if call.name == "linear" else call.args.get("self")
                 if call.name == "addmm" else None, theirs)  # fmt: skip
     return Channels(call.out.ndim - 1, theirs)
-
-
-def product(call: Call) -> Outcome:
-    """`bmm` and `mm` of activations: attention, pooling by attention, correlation.
-
-    Channels that the sum does not go over stay. Where channels meet in the sum, those that meet go
-    together, and one that was removed adds zero.
-    """
-    left, right = call.args["self"], call.args["mat2"]
-    ours, theirs = call.state(left), call.state(right)
-    n_dims = call.out.ndim
-    if isinstance(ours, Weight) or isinstance(theirs, Weight):
-        return call.unknown()
-    if isinstance(ours, Channels) and isinstance(theirs, Channels):
-        if ours.dim != n_dims - 1 or theirs.dim != n_dims - 2:
-            return call.unknown()
-        call.labels.join(ours.labels, theirs.labels)
-        call.read(0, n_dims - 1, ours.labels)
-        return call.fixed(f"{call.where} sums over channels")
-    if isinstance(ours, Channels) and ours.dim == n_dims - 2:
-        return ours
-    if isinstance(theirs, Channels) and theirs.dim == n_dims - 1:
-        return theirs
-    return call.unknown()
-
-
-def attention(call: Call) -> Outcome:
-    """Fused attention `(batch, heads, n, channels)`: queries meet keys, values stay."""
-    query, key, value = (call.args[name] for name in ("query", "key", "value"))
-    others = [each for each in call.tensors() if all(each is not t for t in (query, key, value))]
-    states = [call.state(each) for each in (query, key, value)]
-    if any(isinstance(call.state(each), Channels) for each in others) or any(
-        isinstance(state, Channels) and state.dim != query.ndim - 1 for state in states
-    ):
-        return call.unknown()
-    ours, theirs, values = states
-    if isinstance(ours, Channels) and isinstance(theirs, Channels):
-        call.labels.join(ours.labels, theirs.labels)
-        call.read(0, query.ndim - 1, ours.labels)
-    meeting = [state for state in (ours, theirs) if isinstance(state, Channels)]
-    for state in meeting:
-        if len(meeting) == 1:
-            call.lock(state.labels, f"{call.where} sums over channels")
-        elif call.args.get("scale") is None:
-            call.lock(state.labels, f"{call.where} {BY_WIDTH}; give scale=")
-    fixed = call.fixed(f"{call.where} sums over channels")
-    out = Channels(query.ndim - 1, values.labels) if isinstance(values, Channels) else fixed
-    return [out, *(fixed for _ in call.out[1:])]
 
 
 def labels_read(call: Call, state: State | None, n: int) -> IndexArray:

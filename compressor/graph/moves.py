@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from compressor.graph.labels import CHANNELS, HEADS
 from compressor.graph.layers import labels_read
 from compressor.graph.per_channel import elementwise
-from compressor.graph.record import Call, Channels, Outcome, all_equal, tensor_dim
+from compressor.graph.record import Call, all_equal, tensor_dim
+from compressor.graph.states import Axis, Channels, Grid, Outcome
+from compressor.values import IndexArray
 
 _WHOLE = slice(None)
 
@@ -20,8 +23,8 @@ def view(call: Call) -> Outcome:
     """Reshapes. Where channels are cut in two dimensions they stay a rectangle.
 
     The positions of old and new shape are refined to common factors. The new dimension that
-    holds most of the channels becomes the channel dimension; channels that share a place in it
-    are tied, so that user code that reads the sizes goes on working.
+    holds most of the channels becomes the channel dimension, its neighbour that of heads; channels
+    that share a place in it are tied, so that user code that reads the sizes goes on working.
     """
     source = next(call.tensors())
     state = call.state(source)
@@ -49,16 +52,31 @@ def view(call: Call) -> Outcome:
         at *= size
     inside = [[f for low, f in span if start <= low < start * n] for span in spans]
     dim = max(range(len(shape)), key=lambda d: math.prod(inside[d]) if inside[d] else 0)
-    first = sum(len(inside[d]) for d in range(dim))
-    axes = range(first, first + len(inside[dim]))
-    others = tuple(axis for axis in range(labels.ndim) if axis not in axes)
-    if others:
-        kept = labels[tuple(_WHOLE if a in axes else slice(0, 1) for a in range(labels.ndim))]
-        call.labels.join(labels, kept)
-        labels = kept.reshape([within[a] for a in axes])
+    heads = [d for d in range(len(shape)) if inside[d] and d != dim]
+    if heads:
+        place, head = (start, start * n), max((d for d in heads if d < dim), default=heads[0])
+        ours, channels = _new_axis(call, factors, spans[dim], place)
+        theirs, of_heads = _new_axis(call, factors, spans[head], place)
+        parting = call.labels.part(labels, ours, theirs)
+        axes = Axis(dim, channels, CHANNELS, parting), Axis(head, of_heads, HEADS, parting)
+        return Grid(axes)
     full = [f for _, f in spans[dim]]
     shown = [f if start <= low < start * n else 1 for low, f in spans[dim]]
     return Channels(dim, np.broadcast_to(labels.reshape(shown), full).ravel())
+
+
+Factors = list[tuple[int, int]]
+
+
+def _new_axis(
+    call: Call, factors: Factors, span: Factors, place: tuple[int, int]
+) -> tuple[IndexArray, IndexArray]:
+    """New labels along one new dimension: in the shape of the old ones, and along it."""
+    own = [f if (low, f) in span else 1 for low, f in factors if place[0] <= low < place[1]]
+    fresh = call.labels.fresh(math.prod(own))
+    shown = [f if place[0] <= low < place[1] else 1 for low, f in span]
+    along = np.broadcast_to(fresh.reshape(shown), [f for _, f in span]).ravel()
+    return fresh.reshape(own), along
 
 
 def permute(call: Call) -> Outcome:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressor.graph.record import BY_WIDTH, WITH_ZEROS, Call, Channels, Fixed, Outcome, Weight, tensor_dim
+from compressor.graph.record import Call, tensor_dim
+from compressor.graph.states import BY_WIDTH, WITH_ZEROS, Channels, Fixed, Outcome, Weight
 from compressor.values import IndexArray, Role
 
 aten = torch.ops.aten
@@ -142,7 +143,7 @@ def over_dims(call: Call) -> Outcome:
     dims = [dims] if isinstance(dims, int) else dims
     gone = {tensor_dim(d, source.ndim) for d in dims}
     if state.dim in gone:
-        obstacle = _over_channels(call)
+        obstacle = over_channels(call)
         if obstacle is not None:
             return call.unknown(obstacle)
         call.read(0, state.dim, state.labels)
@@ -152,7 +153,7 @@ def over_dims(call: Call) -> Outcome:
     return Channels(state.dim - n_before, state.labels)
 
 
-def _over_channels(call: Call) -> str | None:
+def over_channels(call: Call) -> str | None:
     """Why what goes over channels does not take removed ones for zeros; None where it does.
 
     A sum and a norm lose nothing with a zero. A mean divides by as many as there were, and a

@@ -24,7 +24,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.containers import answers_in, tensors_in
 from compressor.graph.labels import Labels
-from compressor.running import cloned, unfused_attention
+from compressor.graph.states import (
+    Fixed,
+    Outcome,
+    State,
+    Weight,
+    depends_on_input,
+    labels_of,
+    places_of,
+)
+from compressor.running import cloned, in_small_steps
 from compressor.values import Example, IndexArray, Role, call
 
 logger = logging.getLogger(__name__)
@@ -32,59 +41,6 @@ logger = logging.getLogger(__name__)
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 OWN_FOLDER = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
-# Why channels are locked in code that a program can say otherwise.
-BY_WIDTH = "scales its answers by its width"
-WITH_ZEROS = "compares channels, and one that is gone counts as zero"
-NEEDS_PROGRAM = (BY_WIDTH, WITH_ZEROS)
-
-
-@dataclass(frozen=True, eq=False)
-class Channels:
-    """A tensor whose positions along `dim` are channels.
-
-    Attributes:
-        dim: From 0.
-        labels: `(shape[dim],)`.
-    """
-
-    dim: int
-    labels: IndexArray
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Parameters or buffers, seen through views and element-wise operations.
-
-    Attributes:
-        sources: Name in the state_dict, and for each dimension of this tensor the one of the
-            source that runs along it; None where none does.
-    """
-
-    sources: tuple[tuple[str, tuple[int | None, ...]], ...]
-
-    def through(self, dims: Sequence[int | None]) -> "Weight":
-        """The view whose dimension `i` is dimension `dims[i]` of this one."""
-        return Weight(tuple(
-            (name, tuple(None if d is None else own[d] for d in dims))
-            for name, own in self.sources
-        ))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A tensor in which nothing can be removed.
-
-    Attributes:
-        because: In words.
-        from_input: Whether its values depend on the model's input.
-    """
-
-    because: str
-    from_input: bool
-
-
-State = Channels | Weight | Fixed
-Outcome = State | Sequence[State | None] | None  # of the output, or of each output
 Rules = Callable[["Call", bool], Outcome]  # (call, whether ATen tags it element-wise)
 
 
@@ -155,9 +111,9 @@ class Call:
         because = because or f"{self.where} is not known to keep channels apart"
         for tensor in self.tensors():
             state = self.state(tensor)
-            if isinstance(state, Channels):
-                self.lock(state.labels, because)
-            elif isinstance(state, Weight):
+            for labels in labels_of(state):
+                self.lock(labels, because)
+            if isinstance(state, Weight):
                 self.record.lock_tensors(state, because)
         return self.fixed(because)
 
@@ -171,11 +127,6 @@ class Call:
         """`softmax in Attention (block.1) (net.py, line 7)`, the user's own line."""
         module = self.record.innermost_module()
         return f"{self.name}{f' in {module}' if module else ''}{self.record.place()}"
-
-
-def depends_on_input(state: State | None) -> bool:
-    """Whether the values of a tensor differ from one input to the next."""
-    return isinstance(state, Channels) or (isinstance(state, Fixed) and state.from_input)
 
 
 class Record(TorchDispatchMode):
@@ -241,9 +192,8 @@ class Record(TorchDispatchMode):
                     self._assign(value, states)
         if self.dynamic is not None:
             for tensor in tensors_in((args, kwargs, out)):
-                state = self.states.get(tensor)
-                if isinstance(state, Channels):
-                    self.labels.lock(state.labels, self.dynamic)
+                for labels in labels_of(self.states.get(tensor)):
+                    self.labels.lock(labels, self.dynamic)
         return out
 
     def _assign(self, out: Any, states: "Outcome") -> None:
@@ -251,8 +201,8 @@ class Record(TorchDispatchMode):
         each = states if isinstance(states, Sequence) else [states] * len(outs)
         for tensor, state in zip(outs, each, strict=False):
             if isinstance(tensor, Tensor) and state is not None:
-                if isinstance(state, Channels):
-                    assert tensor.shape[state.dim] == len(state.labels), (tensor.shape, state)
+                for dim, labels in places_of(state):
+                    assert tensor.shape[dim] == len(labels), (tensor.shape, state)
                 self.states[tensor] = state
 
     def place_width(self, labels: IndexArray) -> None:
@@ -276,21 +226,20 @@ class Record(TorchDispatchMode):
                 f"{f', in {module}' if module else ''}{self.place()}"
             )
             for state in self.states.values():  # another way could use whatever is still alive
-                if isinstance(state, Channels):
-                    self.labels.lock(state.labels, self.dynamic)
+                for labels in labels_of(state):
+                    self.labels.lock(labels, self.dynamic)
 
     def lock_output(self, output: Any) -> None:
         """Whatever the model returns keeps its channels."""
         for tensor in answers_in(output):
-            state = self.states.get(tensor)
-            if isinstance(state, Channels):
-                self.labels.lock(state.labels, "its channels are the model's output")
+            for labels in labels_of(self.states.get(tensor)):
+                self.labels.lock(labels, "its channels are the model's output")
 
     def note(self, node: fx.Node, value: Any) -> None:
         """Where channels lie in what a node of an fx graph returned."""
         state = self.states.get(value) if isinstance(value, Tensor) else None
-        if isinstance(state, Channels):
-            self.labels.nodes.append((node.name, state.dim, state.labels))
+        for dim, labels in places_of(state):
+            self.labels.nodes.append((node.name, dim, labels))
 
     def innermost_module(self) -> str:
         """`Attention (block.1)`, the module that is running now; empty in the model itself."""
@@ -338,7 +287,7 @@ def record(model: nn.Module, example: Example, rules: "Rules") -> Record:
     seen, example = Record(model, rules), cloned(example)
     for tensor in tensors_in(example):
         seen.states[tensor] = Fixed("it is the model's input", from_input=True)
-    with torch.no_grad(), seen.watching_modules(), unfused_attention():
+    with torch.no_grad(), seen.watching_modules(), in_small_steps(model):
         if isinstance(model, fx.GraphModule):
             output = call(_Interpreter(model, seen).run, positional(model, example))
         else:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from compressor.graph.layers import attention, convolution, deformed, linear, product
+from compressor.graph import heads
+from compressor.graph.layers import convolution, deformed, linear
 from compressor.graph.moves import (
     cat,
     channel_shuffle,
@@ -43,16 +44,8 @@ from compressor.graph.per_channel import (
     over_trailing_dims,
     roi_align,
 )
-from compressor.graph.record import (
-    Call,
-    Channels,
-    Fixed,
-    Outcome,
-    State,
-    Weight,
-    depends_on_input,
-    tensor_dim,
-)
+from compressor.graph.record import Call, tensor_dim
+from compressor.graph.states import Channels, Fixed, Grid, Outcome, State, Weight, depends_on_input
 
 Rule = Callable[[Call], Outcome]
 
@@ -61,12 +54,18 @@ LOOKS_AT_VALUES = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
 
 def outcome(call: Call, is_pointwise: bool) -> Outcome:
     """The states of what `call` returned."""
-    states = [call.state(tensor) for tensor in call.tensors()]
     if call.name in LOOKS_AT_VALUES:
-        if any(map(depends_on_input, states)):
+        if any(depends_on_input(call.state(tensor)) for tensor in call.tensors()):
             call.record.look_at_value()
         return call.unknown()
-    if not any(isinstance(state, Channels) for state in states) and call.name not in PRODUCERS:
+    found = _of_heads(call, is_pointwise=is_pointwise) if call.name not in METADATA else None
+    if found is not None:
+        return found
+    states = [call.state(tensor) for tensor in call.tensors()]
+    if (
+        not any(isinstance(state, (Channels, Grid)) for state in states)
+        and call.name not in PRODUCERS
+    ):
         return _without_channels(call, states, is_pointwise=is_pointwise)
     if call.name in METADATA:
         return call.fixed("it is a constant")
@@ -78,6 +77,32 @@ def outcome(call: Call, is_pointwise: bool) -> Outcome:
     if call.name in TRAILING_DIMS:
         return over_trailing_dims(call)
     return call.unknown()
+
+
+def matrix(call: Call) -> Outcome:
+    """`mm`: a layer, or a product of two activations."""
+    is_layer = isinstance(call.state(call.args["mat2"]), Weight)
+    return linear(call) if is_layer else heads.product(call)
+
+
+def fused(call: Call) -> Outcome:
+    """Fused attention of one head, or where heads are not kept apart."""
+    return heads.attention(call) or call.unknown()
+
+
+def _of_heads(call: Call, *, is_pointwise: bool) -> Outcome:
+    """What a tensor of heads becomes; None where they cannot be kept apart, and are no more."""
+    grids = [t for t in call.tensors() if isinstance(call.state(t), Grid)]
+    rule = heads.RULES.get(call.name)
+    if rule is None and (is_pointwise or call.name in POINTWISE):
+        rule = heads.elementwise
+    found = rule(call) if grids and rule is not None else None
+    if found is None:
+        for tensor in grids:
+            state = call.state(tensor)
+            if isinstance(state, Grid):
+                call.record.states[tensor] = heads.without_heads(call, state)
+    return found
 
 
 def _without_channels(
@@ -158,8 +183,8 @@ MANY = frozenset({
 })  # fmt: skip
 PRODUCERS = frozenset({"convolution", "mm", "addmm", "linear", "torchvision::deform_conv2d"})
 RULES: dict[str, Rule] = {
-    "convolution": convolution, "mm": linear, "addmm": linear, "linear": linear,
-    "bmm": product, "_scaled_dot_product_flash_attention_for_cpu": attention,
+    "convolution": convolution, "mm": matrix, "addmm": linear, "linear": linear,
+    "bmm": heads.product, "_scaled_dot_product_flash_attention_for_cpu": fused,
     "native_batch_norm": norm_over_batch, "_native_batch_norm_legit": norm_over_batch,
     "_native_batch_norm_legit_no_training": norm_over_batch, "cudnn_batch_norm": norm_over_batch,
     "miopen_batch_norm": norm_over_batch, "batch_norm": norm_over_batch,
@@ -172,7 +197,7 @@ RULES: dict[str, Rule] = {
     "view": view, "_unsafe_view": view, "reshape": view, "_reshape_alias": view,
     "squeeze": view, "unsqueeze": view, "permute": permute, "transpose": permute, "t": permute,
     "expand": expand, "repeat": repeat, "select": select, "unbind": select, "slice": slice_,
-    "split": split, "split_with_sizes": split, "cat": cat, "stack": stack,
+    "split": split, "split_with_sizes": split, "unsafe_split": split, "cat": cat, "stack": stack,
     "constant_pad_nd": pad, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
     "channel_shuffle": channel_shuffle, "native_channel_shuffle": channel_shuffle, "glu": glu,
     "index_select": unchanged_elsewhere, "sort": unchanged_elsewhere,

@@ -142,7 +142,10 @@ def n_distinct(maps: FloatArray, eps: float) -> int:
 
 def _read_by(layer: LayerCost) -> set[str]:
     """Groups along the second dimension; of a depthwise layer, along its only one."""
-    return set(layer.shares[-1]) if layer.shares else set()
+    dims = layer.dims or range(len(layer.shares))
+    last = max(dims, default=None)
+    alike = zip(dims, layer.shares, strict=True)
+    return {name for dim, shares in alike if dim == last for name in shares}
 
 
 def _ward(rows: FloatArray, metric: str) -> FloatArray:

@@ -4,6 +4,8 @@ What goes over all channels goes over those that are gone too, which count as ze
 written into a program as well.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,15 +17,15 @@ from compressor.surgery.positions import Mask, removed_channels
 from compressor.values import ChannelGroup, Plan
 
 aten = torch.ops.aten
-Kept = Mapping[str, tuple[int, Mask]]
+Kept = Mapping[str, Mapping[int, Mask]]  # node -> dimension of its output -> what stays
 
 
-def rewrite_sizes(program: fx.GraphModule, keep: Mapping[str, tuple[int, Mask]]) -> None:
+def rewrite_sizes(program: fx.GraphModule, keep: Kept) -> None:
     """Makes the numbers in a program's graph those of its new widths, in place.
 
     Args:
         program: From `compressor.program`.
-        keep: Node name -> the channel dimension of its output and which positions stay.
+        keep: Node name -> dimension of its output that has channels -> which positions stay.
     """
     for node in list(program.graph.nodes):
         if node.op == "call_function" and node.target in _SIZES:
@@ -32,23 +34,29 @@ def rewrite_sizes(program: fx.GraphModule, keep: Mapping[str, tuple[int, Mask]])
 
 
 def _rewrite_shape(node: fx.Node, keep: Kept) -> None:
-    """view, reshape, expand: the size of the channel dimension."""
+    """view, reshape, expand: the sizes of the dimensions of channels."""
     if node.name in keep:
-        dim, mask = keep[node.name]
-        sizes = list(_as_list(node.args[1]))
+        node.update_arg(1, _new_sizes(list(_as_list(node.args[1])), keep[node.name]))
+
+
+def _new_sizes(sizes: list[Any], keep: Mapping[int, Mask]) -> list[Any]:
+    for dim, mask in keep.items():
+        if not 0 <= dim < len(sizes):
+            continue
         if sizes[dim] == len(mask):
             sizes[dim] = int(mask.sum())
-            node.update_arg(1, sizes)
+        elif isinstance(sizes[dim], fx.Node) and -1 not in sizes:  # batch times heads
+            sizes[dim] = -1
+    return sizes
 
 
 def _rewrite_unflatten(node: fx.Node, keep: Kept) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
     if node.name in keep:
-        dim, mask = keep[node.name]
-        sizes = list(_as_list(node.args[2]))
-        first = _dim(node, node.args[1])
-        if first <= dim < first + len(sizes) and sizes[dim - first] == len(mask):
-            sizes[dim - first] = int(mask.sum())
-            node.update_arg(2, sizes)
+        first = _dim(source, node.args[1])
+        inside = {dim - first: mask for dim, mask in keep[node.name].items()}
+        node.update_arg(2, _new_sizes(list(_as_list(node.args[2])), inside))
 
 
 def _rewrite_slice(node: fx.Node, keep: Kept) -> None:
@@ -88,8 +96,7 @@ def _rewrite_split(node: fx.Node, keep: Kept) -> None:
 
 
 def _rewrite_pad(node: fx.Node, keep: Kept) -> None:
-    if node.name in keep:
-        dim, mask = keep[node.name]
+    for dim, mask in keep.get(node.name, {}).items():
         sizes = list(_as_list(node.args[1]))
         at = 2 * (node.meta["val"].ndim - 1 - dim)
         if at < len(sizes):
@@ -105,18 +112,19 @@ def _rewrite_groups(node: fx.Node, keep: Kept) -> None:
     at = schema.index("groups")
     source, weight = node.args[0], node.args[1]
     assert isinstance(source, fx.Node)
-    is_grouped = len(node.args) > at and node.args[at] != 1 and source.name in keep
-    if is_grouped and isinstance(weight, fx.Node) and weight.op == "get_attr":
+    mask = keep.get(source.name, {}).get(1)
+    is_grouped = len(node.args) > at and node.args[at] != 1
+    if is_grouped and mask is not None and isinstance(weight, fx.Node) and weight.op == "get_attr":
         owner, _, name = str(weight.target).rpartition(".")
         module = node.graph.owning_module
         assert module is not None
         per_group = getattr(module.get_submodule(owner), name).shape[1]
-        node.update_arg(at, int(keep[source.name][1].sum()) // per_group)
+        node.update_arg(at, int(mask.sum()) // per_group)
 
 
 def _rewrite_group_norm(node: fx.Node, keep: Kept) -> None:
     if node.name in keep:
-        _, mask = keep[node.name]
+        mask = keep[node.name][1]
         n_groups = node.args[1]
         assert isinstance(n_groups, int)
         node.update_arg(1, n_groups * int(mask.sum()) // len(mask))
@@ -124,15 +132,14 @@ def _rewrite_group_norm(node: fx.Node, keep: Kept) -> None:
 
 def _rewrite_mean(node: fx.Node, keep: Kept) -> None:
     """A mean over channels: the sum of those that stay, by as many as there were."""
-    mask = _mask_over(node, keep)
-    if mask is not None and not mask.all():
-        _follow(node, aten.mul.Tensor, float(mask.mean()))
+    share = math.prod(float(mask.mean()) for mask in _masks_over(node, keep))
+    if share < 1:
+        _follow(node, aten.mul.Tensor, share)
 
 
 def _rewrite_extreme(node: fx.Node, keep: Kept) -> None:
     """A maximum over channels is at least the zero of one that is gone; so a minimum at most."""
-    mask = _mask_over(node, keep)
-    if mask is None or mask.all():
+    if all(mask.all() for mask in _masks_over(node, keep)):
         return
     is_least = node.target in (aten.amin.default, aten.min.dim)
     bound = aten.clamp_max.default if is_least else aten.clamp_min.default
@@ -144,16 +151,14 @@ def _rewrite_extreme(node: fx.Node, keep: Kept) -> None:
         _follow(node, bound, 0.0)
 
 
-def _mask_over(node: fx.Node, keep: Kept) -> Mask | None:
-    """What stays of the node's input, if the node goes over its channels."""
+def _masks_over(node: fx.Node, keep: Kept) -> list[Mask]:
+    """What stays along each dimension of channels of its input that the node goes over."""
     source = node.args[0]
-    if not isinstance(source, fx.Node) or source.name not in keep:
-        return None
-    dim, mask = keep[source.name]
+    assert isinstance(source, fx.Node)
     dims = node.args[1] if len(node.args) > 1 else None
     dims = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
-    n_dims = source.meta["val"].ndim
-    return mask if not dims or dim in {int(d) % n_dims for d in dims} else None
+    over = {_dim(source, dim) for dim in dims}
+    return [mask for dim, mask in keep.get(source.name, {}).items() if not dims or dim in over]
 
 
 def _follow(node: fx.Node, target: Any, argument: float) -> None:
@@ -169,10 +174,9 @@ def _source_mask(node: fx.Node, keep: Kept) -> Mask | None:
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.name not in keep:
         return None
-    dim, mask = keep[source.name]
     position = 1 if node.target in (aten.slice.Tensor, aten.narrow.default) else 2
     along = node.args[position] if len(node.args) > position else 0
-    return mask if _dim(source, along) == dim else None
+    return keep[source.name].get(_dim(source, along))
 
 
 def _dim(node: fx.Node, dim: Any) -> int:
@@ -202,20 +206,20 @@ _SIZES: dict[Any, Callable[[fx.Node, Kept], None]] = {
 
 def kept_in_nodes(
     program: fx.GraphModule, groups: Sequence[ChannelGroup], plan: Plan
-) -> dict[str, tuple[int, Mask]]:
-    """Node name -> the channel dimension of its output and which positions stay."""
+) -> dict[str, dict[int, Mask]]:
+    """Node name -> dimension of its output that has channels -> which positions stay."""
     sizes = {
         node.name: node.meta["val"].shape
         for node in program.graph.nodes
         if isinstance(node.meta.get("val"), Tensor)
     }
-    keep: dict[str, tuple[int, Mask]] = {}
+    keep: dict[str, dict[int, Mask]] = defaultdict(dict)
     for group in groups:
         removed = removed_channels(group, plan)
         for where in group.nodes:
             if len(removed) and where.node in sizes:
-                whole = np.ones(sizes[where.node][where.dim], dtype=np.bool_)
-                _, mask = keep.setdefault(where.node, (where.dim, whole))
+                n = sizes[where.node][where.dim]
+                mask = keep[where.node].setdefault(where.dim, np.ones(n, dtype=np.bool_))
                 rows = where.index[removed].ravel()
                 mask[rows[rows >= 0]] = False
     return keep

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from compressor.api import prune
 from compressor.containers import tensors_in
 from compressor.errors import GraphError
 from compressor.graph import channel_groups, cost
-from compressor.prunable import PROGRAM, make_prunable
+from compressor.prunable import PROGRAM, disagreement, make_prunable
 from compressor.surgery import masked, remove_channels
 from compressor.values import ChannelGroup, Plan, Role
 from tests.conftest import ConvNet, random_plan, randomised
@@ -255,7 +256,7 @@ LOCKED: dict[str, tuple[Around, str, str]] = {
     "constant": (Around(lambda _, x: x * torch.ones(1, 16, 1, 1)), "first", "constant"),
     "product of two": (
         Around(lambda _, x: torch.einsum("bchw,bdhw->bcd", x, x).unsqueeze(3).mean(2, True) + x),
-        "first", "bmm",
+        "first", "mean",
     ),
     "read by hand": (
         Around(lambda net, x: net.second.weight.sum() * x), "first", "is used by sum",
@@ -338,13 +339,13 @@ def test_several_inputs_and_nested_outputs() -> None:
     assert [g.name for g in named] == list(reasons)
 
 
-def test_an_encoder_layer_loses_hidden_width_only() -> None:
-    """The residual stream is normalised over its channels, attention is not known: both stay."""
+def test_an_encoder_layer_loses_all_but_what_is_normalised() -> None:
+    """Its own code has the number of heads written into it; its program is rewritten."""
     layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
-    model = nn.Sequential(layer, nn.Flatten(0, 1), nn.Linear(16, 4))
-    reasons = pruned_equals_masked(model, torch.randn(1, 5, 16))
-    assert reasons["0.linear1"] == ""
-    assert all(why for name, why in reasons.items() if name != "0.linear1")
+    model = randomised(nn.Sequential(layer, nn.Flatten(0, 1), nn.Linear(16, 4)))
+    prunable = make_prunable(model, torch.randn(1, 5, 16))
+    free = {g.name for g in prunable.groups if not g.locked_because}
+    assert free == {"0.linear1", "0.self_attn", "0.self_attn#heads"}
 
 
 class Branches(nn.Module):
@@ -482,24 +483,99 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "free"),
-    [("one head", {"query", "value"}), ("joined", {"all"}), ("fused", {"query", "value"})],
+    [
+        ("one head", {"query", "value"}),
+        ("joined", {"all", "all#heads"}),
+        ("fused", {"query", "query#heads", "value"}),
+        ("by width", {"all", "all#heads"}),
+    ],
 )
 def test_channels_that_meet_in_attention_go_together(how: str, free: set[str]) -> None:
-    """Queries with keys, values with what reads them; heads stay, their channels go."""
+    """Queries with keys, values with what reads them; and heads whole, across all three."""
+    network, images = attention(how), torch.randn(1, 3, 16, 16)
+    prunable = make_prunable(network, images)
+    assert {g.name for g in prunable.groups if not g.locked_because} == free
+    for seed in range(4):
+        plan = random_plan(prunable.groups, np.random.default_rng(seed))
+        assert disagreement(prunable, plan, images) is None
+
+
+def attention(how: str) -> Attention:
     network = Attention(how)
-    unused = {"all"} if how != "joined" else {"query", "key", "value"}
-    for name in unused:
+    for name in ("query", "key", "value") if how in ("joined", "by width") else ("all",):
         delattr(network, name)
-    reasons = pruned_equals_masked(network, torch.randn(1, 3, 16, 16))
-    assert {name for name, why in reasons.items() if not why} == free
+    return randomised(network)
 
 
-def test_attention_that_scales_by_its_width_is_a_program_with_a_number() -> None:
-    network = Attention("by width")
+@pytest.mark.parametrize("how", ["joined", "fused", "by width"])
+def test_a_head_that_is_gone_is_not_read(how: str) -> None:
+    """By hand: the columns of the output layer that read the second head are zero."""
+    network, images = attention(how), torch.randn(2, 3, 16, 16)
+    name = "query#heads" if how == "fused" else "all#heads"
+    pruned = prune(network, images[:1], Plan({name: (0, 2)}))
+    assert pruned.get_submodule("out").weight.shape == (24, 16)
+    with torch.no_grad():
+        network.out.weight[:, 8:16] = 0
+        torch.testing.assert_close(pruned(images), network(images))
+
+
+class Tangled(Attention):
+    """Attention in which heads meet: they are mixed, added up or given out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).flatten(2).transpose(1, 2))
+        b, n, _ = x.shape
+        q, k, v = self.all(x).reshape(b, n, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1)).softmax(-1)
+        if self.how == "mixed":
+            weights = self.mix(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        elif self.how == "over heads":
+            weights = weights.softmax(1)
+        elif self.how == "biased":
+            weights = weights + torch.arange(3.0, dtype=x.dtype).view(1, 3, 1, 1)
+        y = self.out((weights @ v).transpose(1, 2).reshape(b, n, 24))
+        x = self.head((x + y).mean(1))
+        return (x, weights) if self.how == "returned" else x
+
+
+@pytest.mark.parametrize("how", ["mixed", "over heads", "biased", "returned"])
+def test_heads_that_meet_stay(how: str) -> None:
+    network = Tangled(how)
+    network.mix = nn.Linear(3, 3)
     for name in ("query", "key", "value"):
         delattr(network, name)
     images = torch.randn(1, 3, 16, 16)
-    (why,) = [g.locked_because for g in channel_groups(network.eval(), images) if g.name == "all"]
+    prunable = make_prunable(randomised(network), images)
+    free = {g.name for g in prunable.groups if not g.locked_because}
+    assert free == {"all"}
+
+
+@pytest.mark.parametrize("is_batch_first", [True, False])
+def test_torchs_own_attention_loses_heads_and_channels(is_batch_first: bool) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Linear(5, 24), nn.LayerNorm(24)
+            self.attention = nn.MultiheadAttention(24, 3, batch_first=is_batch_first)
+            self.head = nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            y = self.norm(x)
+            y = y if is_batch_first else y.transpose(0, 1)
+            y, _ = self.attention(y, y, y, need_weights=False)
+            return self.head((x + (y if is_batch_first else y.transpose(0, 1))).mean(1))
+
+    network, tokens = randomised(Layer()), torch.randn(1, 7, 5)
+    small = prune(network, tokens, 0.5)  # 1 head of 3, 4 of its 8 channels
+    weights = small.get_submodule("attention").state_dict()
+    assert weights["in_proj_weight"].shape == (12, 24)
+    assert weights["out_proj.weight"].shape == (24, 4)
+
+
+def test_attention_that_scales_by_its_width_is_a_program_with_a_number() -> None:
+    network, images = attention("by width"), torch.randn(1, 3, 16, 16)
+    (why,) = [g.locked_because for g in channel_groups(network, images) if g.name == "all"]
     assert why is not None
     assert "scales its answers by its width" in why
     prunable = make_prunable(network, images)  # which proves what it returns

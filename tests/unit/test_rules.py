@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,8 @@ class Deformed(nn.Module):
 def between(block: nn.Module, width: int = 16) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.Tanh(), block,
-        nn.Conv2d(width, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+        nn.Conv2d(width, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(24, 5),
     )  # fmt: skip
 
 
@@ -110,3 +112,91 @@ def test_more_goes_exactly(name: str, tmp_path: Path) -> None:
     if name != "deformable":  # which ONNX has from opset 19 on
         small = compressor.prune(prunable.module, IMAGE, 0.5)
         compressor.export_onnx(small, IMAGE, tmp_path / "a.onnx")  # compares with torch
+
+
+def conv(n_in: int, n_out: int, **options: Any) -> nn.Sequential:
+    """3x3 convolution, batch-norm, ReLU."""
+    layer = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False, **options)
+    return nn.Sequential(layer, nn.BatchNorm2d(n_out), nn.ReLU())
+
+
+class Crnn(nn.Module):
+    """Text in an image: convolutions, columns as a sequence, two recurrent layers."""
+
+    def __init__(self, recurrent: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            conv(3, 16), nn.MaxPool2d(2), conv(16, 32), nn.MaxPool2d((2, 1)), conv(32, 64)
+        )
+        self.rnn = recurrent(64 * 4, 16, num_layers=2, bidirectional=True)
+        self.head = nn.Linear(32, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        x = x.flatten(1, 2).permute(2, 0, 1)  # columns first
+        x, _ = self.rnn(x)
+        return self.head(x)
+
+
+class SegNet(nn.Module):
+    """Pooling hands its places to the unpooling of the other side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([conv(3, 16), conv(16, 32)])
+        self.up = nn.ModuleList([conv(32, 16), conv(16, 16)])
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = []
+        for layer in self.down:
+            x, index = F.max_pool2d(layer(x), 2, return_indices=True)
+            places.append(index)
+        for layer in self.up:
+            x = layer(F.max_unpool2d(x, places.pop(), 2))
+        return self.head(x)
+
+
+class Siamese(nn.Module):
+    """A crop is looked for in an image: its features are the filters of a convolution."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.features = nn.Sequential(conv(3, 16), nn.MaxPool2d(2), conv(16, 32), conv(32, 32))
+        self.neck = nn.Conv2d(32, 32, 1)
+        self.head = nn.Conv2d(32 if how == "each channel" else 1, 4, 1)
+
+    def forward(self, crop: Tensor, image: Tensor) -> Tensor:
+        z, x = (self.neck(self.features(each)) for each in (crop, image))
+        if self.how == "each channel":
+            b, c = z.shape[:2]
+            z = z.reshape(b * c, 1, *z.shape[2:])
+            y = F.conv2d(x.reshape(1, b * c, *x.shape[2:]), z, groups=b * c)
+            return self.head(y.reshape(b, c, *y.shape[2:]))
+        if self.how == "summed":
+            return self.head(F.conv2d(x, z))
+        y = z.flatten(2).transpose(1, 2) @ x.flatten(2)
+        return self.head(y.mean(1).reshape(-1, 1, *x.shape[2:]))
+
+
+CROP = torch.randn(1, 3, 8, 8)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Example, float]] = {  # share left at 0.5
+    "crnn, lstm": (lambda: Crnn(nn.LSTM), torch.randn(1, 3, 16, 24), 0.49),
+    "crnn, gru": (lambda: Crnn(nn.GRU), torch.randn(1, 3, 16, 24), 0.46),
+    "segnet": (SegNet, IMAGE, 0.27),
+    "siamese, each channel": (lambda: Siamese("each channel"), (CROP, IMAGE), 0.27),
+    "siamese, summed": (lambda: Siamese("summed"), (CROP, IMAGE), 0.27),
+    "siamese, pixel by pixel": (lambda: Siamese("pixels"), (CROP, IMAGE), 0.27),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_as_people_write_them(name: str, tmp_path: Path) -> None:
+    make, example, most = NETWORKS[name]
+    share, prunable = halved(make(), example)
+    assert prunable.form == MODULE
+    assert share <= most
+    if name != "segnet":  # ONNX has no unpooling
+        small = compressor.prune(prunable.module, example, 0.5)
+        compressor.export_onnx(small, example, tmp_path / "a.onnx")  # compares with torch
