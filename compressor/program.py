@@ -8,6 +8,7 @@ computes from others (weight norm, standardised convolutions) becomes the number
 """
 
 import copy
+import logging
 import operator
 import warnings
 from collections.abc import Mapping
@@ -18,7 +19,10 @@ from torch import Tensor, fx, nn
 from torch._export.verifier import SpecViolationError
 
 from compressor.errors import GraphError, ModelError
+from compressor.running import cloned
 from compressor.values import FORWARD_FAILURES, Example, call
+
+logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 _CONVOLUTIONS: dict[Any, type[nn.Module]] = {
@@ -37,17 +41,45 @@ _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def export_program(model: nn.Module, example: Example) -> fx.GraphModule:
-    """`model` as a program for any batch size, in eval mode; the model is not changed.
+    """`model` as a program, in eval mode; the model is not changed.
+
+    It takes any batch size, and images or signals of any size where the model itself does and
+    torch.export can say so.
 
     Raises:
         GraphError: torch.export cannot follow its code; the message has its reason.
     """
+    larger = _larger(example)
+    if _takes(model, larger):
+        try:
+            return _exported(model, example, larger)
+        except GraphError as err:
+            logger.info("%s keeps its input size: %s", type(model).__name__, err)
+    return _exported(model, example, None)
+
+
+def _takes(model: nn.Module, example: Example) -> bool:
+    try:
+        with torch.no_grad():
+            call(model, cloned(example))
+    except FORWARD_FAILURES:
+        return False
+    return True
+
+
+def _exported(model: nn.Module, example: Example, larger: Example | None) -> fx.GraphModule:
+    """The program; for any size of input where `larger` is another that it must answer."""
     pair = _doubled(example)
     args, kwargs = (pair, {}) if isinstance(pair, tuple) else ((pair,), {})
     if isinstance(pair, dict):
         args, kwargs = (), pair
+    free = torch.export.Dim.AUTO
     sizes = torch.utils._pytree.tree_map(
-        lambda value: {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) else None,
+        lambda value: (
+            {dim: free for dim in (0, *(range(2, value.ndim) if larger is not None else ()))}
+            if isinstance(value, Tensor)
+            else None
+        ),
         kwargs or tuple(args),
     )
     try:
@@ -64,7 +96,8 @@ def export_program(model: nn.Module, example: Example) -> fx.GraphModule:
         ) from err
     layered = with_layers(program.module(check_guards=False))
     for candidate in (layered, _without_batch(layered, len(_leaves(pair)[0]))):
-        if _same_answer(candidate, model, example) and _same_answer(candidate, model, pair):
+        asked = [example, pair, *([] if larger is None else [larger])]
+        if all(_same_answer(candidate, model, each) for each in asked):
             return candidate
     raise GraphError(f"The torch.export program of {type(model).__name__} answers differently.")
 
@@ -326,6 +359,19 @@ def _doubled(example: Example) -> Example:
         lambda value: torch.cat([value, value]) if isinstance(value, Tensor) else value, example
     )
     return doubled
+
+
+def _larger(example: Example) -> Example:
+    """The example with images twice as high and wide, and signals twice as long."""
+    larger: Example = torch.utils._pytree.tree_map(
+        lambda value: (
+            value.repeat(1, 1, *[2] * (value.ndim - 2))
+            if isinstance(value, Tensor) and value.ndim > 2
+            else value
+        ),
+        example,
+    )
+    return larger
 
 
 def _leaves(output: Any) -> list[Tensor]:

@@ -130,11 +130,13 @@ class NodeSlice:
     Attributes:
         node: The node's name.
         dim: Dimension of its output that runs over channels.
+        size: Of that dimension.
         index: `(n_channels, n_inner)`, positions along `dim`; -1 where a channel has fewer.
     """
 
     node: str
     dim: int
+    size: int
     index: IndexArray
 
 

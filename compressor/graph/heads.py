@@ -239,11 +239,11 @@ def product(call: Call) -> Outcome:
     out: Axes = {}
     summed = ours.pop(last, None), theirs.pop(last - 1, None)
     if last == 2:
-        batch = [axis for axis in (ours.pop(0, None), theirs.pop(0, None)) if axis is not None]
+        batch = [axes.pop(0) for axes in (ours, theirs) if 0 in axes]
         if len(batch) != 2 or not all(meet(call, out, axis) for axis in batch):
             out.clear()
-            for axis in batch:
-                call.lock(axis.labels, f"{call.where} ties it to what cannot be pruned")
+            for each in batch:
+                call.lock(each.labels, f"{call.where} ties it to what cannot be pruned")
     first, second = summed
     if first and second and first.side == second.side:
         call.labels.join(first.labels, second.labels)

@@ -165,7 +165,7 @@ class Labels:
                 for i, index in _common(channels, read_at)
             )
             nodes = tuple(
-                NodeSlice(*self.nodes[i][:2], index=index)
+                NodeSlice(*self.nodes[i][:2], len(self.nodes[i][2]), index)
                 for i, index in _common(channels, found_in)
             )
             locked = next((reasons[c] for c in channels if c in reasons), None)

@@ -165,7 +165,9 @@ def _fix_attributes(module: nn.Module, n_groups: int | None) -> None:
         module.num_groups = module.num_groups * n_channels // module.num_channels
         module.num_channels = n_channels
     elif isinstance(module, nn.RNNBase):
-        module.input_size = module.weight_ih_l0.shape[1]
+        weight = module.weight_ih_l0
+        assert isinstance(weight, Tensor)
+        module.input_size = weight.shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.modules.batchnorm._NormBase):

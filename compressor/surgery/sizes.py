@@ -208,18 +208,14 @@ def kept_in_nodes(
     program: fx.GraphModule, groups: Sequence[ChannelGroup], plan: Plan
 ) -> dict[str, dict[int, Mask]]:
     """Node name -> dimension of its output that has channels -> which positions stay."""
-    sizes = {
-        node.name: node.meta["val"].shape
-        for node in program.graph.nodes
-        if isinstance(node.meta.get("val"), Tensor)
-    }
+    known = {n.name for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     keep: dict[str, dict[int, Mask]] = defaultdict(dict)
     for group in groups:
         removed = removed_channels(group, plan)
         for where in group.nodes:
-            if len(removed) and where.node in sizes:
-                n = sizes[where.node][where.dim]
-                mask = keep[where.node].setdefault(where.dim, np.ones(n, dtype=np.bool_))
+            if len(removed) and where.node in known:
+                whole = np.ones(where.size, dtype=np.bool_)
+                mask = keep[where.node].setdefault(where.dim, whole)
                 rows = where.index[removed].ravel()
                 mask[rows[rows >= 0]] = False
     return keep

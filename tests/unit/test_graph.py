@@ -504,7 +504,8 @@ def attention(how: str) -> Attention:
     network = Attention(how)
     for name in ("query", "key", "value") if how in ("joined", "by width") else ("all",):
         delattr(network, name)
-    return randomised(network)
+    randomised(network)
+    return network
 
 
 @pytest.mark.parametrize("how", ["joined", "fused", "by width"])
@@ -520,9 +521,13 @@ def test_a_head_that_is_gone_is_not_read(how: str) -> None:
 
 
 class Tangled(Attention):
-    """Attention in which heads meet: they are mixed, added up or given out."""
+    """Attention in which heads meet: they are mixed, weighed against each other or given out."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.mix = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
         x = self.norm(self.stem(x).flatten(2).transpose(1, 2))
         b, n, _ = x.shape
         q, k, v = self.all(x).reshape(b, n, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
@@ -541,7 +546,6 @@ class Tangled(Attention):
 @pytest.mark.parametrize("how", ["mixed", "over heads", "biased", "returned"])
 def test_heads_that_meet_stay(how: str) -> None:
     network = Tangled(how)
-    network.mix = nn.Linear(3, 3)
     for name in ("query", "key", "value"):
         delattr(network, name)
     images = torch.randn(1, 3, 16, 16)

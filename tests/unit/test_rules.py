@@ -123,7 +123,7 @@ def conv(n_in: int, n_out: int, **options: Any) -> nn.Sequential:
 class Crnn(nn.Module):
     """Text in an image: convolutions, columns as a sequence, two recurrent layers."""
 
-    def __init__(self, recurrent: type[nn.RNNBase]) -> None:
+    def __init__(self, recurrent: type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__()
         self.features = nn.Sequential(
             conv(3, 16), nn.MaxPool2d(2), conv(16, 32), nn.MaxPool2d((2, 1)), conv(32, 64)
@@ -153,7 +153,7 @@ class SegNet(nn.Module):
             x, index = F.max_pool2d(layer(x), 2, return_indices=True)
             places.append(index)
         for layer in self.up:
-            x = layer(F.max_unpool2d(x, places.pop(), 2))
+            x = layer(F.max_unpool2d(x, places.pop(), [2, 2]))
         return self.head(x)
 
 
