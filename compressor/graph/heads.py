@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor.graph.labels import CHANNELS, HEADS
 from compressor.graph.moves import order_of
 from compressor.graph.per_channel import over_channels
-from compressor.graph.record import Call, tensor_dim
+from compressor.graph.record import Call, all_equal, tensor_dim
 from compressor.graph.states import (
     BY_WIDTH,
     Axis,
@@ -140,13 +140,20 @@ def select(call: Call) -> Outcome:
     return one if isinstance(call.out, Tensor) else [one] * len(call.out)
 
 
-def along_another(call: Call) -> Outcome:
-    """Ranges of a dimension without channels."""
+def along_one(call: Call) -> Outcome:
+    """Ranges of a dimension; where it is that of the channels of a head, all of it in parts."""
     source = next(call.tensors())
     state = call.state(source)
-    if tensor_dim(call.args.get("dim", 0), source.ndim) in axes_of(state):
+    dim, axes = tensor_dim(call.args.get("dim", 0), source.ndim), axes_of(state)
+    if dim not in axes:
+        return state if isinstance(call.out, Tensor) else [state] * len(call.out)
+    if axes[dim].side == HEADS or isinstance(call.out, Tensor):
         return None
-    return state if isinstance(call.out, Tensor) else [state] * len(call.out)
+    sizes = [part.shape[dim] for part in call.out]
+    parts = np.split(axes[dim].labels, np.cumsum(sizes)[:-1])
+    for part in parts[1:] if all_equal(sizes) else ():  # equal parts stay equal
+        call.labels.join(parts[0], part)
+    return [state_of(call, axes | {dim: replace(axes[dim], labels=part)}, "") for part in parts]
 
 
 def expand(call: Call) -> Outcome:
@@ -304,8 +311,8 @@ def _work_apart(call: Call, *states: Axes) -> None:
 RULES: dict[str, Callable[[Call], Outcome]] = {
     "view": view, "_unsafe_view": view, "reshape": view, "_reshape_alias": view, "squeeze": view,
     "unsqueeze": view, "permute": permute, "transpose": permute, "t": permute, "select": select,
-    "unbind": select, "slice": along_another, "split": along_another,
-    "split_with_sizes": along_another, "expand": expand, "cat": cat, "bmm": product,
+    "unbind": select, "slice": along_one, "split": along_one,
+    "split_with_sizes": along_one, "expand": expand, "cat": cat, "bmm": product,
     "_scaled_dot_product_flash_attention_for_cpu": attention, "native_layer_norm": layer_norm,
     "mean": over_dims, "sum": over_dims, "amax": over_dims, "linalg_vector_norm": over_dims,
     "_softmax": over_dims, "_safe_softmax": over_dims,

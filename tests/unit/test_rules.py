@@ -200,3 +200,38 @@ def test_networks_as_people_write_them(name: str, tmp_path: Path) -> None:
     if name != "segnet":  # ONNX has no unpooling
         small = compressor.prune(prunable.module, example, 0.5)
         compressor.export_onnx(small, example, tmp_path / "a.onnx")  # compares with torch
+
+
+class Csp(nn.Module):
+    """As in YOLO11: half of the channels by a number in the code, attention over pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c = width // 2
+        self.one, self.two = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.all, self.out = nn.Conv2d(self.c, 2 * self.c, 1), nn.Conv2d(self.c, self.c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, y = self.one(x).split((self.c, self.c), 1)
+        b, _, h, w = y.shape
+        parts = self.all(y).view(b, 2, self.c, h * w)  # two heads
+        q, k, v = parts.split([self.c // 4, self.c // 4, self.c // 2], 2)
+        weights = (q.transpose(-2, -1) @ k * (self.c // 4) ** -0.5).softmax(-1)
+        y = y + self.out((v @ weights.transpose(-2, -1)).reshape(b, self.c, h, w))
+        return self.two(torch.cat([a, y], 1))
+
+
+def test_a_program_takes_the_image_sizes_that_its_network_takes() -> None:
+    network = between(Csp(32), 32)
+    share, prunable = halved(network, IMAGE)
+    assert prunable.form == PROGRAM
+    assert share <= 0.27
+    assert "3.all#heads" in {group.name for group in prunable.groups}
+    small = compressor.prune(network, IMAGE, 0.5)
+    for shape in ((1, 3, 24, 16), (3, 3, 40, 56)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(prunable.module(images), network(images))
+            assert small(images).shape == (len(images), 5)
+            alone = torch.cat([small(image[None]) for image in images])
+            torch.testing.assert_close(small(images), alone)
