@@ -55,6 +55,21 @@ def check_costs(net: nn.Module, example: torch.Tensor) -> None:
     assert costs.macs([space.original])[0] == pytest.approx(1)
 
 
+def test_heads_and_their_channels_multiply() -> None:
+    """Two groups that cross in a tensor: half of one and a third of the other leave a sixth."""
+    layer = nn.TransformerEncoderLayer(24, 3, 16, batch_first=True)
+    net, example = nn.Sequential(nn.Linear(5, 24), layer).eval(), torch.randn(1, 7, 5)
+    prunable = make_prunable(net, example)
+    scores = {g.name: np.arange(float(g.n_channels)) for g in prunable.groups}
+    space = make_space(prunable.groups, scores, step=1, min_keep_ratio=0.1)
+    costs = Costs(space, layer_costs(prunable.module, prunable.groups))
+    plans = design(space, seed=0)[:4]
+    whole = sum(p.numel() for p in net.parameters())
+    for plan, share in zip(plans, costs.params(plans), strict=True):
+        small = prunable.without(space.plan(plan))
+        assert sum(p.numel() for p in small.parameters()) == pytest.approx(share * whole)
+
+
 def test_the_table_finds_what_layers_really_cost() -> None:
     """Times that MACs do not tell, with 0.5 % of noise: new plans within 3 %."""
     costs, space, _ = spaced(
