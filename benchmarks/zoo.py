@@ -9,12 +9,14 @@ random; in a second plan, a fifth. Then three things are asked, each with an ora
 2. float32: does ONNX Runtime answer like torch ("ONNX error")?
 3. Where candidates are filled into a template: is the second plan's file, byte for byte, what a
    template made from that candidate gives?
+4. float32: does NNI's engine answer like our own surgery? If not, why not?
 
 Every network runs in a process of its own, under a time limit.
 
     python benchmarks/zoo.py torchvision --out benchmarks/results/zoo-torchvision.md
     python benchmarks/zoo.py timm --out benchmarks/results/zoo-timm.md
     python benchmarks/zoo.py torchvision:resnet18 timm:res2net50_26w_4s
+    python benchmarks/zoo.py torchvision timm --nni --out benchmarks/results/zoo-nni.md
 """
 
 import argparse
@@ -23,6 +25,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,12 +46,13 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from compressor.containers import tensors_in
-from compressor.errors import ExportError
+from compressor.errors import EngineError, ExportError
 from compressor.export import candidate_writer, export_onnx
 from compressor.exporter import DEFAULT_OPSET, Way
 from compressor.graph import channel_groups, outputs
 from compressor.prunable import Prunable, make_prunable
-from compressor.surgery import masked, remove_channels
+from compressor.surgery import masked, prune_with_nni, remove_channels
+from compressor.surgery.nni_engine import layers_for_nni, losses
 from compressor.template import OnnxTemplate, make_template
 from compressor.values import ChannelGroup, Example, Plan
 
@@ -57,6 +61,8 @@ ONNX_TOLERANCE = 1e-3  # of the largest output, float32
 NEWER_OPSET = 17  # for networks with operations that the default one lacks
 BLIND = 1e-6  # a masked network that differs by less is no oracle
 HALF, MOST = 0.5, 0.8  # keep ratios of the two plans
+NNI_LIMIT_S = 60  # of CPU time, for one network
+AGREES = "agrees"
 LITTLE_PRUNED = 0.7  # with half of every free group gone, this share of parameters says why
 
 CLASSIFICATION = (
@@ -133,6 +139,8 @@ class Row:
         surgery_s: `remove_channels`, seconds.
         onnx_error: ONNX Runtime against torch, float32; None where not asked.
         template: Whether candidates are filled into a template; None where not asked.
+        nni: Whether NNI agrees with own surgery, or why not; None where not asked.
+        nni_layers: Layers that NNI replaced, of those that lose channels; "" where not asked.
         faults: What is wrong, in words; empty where nothing is.
         notes: What is worth knowing, in words.
         locked: Why groups are locked, without places -> number of groups.
@@ -149,6 +157,8 @@ class Row:
     surgery_s: float = 0.0
     onnx_error: float | None = None
     template: bool | None = None
+    nni: str | None = None
+    nni_layers: str = ""
     faults: Sequence[str] = ()
     notes: Sequence[str] = ()
     locked: dict[str, int] = field(default_factory=dict)
@@ -180,6 +190,38 @@ def stages(name: str, n_pixels: int | None = None) -> Iterator[Row]:
         if not isinstance(example, tuple):
             row = _with_onnx(row, single, example)
             yield replace(row, notes=_unique([*row.notes, *heard]))
+        yield _with_nni(row, single, example)
+
+
+def nni_alone(name: str) -> Row:
+    """`check`'s last question alone."""
+    model, example, n_pixels = build(name)
+    prunable = make_prunable(model, example)
+    row = Row(name, n_pixels, len(prunable.groups), _n_free(prunable), _form(prunable))
+    return _with_nni(row, prunable, example)
+
+
+def _with_nni(row: Row, prunable: Prunable, example: Example) -> Row:
+    model, groups = prunable.module, prunable.groups
+    plan = random_plan(groups, HALF)
+    lost = losses(model, groups, plan)
+    row = replace(row, nni_layers=f"{len(layers_for_nni(model, example, lost))} of {len(lost)}")
+    signal.signal(signal.SIGPROF, _too_slow)
+    signal.setitimer(signal.ITIMER_PROF, NNI_LIMIT_S)
+    try:
+        by_nni = prune_with_nni(model, example, groups, plan)
+    except (EngineError, TimeoutError) as err:
+        return replace(row, nni=str(err))
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    own = outputs(remove_channels(model, groups, plan), example)
+    error, shape_fault = relative_error(own, outputs(by_nni, example))
+    is_alike = error <= ONNX_TOLERANCE
+    return replace(row, nni=shape_fault or (AGREES if is_alike else f"differs by {error:.1e}"))
+
+
+def _too_slow(*_: object) -> None:
+    raise TimeoutError(f"too slow: not done within {NNI_LIMIT_S} s of CPU time")
 
 
 def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> Row:
@@ -405,9 +447,9 @@ def _listening() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-def in_own_process(name: str, limit_s: float) -> Row:
+def in_own_process(name: str, limit_s: float, *options: str) -> Row:
     """`check(name)`; a row that says so where it dies or takes too long."""
-    command = [sys.executable, __file__, "--child", name]
+    command = [sys.executable, __file__, "--child", name, *options]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     try:
         done = subprocess.run(
@@ -430,15 +472,16 @@ def report(rows: Sequence[Row]) -> str:
     """Markdown: the table, and below it what to know of each network that stands out."""
     lines = [
         "| network | input | groups | free | form | params kept | error | groups s | surgery s "
-        "| ONNX error | template |",
-        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|---|",
+        "| ONNX error | template | NNI |",
+        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.name} | {row.n_pixels} | {row.n_groups} | {row.n_free} | {row.form} "
             f"| {row.params_kept_ratio:.2f} | {_short(row.error)} | {row.groups_s:.1f} "
             f"| {row.surgery_s:.2f} | {_short(row.onnx_error)} "
-            f"| {'' if row.template is None else 'yes' if row.template else 'no'} |"
+            f"| {'' if row.template is None else 'yes' if row.template else 'no'} "
+            f"| {row.nni or ''} |"
         )
     well = [row for row in rows if not row.faults]
     n_pruned = sum(row.params_kept_ratio < LITTLE_PRUNED for row in well)
@@ -448,7 +491,8 @@ def report(rows: Sequence[Row]) -> str:
         f"{LITTLE_PRUNED} of their parameters left; "
         f"{sum(row.form.startswith('program') for row in rows)} as programs; "
         f"{sum(row.template is True for row in rows)} of "
-        f"{sum(row.template is not None for row in rows)} by template.",
+        f"{sum(row.template is not None for row in rows)} by template; NNI agrees on "
+        f"{_n_agreeing(rows)} of {sum(row.nni is not None for row in rows)}.",
     ]
     for row in rows:
         if row.faults or row.notes or row.params_kept_ratio >= LITTLE_PRUNED:
@@ -460,6 +504,29 @@ def report(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def nni_report(rows: Sequence[Row]) -> str:
+    """Markdown: on which networks NNI agrees, and why not on the others."""
+    lines = [
+        f"`python benchmarks/zoo.py {' '.join(sys.argv[1:])}`",
+        "",
+        "| network | input | free groups | form | NNI's layers | NNI |",
+        "|---|--:|--:|---|--:|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.name} | {row.n_pixels} | {row.n_free} | {row.form} | {row.nni_layers} "
+            f"| {row.nni or '; '.join(row.faults)} |"
+        )
+    for source in dict.fromkeys(row.name.partition(":")[0] for row in rows):
+        theirs = [row for row in rows if row.name.startswith(f"{source}:")]
+        lines += ["", f"{source}: NNI agrees on {_n_agreeing(theirs)} of {len(theirs)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _n_agreeing(rows: Sequence[Row]) -> int:
+    return sum(row.nni == AGREES for row in rows)
+
+
 def _short(error: float | None) -> str:
     return "" if error is None else f"{error:.0e}"
 
@@ -469,12 +536,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Does pruning stay exact?")
     parser.add_argument("names", nargs="*", help="torchvision, timm, or SOURCE:ARCHITECTURE")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--nni", action="store_true", help="ask only whether NNI agrees")
     parser.add_argument("--limit-s", type=float, default=300)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         warnings.simplefilter("ignore")
-        for row in stages(given.child):
+        for row in [nni_alone(given.child)] if given.nni else stages(given.child):
             print(json.dumps(asdict(row)), flush=True)
         return
     every = {
@@ -483,15 +551,19 @@ def main() -> None:
     }
     names = [name for each in given.names for name in every.get(each, [each])]
     rows: list[Row] = []
+    options, told_as = (["--nni"], nni_report) if given.nni else ([], report)
     for name in names:
         started = time.perf_counter()
-        rows.append(in_own_process(name, given.limit_s))
+        rows.append(in_own_process(name, given.limit_s, *options))
         seconds = time.perf_counter() - started
-        told = "; ".join(rows[-1].faults) or f"{rows[-1].params_kept_ratio:.2f} of parameters"
+        told = rows[-1].nni if given.nni else None
+        told = (
+            told or "; ".join(rows[-1].faults) or f"{rows[-1].params_kept_ratio:.2f} of parameters"
+        )
         print(f"{len(rows)}/{len(names)} {name} {seconds:.0f} s: {told}", file=sys.stderr)
         if given.out:
-            given.out.write_text(report(rows))
-    print(report(rows))
+            given.out.write_text(told_as(rows))
+    print(told_as(rows))
 
 
 if __name__ == "__main__":
