@@ -206,22 +206,27 @@ def _with_nni(row: Row, prunable: Prunable, example: Example) -> Row:
     plan = random_plan(groups, HALF)
     lost = losses(model, groups, plan)
     row = replace(row, nni_layers=f"{len(layers_for_nni(model, example, lost))} of {len(lost)}")
-    signal.signal(signal.SIGPROF, _too_slow)
+    before = signal.signal(signal.SIGPROF, _stop)
     signal.setitimer(signal.ITIMER_PROF, NNI_LIMIT_S)
     try:
         by_nni = prune_with_nni(model, example, groups, plan)
-    except (EngineError, TimeoutError) as err:
+    except (EngineError, TooSlowError) as err:
         return replace(row, nni=str(err))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     own = outputs(remove_channels(model, groups, plan), example)
     error, shape_fault = relative_error(own, outputs(by_nni, example))
     is_alike = error <= ONNX_TOLERANCE
     return replace(row, nni=shape_fault or (AGREES if is_alike else f"differs by {error:.1e}"))
 
 
-def _too_slow(*_: object) -> None:
-    raise TimeoutError(f"too slow: not done within {NNI_LIMIT_S} s of CPU time")
+class TooSlowError(Exception):
+    """NNI took longer than its limit; no error that NNI or its caller would take for another."""
+
+
+def _stop(*_: object) -> None:
+    raise TooSlowError(f"too slow: not done within {NNI_LIMIT_S} s of CPU time")
 
 
 def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> Row:

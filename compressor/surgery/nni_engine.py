@@ -21,6 +21,7 @@ import contextlib
 import copy
 import io
 import logging
+import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
@@ -37,10 +38,11 @@ from compressor.surgery.sizes import kept_in_nodes, rewrite_sizes
 from compressor.surgery.slicing import cuts_by_tensor, sliced
 from compressor.values import ChannelGroup, Example, Plan, call
 
-# What NNI 3.0 was seen to raise, or may, on a network that it does not understand.
+# What NNI 3.0 was seen to raise, or may, on a network that it does not understand. It writes the
+# layers to a temporary file and reads them back.
 _NNI_FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
-    RuntimeError, TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, OSError,
+    RuntimeError, TypeError, ValueError, pickle.PickleError,
 )  # fmt: skip
 _KINDS = (  # layers whose tensors NNI 3.0 replaces, by the names that it knows
     nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d,
@@ -61,7 +63,9 @@ _QUIET.setLevel(logging.CRITICAL)
 def prune_with_nni(
     model: nn.Module, example_input: Example, groups: Sequence[ChannelGroup], plan: Plan
 ) -> nn.Module:
-    """The same as `remove_channels`, done by NNI 3.0's ModelSpeedup.
+    """What `remove_channels` returns, with layers that NNI 3.0's ModelSpeedup made.
+
+    NNI computes in float32.
 
     Args:
         model: In eval mode; not changed.
@@ -167,16 +171,10 @@ def losses(model: nn.Module, groups: Sequence[ChannelGroup], plan: Plan) -> Loss
 def layers_for_nni(model: nn.Module, example: Example, lost: Losses) -> dict[str, Tensor]:
     """Layers that NNI can replace, of those that lose channels -> an input like theirs.
 
-    A layer is NNI's where it has a rule for its kind and for every tensor of it that loses
-    something, where the layer reads one tensor, and where no other module shares its tensors that
-    NNI has no rule for.
+    NNI must have a rule for a layer's kind and for every tensor of it that loses something, the
+    layer must read one tensor, and no other module may share its tensors that is not NNI's.
     """
     known = {name: m for name in lost if _has_rule(m := model.get_submodule(name), lost[name])}
-    others = {
-        id(getattr(model.get_submodule(name), tensor))
-        for name in lost.keys() - known.keys()
-        for tensor in lost[name]
-    }
     inputs: dict[str, Tensor] = {}
 
     def note(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -188,7 +186,6 @@ def layers_for_nni(model: nn.Module, example: Example, lost: Losses) -> dict[str
             lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True
         )
         for name, layer in known.items()
-        if not any(id(tensor) in others for tensor in _own_tensors(layer).values())
     ]
     try:
         with torch.no_grad(), unfused_attention():
@@ -196,7 +193,18 @@ def layers_for_nni(model: nn.Module, example: Example, lost: Losses) -> dict[str
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs
+
+    def shared(name: str) -> set[int]:
+        own = _own_tensors(model.get_submodule(name))
+        return {id(own[tensor]) for tensor in lost[name] if tensor in own}
+
+    while True:
+        others = set[int]().union(*(shared(name) for name in lost if name not in inputs))
+        tied = [name for name in inputs if shared(name) & others]
+        if not tied:
+            return inputs
+        for name in tied:
+            del inputs[name]
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

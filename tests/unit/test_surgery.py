@@ -1,7 +1,6 @@
-"""masked == compact == NNI, for any plan; and the input is never touched."""
+"""masked == compact, for any plan; and the input is never touched."""
 
 import copy
-import sys
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressor.errors import EngineError, PlanError
-from compressor.graph import channel_groups, cost
-from compressor.surgery import masked, prune_with_nni, remove_channels
+from compressor.errors import PlanError
+from compressor.graph import channel_groups
+from compressor.surgery import masked, remove_channels
 from compressor.values import Plan
 from tests.conftest import INPUT_SHAPE, ConvNet, random_plan, randomised
 
@@ -65,67 +64,6 @@ def test_zeroed_filters_are_not_the_oracle(conv_net: ConvNet, example: Tensor) -
     with torch.no_grad():
         zeroed.inner.weight[10:] = 0
         assert (zeroed(example) - compact(example)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_nni_agrees_and_keeps_batch_norm(seed: int, example: Tensor) -> None:
-    model = randomised(ConvNet(), seed)
-    groups = channel_groups(model, example)
-    plan = random_plan(groups, np.random.default_rng(seed), floor=2)
-    before = copy.deepcopy(model.state_dict())
-    compact = remove_channels(model, groups, plan)
-    by_nni = prune_with_nni(model, example, groups, plan)
-    images = torch.randn(4, *INPUT_SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(by_nni(images), compact(images))
-    assert cost(by_nni, example) == cost(compact, example)
-    assert [m.momentum for m in by_nni.modules() if isinstance(m, nn.BatchNorm2d)] == [0.1, 0.1]
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-class Unfolded(nn.Module):
-    """NNI 3.0 has no rule for `unfold`; for us it only locks what it reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 8, 3)
-        self.second = nn.Conv2d(8, 8, 3)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.unfold(self.second(torch.relu(self.first(x))), 2)
-        return self.head(x.view(1, 8, -1).mean(2))
-
-
-@pytest.mark.filterwarnings("ignore:std")  # NNI's own, on its way to failing
-def test_nni_failing_is_an_error_of_ours(example: Tensor) -> None:
-    model = randomised(Unfolded())
-    groups = channel_groups(model, example)
-    plan = Plan({"first": (0, 3, 5)})
-    with pytest.raises(EngineError, match="NNI cannot process Unfolded"):
-        prune_with_nni(model, example, groups, plan)
-    compact = remove_channels(model, groups, plan)
-    oracle = masked(model, groups, plan)
-    with torch.no_grad():
-        torch.testing.assert_close(compact(example), oracle(example))
-
-
-def test_nni_refusing_an_empty_layer_is_an_error_of_ours(example: Tensor) -> None:
-    """A layer whose weights are all zero; NNI raises an exception of its own family."""
-    model = randomised(ConvNet())
-    model.get_parameter("inner.weight").data.zero_()
-    groups = channel_groups(model, example)
-    with pytest.raises(EngineError, match="NNI"):
-        prune_with_nni(model, example, groups, Plan({"stem": tuple(range(16))}))
-
-
-def test_a_python_that_nni_does_not_know_is_an_error_of_ours(
-    conv_net: ConvNet, example: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "nni.compression.speedup", None)
-    groups = channel_groups(conv_net, example)
-    with pytest.raises(EngineError, match="NNI cannot be imported here"):
-        prune_with_nni(conv_net, example, groups, Plan({"stem": (0, 1)}))
 
 
 def test_attributes_dtype_and_flags_survive(conv_net: ConvNet, example: Tensor) -> None:

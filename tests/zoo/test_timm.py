@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.zoo import EXACT, LITTLE_PRUNED, ONNX_TOLERANCE, TIMM, check
+from benchmarks.zoo import AGREES, EXACT, LITTLE_PRUNED, ONNX_TOLERANCE, TIMM, check
 
 pytest.importorskip("timm")
 
@@ -23,6 +23,7 @@ def test_pruned_network_is_exact(name: str) -> None:
     assert row.onnx_error is not None
     assert row.onnx_error < ONNX_TOLERANCE
     assert row.form == QUICK[name]
+    assert row.nni == AGREES
     assert row.params_kept_ratio < LITTLE_PRUNED
 
 
@@ -34,3 +35,4 @@ def test_whatever_is_pruned_is_exact(name: str) -> None:
     assert row.faults == []
     assert row.error is not None
     assert row.error < EXACT
+    assert row.nni == AGREES

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.zoo import (
+    AGREES,
     CLASSIFICATION,
     DETECTION,
     EXACT,
@@ -32,6 +33,7 @@ def test_pruned_network_is_exact(name: str) -> None:
     assert row.onnx_error is not None
     assert row.onnx_error < ONNX_TOLERANCE
     assert row.form == "module"
+    assert row.nni == AGREES
     assert row.params_kept_ratio < LITTLE_PRUNED
 
 
@@ -44,3 +46,4 @@ def test_pruned_detection_network_finds_the_same(name: str) -> None:
     assert row.error is not None
     assert row.error < EXACT
     assert row.params_kept_ratio < LITTLE_PRUNED
+    assert row.nni == AGREES
