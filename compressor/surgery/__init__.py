@@ -2,8 +2,8 @@
 
 Two engines. `remove_channels` slices tensors in milliseconds and is what the search uses;
 `remove_branches` leaves whole branches out of an fx graph.
-`prune_with_nni` is NNI's ModelSpeedup, which infers the sizes by itself from masks: slow, but
-an independent second opinion on the final model.
+`prune_with_nni` lets NNI's ModelSpeedup make the layers of the final model: it gets complete
+masks of what goes in and out of each, infers nothing, and must make what our own surgery makes.
 
 The oracle of both is `masked`: the original network whose *readers* of a removed channel see
 zeros. (A network with zeroed filters is no oracle: batch-norm turns a zeroed channel into a
