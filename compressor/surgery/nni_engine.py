@@ -46,13 +46,13 @@ _NNI_FAILURES = (
 )  # fmt: skip
 _KINDS = (  # layers whose tensors NNI 3.0 replaces, by the names that it knows
     nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d,
-    nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm, nn.PReLU, nn.Embedding,
+    nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm, nn.PReLU,
 )  # fmt: skip
 _WIDTHS = ("weight", "running_mean", "num_features")  # one of them tells how wide a norm is
 _TENSORS = {*_WIDTHS, "bias", "running_var"}  # of these kinds
 _COUNTS = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
-    "num_groups", "num_channels", "normalized_shape", "num_parameters", "embedding_dim",
+    "num_groups", "num_channels", "normalized_shape", "num_parameters",
 )  # fmt: skip
 Losses = Mapping[str, Mapping[str, Mapping[int, Mask]]]  # module, tensor, dimension -> what stays
 _Made = dict[int, tuple[Tensor, Tensor]]  # id -> old tensor, which keeps its id its own, and new
@@ -241,10 +241,8 @@ def _masks(layer: nn.Module, lost: Mapping[str, Mapping[int, Mask]]) -> dict[str
         is_left = rows.reshape(layer.groups, -1).any(axis=1, keepdims=True)
         inner = (is_left & columns).ravel()
         ins, outs = (rows, inner) if layer.transposed else (inner, rows)
-    elif isinstance(layer, (nn.Linear, nn.Embedding)):
+    elif isinstance(layer, nn.Linear):
         outs, ins = stays("weight", 0), stays("weight", 1)
-        if isinstance(layer, nn.Embedding):
-            ins, outs = outs, ins
     else:
         ins = outs = stays(next(name for name in _WIDTHS if name in lost), 0)
     return {
