@@ -59,6 +59,7 @@ from benchmarks.zoo_names import (
     TIMM,
     VIDEO,
     VIDEO_FRAMES,
+    small_mvit,
 )
 from compressor.containers import map_tensors, tensors_in
 from compressor.errors import EngineError, ExportError
@@ -278,7 +279,8 @@ def build(name: str, n_pixels: int | None = None) -> tuple[nn.Module, Example, i
         options = {"weights": None, **OPTIONS.get(architecture, {})}
         if architecture in (*DETECTION, *SEGMENTATION):
             options["weights_backbone"] = None
-        model = torchvision.models.get_model(architecture, **options)
+        get = torchvision.models.get_model
+        model = small_mvit() if architecture == "mvit" else get(architecture, **options)
         own = N_PIXELS.get(architecture, 128)
     model.eval()
     n_pixels = n_pixels or own
@@ -427,10 +429,10 @@ def in_own_process(name: str, limit_s: float, *options: str) -> Row:
             command, capture_output=True, text=True, timeout=limit_s, env=environment,
             cwd=Path(__file__).parents[1],
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return Row(name, 0, faults=[f"not done within {limit_s:.0f} s"])
-    known = [line for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    row = Row(**json.loads(known[-1])) if known else Row(name, 0)
+    except subprocess.TimeoutExpired as err:
+        row = _last_row(name, (err.stdout or b"").decode())
+        return replace(row, faults=[*row.faults, f"not done within {limit_s:.0f} s"])
+    row = _last_row(name, done.stdout)
     if done.returncode == 0:
         return row
     said = done.stderr.strip().splitlines() or ["no message"]
@@ -438,6 +440,12 @@ def in_own_process(name: str, limit_s: float, *options: str) -> Row:
     where = f" ({ours[-1][0]}, line {ours[-1][1]})" if ours else ""
     fault = f"exit {done.returncode}: {said[-1]}{where}"
     return replace(row, faults=[*row.faults, fault])
+
+
+def _last_row(name: str, said: str) -> Row:
+    """What a child knew at the end."""
+    known = [line for line in said.splitlines() if line.startswith('{"name"') and line[-1] == "}"]
+    return Row(**json.loads(known[-1])) if known else Row(name, 0)
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -456,10 +464,11 @@ def report(rows: Sequence[Row]) -> str:
             f"| {row.nni or ''} |"
         )
     well = [row for row in rows if not row.faults]
+    n_wrong = sum(any(re.match("wrong|ONNX", fault) for fault in row.faults) for row in rows)
     n_pruned = sum(row.params_kept_ratio < LITTLE_PRUNED for row in well)
     lines += [
         "",
-        f"{len(rows)} networks; {len(well)} without fault, {n_pruned} of them with less than "
+        f"{len(rows)} networks, {n_wrong} wrong; {len(well)} without fault, {n_pruned} of them with less than "
         f"{LITTLE_PRUNED} of their parameters left; "
         f"{sum(row.form.startswith('program') for row in rows)} as programs; "
         f"{sum(row.template is True for row in rows)} of "
@@ -509,9 +518,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"{', '.join(SETS)}, or SOURCE:ARCHITECTURE")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--nni", action="store_true", help="ask only whether NNI agrees")
-    parser.add_argument(
-        "--rows", type=Path, help="lines of JSON, one a network; read and added to"
-    )
+    parser.add_argument("--rows", type=Path, help="lines of JSON, read and added to")
     parser.add_argument("--limit-s", type=float, default=300)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -5,6 +5,9 @@
 
 from typing import Any
 
+from torch import nn
+from torchvision.models.video import mvit
+
 CLASSIFICATION = (
     "alexnet", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2",
     "densenet121", "googlenet", "inception_v3", "squeezenet1_1", "shufflenet_v2_x1_0",
@@ -18,7 +21,7 @@ DETECTION = (
     "retinanet_resnet50_fpn", "fcos_resnet50_fpn",
 )  # fmt: skip
 VIDEO = (
-    "r3d_18", "mc3_18", "r2plus1d_18", "s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_t",
+    "r3d_18", "mc3_18", "r2plus1d_18", "s3d", "mvit", "swin3d_t",
 )  # fmt: skip
 TIMM = (
     "test_resnet", "test_byobnet", "test_efficientnet", "test_convnext", "test_nfnet", "resnet10t",
@@ -67,7 +70,7 @@ N_PIXELS = {
     "csatv2": 256, "sam2_hiera_tiny": 256, "test_vit_relpos": 160,
     "naflexvit_so150m2_patch16_reg1_gap": 96,
     "deepseek_vit_412m": 112, "gemma4_vit_167m": 96, "qwen3_vit_88m": 96, "cpubone_nano": 224,
-    "r3d_18": 32, "mc3_18": 32, "r2plus1d_18": 32, "s3d": 224, "mvit_v1_b": 64, "mvit_v2_s": 64,
+    "r3d_18": 32, "mc3_18": 32, "r2plus1d_18": 32, "s3d": 224, "mvit": 64,
     "swin3d_t": 64,
 }  # fmt: skip
 VIDEO_FRAMES = dict.fromkeys(VIDEO, 8) | {"s3d": 16}
@@ -81,10 +84,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_vit_167m": _THREE_BLOCKS, "qwen3_vit_88m": _THREE_BLOCKS,
     "naflexvit_so150m2_patch16_reg1_gap": _THREE_BLOCKS,
     "deepseek_vit_412m": {**_THREE_BLOCKS, "img_size": 112},
-    **dict.fromkeys(("mvit_v1_b", "mvit_v2_s"), {"spatial_size": (64, 64), "temporal_size": 8}),
     "googlenet": _NO_AUXILIARY, "inception_v3": _NO_AUXILIARY,
     **{name: _SMALL_IMAGES for name in DETECTION if "rcnn" in name},
     "ssd300_vgg16": {"score_thresh": 0.0}, "ssdlite320_mobilenet_v3_large": {"score_thresh": 0.0},
     "retinanet_resnet50_fpn": {"min_size": 128, "max_size": 160, "score_thresh": 0.0},
     "fcos_resnet50_fpn": {"min_size": 128, "max_size": 160, "score_thresh": 0.0},
 }  # fmt: skip
+
+
+def small_mvit() -> nn.Module:
+    """MViTv2 as torchvision builds it, with 4 blocks for small clips; its own take 224 pixels."""
+    widths = ((1, 64, 64, 1), (2, 64, 128, 2), (2, 128, 128, 1), (4, 128, 256, 2))
+    blocks = [
+        mvit.MSBlockConfig(
+            num_heads=heads, input_channels=i, output_channels=o, kernel_q=[3, 3, 3],
+            kernel_kv=[3, 3, 3], stride_q=[1, s, s], stride_kv=[1, 2, 2],
+        )
+        for heads, i, o, s in widths
+    ]  # fmt: skip
+    frames, side = VIDEO_FRAMES["mvit"], N_PIXELS["mvit"]
+    model: nn.Module = mvit.MViT(
+        spatial_size=(side, side), temporal_size=frames, block_setting=blocks, residual_pool=True,
+        residual_with_cls_embed=False, rel_pos_embed=True, proj_after_attn=True,
+    )  # fmt: skip
+    return model

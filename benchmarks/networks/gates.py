@@ -1,4 +1,4 @@
-"""Classifiers with gates, and what else people build of layers: VAE, GAN, points, mixers, graphs."""
+"""Classifiers with gates; VAE, GAN, points, mixers, graphs, text."""
 
 import torch
 import torch.nn.functional as F

@@ -387,14 +387,14 @@ class AttentionUNet(nn.Module):
 
     def __init__(self, n_classes: int = 2) -> None:
         super().__init__()
-        self.c1, self.c2, self.c3 = self.double(1, 24), self.double(24, 48), self.double(48, 96)
+        self.c1, self.c2, self.c3 = self.twice(1, 24), self.twice(24, 48), self.twice(48, 96)
         self.up3, self.up2 = nn.ConvTranspose2d(96, 48, 2, 2), nn.ConvTranspose2d(48, 24, 2, 2)
         self.g3, self.g2 = self.Gate(48, 48, 24), self.Gate(24, 24, 12)
-        self.u3, self.u2 = self.double(96, 48), self.double(48, 24)
+        self.u3, self.u2 = self.twice(96, 48), self.twice(48, 24)
         self.last = nn.Conv2d(24, n_classes, 1)
 
     @staticmethod
-    def double(i: int, o: int) -> nn.Sequential:
+    def twice(i: int, o: int) -> nn.Sequential:
         """Two convolutions."""
         return nn.Sequential(
             nn.Conv2d(i, o, 3, 1, 1), nn.BatchNorm2d(o), nn.ReLU(inplace=True),

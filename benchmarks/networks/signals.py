@@ -364,7 +364,7 @@ class Tsm(nn.Module):
         """Class scores of `(n * segments, 3, h, w)`, averaged over the segments."""
         x = self.b2(self.down(self.b1(self.stem(x))))
         x = self.fc(x.mean((2, 3)))
-        return x.view((-1, self.n_segment) + x.size()[1:]).mean(dim=1)
+        return x.view((-1, self.n_segment, *x.size()[1:])).mean(dim=1)
 
 
 class SlowFast(nn.Module):
