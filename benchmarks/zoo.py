@@ -468,8 +468,8 @@ def report(rows: Sequence[Row]) -> str:
     n_pruned = sum(row.params_kept_ratio < LITTLE_PRUNED for row in well)
     lines += [
         "",
-        f"{len(rows)} networks, {n_wrong} wrong; {len(well)} without fault, {n_pruned} of them with less than "
-        f"{LITTLE_PRUNED} of their parameters left; "
+        f"{len(rows)} networks, {n_wrong} wrong; {len(well)} without fault, {n_pruned} of them "
+        f"with less than {LITTLE_PRUNED} of their parameters left; "
         f"{sum(row.form.startswith('program') for row in rows)} as programs; "
         f"{sum(row.template is True for row in rows)} of "
         f"{sum(row.template is not None for row in rows)} by template; NNI agrees on "

@@ -4,6 +4,7 @@ Nothing is skipped: a block of an unknown kind is a failure. Blocks that take mi
 (`TAKES_LONG`) are done under the marker `slow`, with all others of their page.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -35,11 +36,12 @@ from tests.end_to_end.reader import (
 __all__ = ["board"]  # a fixture
 
 TAKES_LONG = re.compile(  # training, and engines that are built over SSH one by one
-    r"samples/\w+/train|samples/detection/|compress samples/segmentation|"
+    r"samples/\w+/train|samples/detection/|compress samples/(segmentation|yolo)|"
     r"probe --target jetson|compress model.pt --target nvidia"
 )
 NEEDS_DEVICE = re.compile(r"\.local\b|--device my-")
 EACH_BY_ITSELF = ("docs/recipes.md",)  # its sections say so
+NEEDS_PACKAGE = {"docs/yolo.md": "ultralytics"}  # which is no dependency
 QUICK_START = "docs/quick_start.md"
 N_CLASSES = 10  # of the quick start
 MY_MODULE = """\
@@ -132,6 +134,9 @@ def reader(
 ) -> Iterator[Reader]:
     """In a new folder, which suits the part of the documentation that the test is about."""
     found = PARTS[request.node.callspec.params["name"]]
+    package = NEEDS_PACKAGE.get(found[0].page)
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
     folder = tmp_path / "folder"
     shutil.copytree(supplies, folder)
     if found[0].page in EACH_BY_ITSELF:

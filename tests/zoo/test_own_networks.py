@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 import compressor
 from benchmarks.own_networks import NETWORKS
@@ -16,7 +15,7 @@ from compressor.graph import outputs
 
 QUICK = (
     "centernet", "image-and-table", "many-heads", "siamese", "gates-se", "ds-cnn", "tc-resnet",
-    "vae", "edsr",
+    "edsr",
 )  # fmt: skip
 # What keeps more than LITTLE_PRUNED, and why.
 STIFF = {
@@ -31,7 +30,7 @@ OPEN = {
 }
 
 
-def marked(name: str) -> ParameterSet:
+def marked(name: str) -> object:
     """Slow unless it is quick, and a failure wanted where it is open."""
     marks = [] if name in QUICK else [pytest.mark.slow]
     if name in OPEN:
@@ -39,7 +38,7 @@ def marked(name: str) -> ParameterSet:
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", map(marked, NETWORKS))
+@pytest.mark.parametrize("name", [marked(name) for name in NETWORKS])
 def test_pruned_network_is_exact(name: str) -> None:
     row = check(f"own:{name}")
     assert row.faults == []
