@@ -40,7 +40,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -327,7 +327,7 @@ def randomise(model: nn.Module, example: Example) -> None:
         hook.remove()
 
 
-def is_image(example: Example) -> bool:
+def is_image(example: Example) -> TypeGuard[Tensor]:
     """Whether it is `(1, c, h, w)` with as many rows as columns."""
     return (
         isinstance(example, Tensor) and example.ndim == 4 and example.shape[2] == example.shape[3]

@@ -46,13 +46,7 @@ TARGETS = ("jetson-nano", "jetson-orin-nano")  # the first whose opset has all o
 ORIGINAL, PRUNED = "original", "pruned"
 ACCEPTED, REFUSED = "accepted", "refused"
 PACKAGES = ("tensorrt_rtx_cu13_bindings", "torch", "torchvision", "timm", "onnx")
-SOURCES = {
-    "torchvision": [
-        f"torchvision:{name}"
-        for name in (*zoo.CLASSIFICATION, *zoo.SEGMENTATION, *zoo.DETECTION)
-    ],
-    "timm": [f"timm:{name}" for name in zoo.TIMM],
-}  # fmt: skip
+SOURCES = {name: zoo.SETS[name] for name in ("torchvision", "timm")}
 
 
 @dataclass(frozen=True)

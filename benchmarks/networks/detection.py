@@ -63,6 +63,8 @@ class SPPF(nn.Module):
 class YoloHead(nn.Module):
     """Boxes as distributions of distances; decoded unless it trains."""
 
+    bins: Tensor
+
     def __init__(self, n_classes: int, channels: tuple[int, ...], reg_max: int = 8) -> None:
         super().__init__()
         self.nc, self.reg_max, self.no = n_classes, reg_max, n_classes + 4 * reg_max
@@ -131,6 +133,8 @@ class Yolo(nn.Module):
 
 class YoloV3(nn.Module):
     """Darknet blocks and anchors, whose maps are viewed apart anchor by anchor."""
+
+    anchors: Tensor
 
     def __init__(self, n_classes: int = 5) -> None:
         super().__init__()

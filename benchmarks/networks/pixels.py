@@ -10,6 +10,8 @@ from torch import Tensor, nn
 class Edsr(nn.Module):
     """Residual blocks without norms, scaled by 0.1, and PixelShuffle; the mean taken off."""
 
+    mean: Tensor
+
     class Block(nn.Module):
         """Two convolutions."""
 
@@ -273,9 +275,9 @@ class SegNet(nn.Module):
         x, i1 = F.max_pool2d(self.e1(x), 2, 2, return_indices=True)
         x, i2 = F.max_pool2d(self.e2(x), 2, 2, return_indices=True)
         x, i3 = F.max_pool2d(self.e3(x), 2, 2, return_indices=True)
-        x = self.d3(F.max_unpool2d(x, i3, 2, 2))
-        x = self.d2(F.max_unpool2d(x, i2, 2, 2))
-        return self.d1(F.max_unpool2d(x, i1, 2, 2))
+        x = self.d3(F.max_unpool2d(x, i3, (2, 2)))
+        x = self.d2(F.max_unpool2d(x, i2, (2, 2)))
+        return self.d1(F.max_unpool2d(x, i1, (2, 2)))
 
 
 class PspNet(nn.Module):

@@ -381,7 +381,7 @@ class SlowFast(nn.Module):
     @staticmethod
     def unit(i: int, o: int, k: tuple[int, int, int], s: int) -> nn.Sequential:
         """Convolution, norm, ReLU; no stride in time."""
-        pad = tuple(n // 2 for n in k)
+        pad = (k[0] // 2, k[1] // 2, k[2] // 2)
         return nn.Sequential(
             nn.Conv3d(i, o, k, (1, s, s), pad, bias=False), nn.BatchNorm3d(o), nn.ReLU(True)
         )

@@ -107,7 +107,7 @@ def average_precision(judged: list[Judged], kind: int) -> float:
 @cache
 def criterion() -> v8DetectionLoss:
     """Ultralytics' loss; it reads strides and numbers of classes from any of its networks."""
-    net = yolov8n().net
+    net = yolov8n().eval().net  # all networks of Ultralytics share one activation, and its mode
     net.args = SimpleNamespace(**GAINS)
     return v8DetectionLoss(net)
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from benchmarks.zoo import DETECTION, TIMM
+from benchmarks.zoo_names import DETECTION, TIMM
 from benchmarks.zoo_tensorrt import SOURCES, check, file_faults, in_own_process, refusal
 from compressor.latency.tensorrt_runner import TensorRT
 

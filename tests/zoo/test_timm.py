@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.zoo import AGREES, EXACT, LITTLE_PRUNED, ONNX_TOLERANCE, TIMM, check
+from benchmarks.zoo import AGREES, EXACT, LITTLE_PRUNED, ONNX_TOLERANCE, check
+from benchmarks.zoo_names import FAMILIES, TIMM
 
 pytest.importorskip("timm")
 
@@ -28,7 +29,7 @@ def test_pruned_network_is_exact(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TIMM if name not in QUICK])
+@pytest.mark.parametrize("name", [name for name in (*TIMM, *FAMILIES) if name not in QUICK])
 def test_whatever_is_pruned_is_exact(name: str) -> None:
     """How much is free differs from network to network; see benchmarks/results/zoo-timm.md."""
     row = check(f"timm:{name}")

@@ -2,16 +2,8 @@
 
 import pytest
 
-from benchmarks.zoo import (
-    AGREES,
-    CLASSIFICATION,
-    DETECTION,
-    EXACT,
-    LITTLE_PRUNED,
-    ONNX_TOLERANCE,
-    SEGMENTATION,
-    check,
-)
+from benchmarks.zoo import AGREES, EXACT, LITTLE_PRUNED, ONNX_TOLERANCE, check
+from benchmarks.zoo_names import CLASSIFICATION, DETECTION, SEGMENTATION, VIDEO
 
 QUICK = (
     "resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet0_5",
@@ -35,6 +27,15 @@ def test_pruned_network_is_exact(name: str) -> None:
     assert row.form == "module"
     assert row.nni == AGREES
     assert row.params_kept_ratio < LITTLE_PRUNED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VIDEO)
+def test_pruned_video_network_is_exact(name: str) -> None:
+    row = check(f"torchvision:{name}")
+    assert row.faults == []
+    assert row.error is not None
+    assert row.error < EXACT
 
 
 @pytest.mark.slow
