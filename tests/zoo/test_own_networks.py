@@ -26,7 +26,6 @@ STIFF = {
 OPEN = {
     "crnn": "float64 LSTMs come apart into layers, float32 ones are one operation",
     "cnn-lstm": "the same",
-    "segnet": "max_unpool2d is not exported",
 }
 
 
