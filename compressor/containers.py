@@ -23,6 +23,7 @@ PLAIN = (
     torch.device, torch.layout, torch.memory_format, np.generic,
 )  # fmt: skip
 # They are not looked into, and whatever they hold is not an answer.
+_MACHINERY = ("torch._", "torch.fx.")
 CLOSED = (type, nn.Module, torch.Generator, np.ndarray)
 
 Rebuild = Callable[[list[Any]], Any]
@@ -91,10 +92,14 @@ def _leaves(
 
 
 def _hides(value: object, found: Sequence[object]) -> bool:
-    """Whether an object with items of its own keeps other tensors in attributes."""
+    """Whether an object with items of its own keeps other tensors in attributes.
+
+    torch keeps machinery of its own there, which has no end.
+    """
     known = {id(leaf) for leaf in found}
     kept = getattr(value, "__dict__", {}).values()
-    return any(id(tensor) not in known for each in kept for tensor in tensors_in(each))
+    own = (each for each in kept if not type(each).__module__.startswith(_MACHINERY))
+    return any(id(tensor) not in known for each in own for tensor in tensors_in(each))
 
 
 def _mapped(change: Callable[[Tensor], Tensor], value: Any, around: tuple[int, ...]) -> Any:

@@ -139,6 +139,8 @@ def written(
     names = list(names or names_in(_ordered(model, example_input)))
     if not (_is_plain(answer) and _is_plain_input(model, example_input)):
         flat = _Flat(model, example_input, answer)
+        leaves = zip(names, _inputs(flat.example), strict=False)
+        names = [name for name, leaf in leaves if isinstance(leaf, Tensor)]
         plain = tuple(_tensors_of(answer))
         content = written(flat, flat.given, plain, way, fold=fold, names=names)
         return _without_prefix(content, "inner.")

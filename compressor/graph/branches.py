@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from compressor.containers import tensors_in
 from compressor.errors import GraphError
 from compressor.graph.record import positional
 from compressor.running import cloned, is_norm, is_random, unfused_attention
@@ -108,7 +109,7 @@ def _branches_of(node: fx.Node, ran: "_Ran") -> dict[int, Nodes]:
         own = _needed(branch) - _needed(*_ends(node.graph), without=(node, branch))
         sources = {source for n in own for source in n.all_input_nodes} - own
         tensors = {n for n in sources if n.op != "get_attr" and n in ran.shapes}
-        if own and len(tensors) == 1 and tensors <= _needed(shortcut):
+        if own and len(tensors) == 1 and tensors <= _read_by(shortcut, ran):
             found[argument] = _with_unused(own, node)
     return found
 
@@ -137,6 +138,18 @@ def _needed(*ends: fx.Node, without: tuple[fx.Node, fx.Node] | None = None) -> N
             for source in node.all_input_nodes:
                 if (node, source) != without:
                     waiting.append(source)
+    return frozenset(seen)
+
+
+def _read_by(term: fx.Node, ran: "_Ran") -> Nodes:
+    """What `term` is computed from; a tensor of which it takes the size alone is not."""
+    seen: set[fx.Node] = set()
+    waiting = [term]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen and node in ran.holding:
+            seen.add(node)
+            waiting += node.all_input_nodes
     return frozenset(seen)
 
 
@@ -175,6 +188,7 @@ class _Ran(fx.Interpreter):
 
     Attributes:
         shapes: Node -> shape, of nodes that return one tensor.
+        holding: Nodes that return a tensor or several.
         macs: Node -> multiply-accumulates.
         adds: Node that adds -> the ATen operation, and its number among those of that name.
     """
@@ -182,6 +196,7 @@ class _Ran(fx.Interpreter):
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.holding: set[fx.Node] = set()
         self.macs: Counter[fx.Node] = Counter()
         self.adds: dict[fx.Node, tuple[str, int]] = {}
         self.flops = FlopCounterMode(display=False)
@@ -192,6 +207,8 @@ class _Ran(fx.Interpreter):
         self.calls.last = None
         value = super().run_node(n)
         self.macs[n] = (self.flops.get_total_flops() - before) // 2
+        if any(True for _ in tensors_in(value)):
+            self.holding.add(n)
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
             if n.target in _ADDS and self.calls.last is not None:

@@ -122,6 +122,23 @@ def test_sums_that_are_no_branches() -> None:
     assert with_branches(make_prunable(net, example), example).form == MODULE
 
 
+def test_positions_that_take_the_size_of_the_image_are_no_shortcut() -> None:
+    """Without the patches nothing would be left that depends on the image."""
+
+    class Embeds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5)
+            self.positions = nn.Parameter(torch.randn(1, 16, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            positions = self.positions.expand(x.shape[0], -1, -1)
+            return self.head((self.patches(x).flatten(2).mT + positions).mean(1))
+
+    network = traced(randomised(Embeds()))
+    assert residual_branches(network, IMAGE, channel_groups(network, IMAGE)) == ()
+
+
 def test_unknown_branches_are_named(net: nn.Module) -> None:
     with pytest.raises(PlanError, match=r"'oen'.*one"):
         prunable_of(net).without(Plan({}, ("oen",)))
