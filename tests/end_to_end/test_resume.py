@@ -115,10 +115,10 @@ def check_is_as_if_undisturbed(model: Path, flags: dict[str, object], out: Path)
     assert not (out / ".unfinished").exists()
 
 
-@pytest.mark.fault("SIGKILL at a random moment of a run, resumed", n=20)
-def test_a_run_that_is_killed_20_times(flags: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.fault("SIGKILL at a random moment of a run, resumed", n=8)
+def test_a_run_that_is_killed_8_times(flags: dict[str, object], tmp_path: Path) -> None:
     model, out = tmp_path / "model.pt", tmp_path / "run"
-    n_trials = kill_at_random(model, flags, out, n_kills=20, seed=0)
+    n_trials = kill_at_random(model, flags, out, n_kills=8, seed=0)
     assert n_trials == sorted(n_trials)  # none is ever lost
     check_is_as_if_undisturbed(model, flags, out)
 
