@@ -344,7 +344,7 @@ class Bench:
         rows = draw(split, N_HARM_IMAGES * self.batch_size // BATCH_SIZE)
         with torch.inference_mode():
             images = arranged(split.model_input(rows), self.memory_format)
-            answers = call(model.to(memory_format=self.memory_format), images)
+            answers = call(nn.Module.to(model, memory_format=self.memory_format), images)
         return map_tensors(lambda t: t.double() if t.is_floating_point() else t, answers)
 
     def accuracy(self, model: nn.Module) -> Accuracy:

@@ -171,7 +171,7 @@ def memory_format(model: nn.Module, images: Example) -> torch.memory_format:
     """
     if not holds_maps(images):
         return torch.contiguous_format
-    rearranged = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    rearranged = nn.Module.to(copy.deepcopy(model), memory_format=torch.channels_last)
     try:
         with torch.inference_mode():
             call(rearranged, arranged(cloned(images), torch.channels_last))

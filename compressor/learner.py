@@ -50,7 +50,7 @@ class Learner:
         student.requires_grad_(True)
         for norm in frozen:
             norm.requires_grad_(False)
-        self.student = student.to(self.device).to(memory_format=memory_format)
+        self.student = _placed_network(student, self.device, memory_format)
         with failures("cannot be trained, because it does not run"):
             one = self._placed(example)
             work_on_copies(self.student, one)
@@ -60,7 +60,7 @@ class Learner:
         self.hints = hints if hints_weight and teacher is not None else NO_HINTS
         if teacher is not None and (self._distillation or self.hints):
             self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-            self.teacher.to(self.device).to(memory_format=memory_format)
+            _placed_network(self.teacher, self.device, memory_format)
         self._read: Read = {}
         self._wanted: Read = {}
         watch(self.student, self.hints, keep(self._read))
@@ -162,3 +162,10 @@ def _check_gradient(part: str, loss: Tensor, criterion: Criterion) -> None:
         f"{whose}{part} returned a tensor without a gradient; expected one that torch computed "
         f"from the outputs. Leave out .detach(), .item(), NumPy and torch.no_grad()."
     )
+
+
+def _placed_network(
+    network: nn.Module, device: torch.device, memory_format: torch.memory_format
+) -> nn.Module:
+    """`network`, moved by torch's own `to`: a class of the user's may mean another thing by it."""
+    return nn.Module.to(nn.Module.to(network, device), memory_format=memory_format)

@@ -341,7 +341,7 @@ def _probe(model: nn.Module, example: Example) -> _Probe:
         example,
     )
     try:
-        double = _stirred(model).double()
+        double = nn.Module.double(_stirred(model))
         with torch.no_grad():
             call(double, cloned(wide))
     except FORWARD_FAILURES:

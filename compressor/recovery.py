@@ -46,7 +46,7 @@ def recalibrate_batch_norm(
         batch_size: At least 2; batch-norm of one image has no variance.
         memory_format: In which images go through; what comes back is contiguous.
     """
-    recalibrated = copy.deepcopy(model).to(memory_format=memory_format).eval()
+    recalibrated = nn.Module.to(copy.deepcopy(model), memory_format=memory_format).eval()
     if len(split) < 2 or not any(map(is_norm, recalibrated.modules())):
         return recalibrated
     one = arranged(split.model_input(torch.arange(1)), memory_format)
@@ -66,4 +66,4 @@ def recalibrate_batch_norm(
                 call(recalibrated, arranged(split.model_input(rows), memory_format))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return recalibrated.to(memory_format=torch.contiguous_format).eval()
+    return nn.Module.to(recalibrated, memory_format=torch.contiguous_format).eval()

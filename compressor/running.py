@@ -19,11 +19,43 @@ from compressor.values import call
 
 # What drops parts of what it reads at random, by what its class is called: people copy these.
 _DROPPING = ("drop", "stochasticdepth")
+# Layers of torch that do the same in both modes. One that is no class of this list, but of one
+# derived from it, may do otherwise.
+_WITHOUT_MODE = frozenset({
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear, nn.Embedding, nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle,
+    nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU,
+    nn.CELU, nn.SELU, nn.GELU, nn.GLU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Tanh,
+    nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
+    nn.Softplus, nn.Softsign, nn.Threshold, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin,
+    nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
+})  # fmt: skip
 
 
 def cloned(value: Any) -> Any:
     """`value` with copies of its tensors: the network that gets them may write over them."""
     return map_tensors(torch.clone, value)
+
+
+def in_training(network: nn.Module) -> list[str]:
+    """Names of the modules that are in training mode and may do otherwise there; "" is `network`.
+
+    A network may share a layer without a mode of its own, such as an activation, with another
+    network, and that one may be in training mode.
+    """
+    return [
+        name
+        for name, module in network.named_modules()
+        if module.training and not _is_without_mode(module)
+    ]
+
+
+def _is_without_mode(module: nn.Module) -> bool:
+    has_hooks = bool(module._forward_pre_hooks or module._forward_hooks)  # as spectral_norm
+    return type(module) in _WITHOUT_MODE and not has_hooks
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressor.errors import GraphError
 from compressor.graph.record import Record, record
 from compressor.graph.rules import outcome
-from compressor.running import cloned
+from compressor.running import cloned, in_training
 from compressor.values import (
     FORWARD_FAILURES,
     WRAPPERS,
@@ -52,8 +52,10 @@ def channel_groups(model: nn.Module, example_input: Example) -> tuple[ChannelGro
             values of its input so early that nothing is left to prune.
     """
     _check_kind(model)
-    if any(module.training for module in model.modules()):
-        raise GraphError(f"{type(model).__name__} is in training mode; call .eval() first.")
+    training = in_training(model)
+    if training:
+        where = f" ({training[0]})" if training[0] else ""
+        raise GraphError(f"{type(model).__name__}{where} is in training mode; call .eval() first.")
     try:
         seen = record(model, example_input, outcome)
     except FORWARD_FAILURES as err:

@@ -89,6 +89,14 @@ class Labels:
             a, b = np.broadcast_arrays(ours, theirs)
             self.joins.append((a.ravel(), b.ravel(), side))
 
+    def untiled(self, labels: IndexArray, size: int) -> IndexArray:
+        """`(size,)`, of labels along what `repeat` has put together: its copies are tied."""
+        if len(labels) == size:
+            return labels
+        copies = labels.reshape(-1, size)
+        self.join(copies[0], copies)
+        return copies[0]
+
     def part(self, flat: IndexArray, channels: IndexArray, heads: IndexArray) -> Parting:
         """Begins a parting; see there."""
         self.join(flat, channels, CHANNELS)

@@ -88,6 +88,7 @@ class Call:
             own_dim = dims[dim]
             if own_dim is not None:
                 shape = self.record.shapes[name]
+                labels = self.labels.untiled(labels, shape[own_dim])
                 slot = self.labels.place(name, own_dim, shape, role, labels)
                 slot.macs_per_number += macs_per_number
                 slot.is_parameter = name in self.record.parameters
@@ -209,6 +210,7 @@ class Record(TorchDispatchMode):
         """A norm without tensors of its own keeps its width as a number, `num_features`."""
         if self._stack and hasattr(self._stack[-1], "num_features"):
             name = f"{self._names[id(self._stack[-1])]}.num_features".removeprefix(".")
+            labels = self.labels.untiled(labels, int(self._stack[-1].num_features))
             slot = self.labels.place(name, 0, tuple(labels.shape), Role.PER_CHANNEL, labels)
             slot.is_parameter = False
 

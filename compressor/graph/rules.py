@@ -148,8 +148,12 @@ def _view_dims(call: Call) -> Sequence[int | None] | None:
     if call.name in ("permute", "transpose", "t"):
         return order_of(call, source)
     is_view = call.name in VIEWS
-    if call.name == "repeat":
-        is_view = set(call.args["repeats"]) == {1}
+    if call.name == "repeat":  # `Labels.untiled` tells the copies by their number
+        shift = call.out.ndim - source.ndim
+        return [
+            d - shift if d >= shift and source.shape[d - shift] > 1 else None
+            for d in range(call.out.ndim)
+        ]
     sizes = [n for n in source.shape if n != 1]
     if call.name == "select":  # a row of a stacked parameter
         gone = tensor_dim(call.args["dim"], source.ndim)

@@ -82,7 +82,7 @@ def load_model(
             module = build(arch, dict(arch_args or {}), beside=path.parent)
             stood = load_weights(path, module, content, arch, weights_key=weights_key)
             logger.info("the weights stand under %s", stood or "the names of the network")
-        module = module.cpu().eval()
+        module = nn.Module.cpu(module).eval()
     check_usable(path, module)
     if input_shape is None and example is None and own is None:
         input_shape = own_input_shape(module, arch)
@@ -119,7 +119,7 @@ def _one_of(
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if "" not in whole and kinds == {torch.float16}:
         logger.info("%s holds its network in float16; it goes on in float32", path)
-        module = module.float()
+        module = nn.Module.float(module)
     return module
 
 

@@ -235,3 +235,29 @@ def test_a_program_takes_the_image_sizes_that_its_network_takes() -> None:
             assert small(images).shape == (len(images), 5)
             alone = torch.cat([small(image[None]) for image in images])
             torch.testing.assert_close(small(images), alone)
+
+
+class Stylised(nn.Module):
+    """Instance norm of three images that are put together within the network."""
+
+    def __init__(self, is_affine: bool, is_tracked: bool) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3)
+        self.norm = nn.InstanceNorm2d(16, affine=is_affine, track_running_stats=is_tracked)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        seen = self.two(F.relu(self.norm(self.one(torch.cat([x, y, z])))))
+        return torch.stack(seen.mean((2, 3)).chunk(3), 1)
+
+
+@pytest.mark.parametrize("is_tracked", [False, True])
+@pytest.mark.parametrize("is_affine", [False, True])
+def test_instance_norm_of_several_images_is_free(
+    is_affine: bool, is_tracked: bool, tmp_path: Path
+) -> None:
+    images = tuple(torch.randn(3, 1, 3, 12, 12))
+    share, prunable = halved(Stylised(is_affine, is_tracked), images)
+    assert prunable.form == MODULE
+    assert share <= 0.55
+    small = compressor.prune(prunable.module, images, 0.5)
+    compressor.export_onnx(small, images, tmp_path / "a.onnx")  # compares with torch

@@ -11,12 +11,13 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import DropBlock2d, FrozenBatchNorm2d, StochasticDepth
 
-from compressor.errors import TaskError, TrainingError
+import compressor
+from compressor.errors import GraphError, TaskError, TrainingError
 from compressor.evaluate import accuracy, check_agree, memory_format
 from compressor.graph import channel_groups, cost, outputs
 from compressor.graph.branches import traced
 from compressor.hints import NO_HINTS
-from compressor.prunable import make_prunable
+from compressor.prunable import PROOF_TOLERANCE_FLOAT64, _probe, make_prunable
 from compressor.recovery import recalibrate_batch_norm
 from compressor.running import is_norm, is_random, learning, ran, work_on_copies
 from compressor.tasks import CLASSIFICATION, Classification, Criterion, OwnTask
@@ -386,3 +387,62 @@ def test_training_that_fails_while_it_runs_is_one_kind_of_error(fails: str) -> N
             score=lambda _model: 1.0, on_progress=lambda _progress: None,
         )  # fmt: skip
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+class Shared(nn.Module):
+    """As in Ultralytics: every network's layers share one activation."""
+
+    act = nn.SiLU()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Shared.act
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_what_another_network_shares_is_not_in_training_mode() -> None:
+    first = Shared().eval()
+    Shared().train()
+    assert first.act.training
+    assert compressor.prune(first, IMAGE[:1], 0.5).conv.out_channels == 4
+
+
+@pytest.mark.parametrize("where", ["norm", "act", "head"])
+def test_what_the_mode_may_matter_to_is(where: str) -> None:
+    """A norm, a class of the user's, and a layer whose hook looks at the mode."""
+    net = Shared().eval()
+    if where == "act":
+        net.act = type("Act", (nn.ReLU,), {})()
+    if where == "head":
+        net.head = torch.nn.utils.spectral_norm(net.head)
+    net.get_submodule(where).train()
+    with pytest.raises(GraphError, match=rf"Shared \({where}\) is in training mode"):
+        channel_groups(net, IMAGE[:1])
+
+
+class Homonyms(Shared):
+    """Its methods mean other things than torch's of these names."""
+
+    def double(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def float(self) -> str:
+        return "no network"
+
+    def to(self, other: str) -> str:
+        return other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.double(x))
+
+
+def test_methods_named_as_torchs_are_the_users_own() -> None:
+    net = randomised(Homonyms().eval())
+    assert _probe(net, IMAGE[:1]).tolerance == PROOF_TOLERANCE_FLOAT64
+    small = compressor.prune(net, IMAGE[:1], 0.5)
+    assert memory_format(small, IMAGE) == torch.channels_last
+    recalibrate_batch_norm(small, data(), memory_format=torch.channels_last)
+    assert learned(small, data()).score == 1.0
