@@ -9,7 +9,9 @@ computes from others (weight norm, standardised convolutions) becomes the number
 
 import copy
 import logging
+import math
 import operator
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +41,10 @@ _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.B
 _OTHER_LAYERS = (aten.linear.default, aten.convolution.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
+# Free sizes may take as many times as long as fixed ones: torch.export's arithmetic on their
+# symbols takes twice as long for most networks, and 25 times for some.
+FREE_SIZES_TIME = 2.0
+
 
 def export_program(model: nn.Module, example: Example) -> fx.GraphModule:
     """`model` as a program, in eval mode; the model is not changed.
@@ -49,13 +55,28 @@ def export_program(model: nn.Module, example: Example) -> fx.GraphModule:
     Raises:
         GraphError: torch.export cannot follow its code; the message has its reason.
     """
-    larger = _larger(example)
-    if _takes(model, larger):
-        try:
-            return _exported(model, example, larger)
-        except GraphError as err:
-            logger.info("%s keeps its input size: %s", type(model).__name__, err)
-    return _exported(model, example, None)
+    began = time.thread_time()
+    larger, fixed = _larger(example), _exported(model, example, None)
+    limit_s = FREE_SIZES_TIME * (time.thread_time() - began)
+    if _same_answer(fixed, model, larger) or not _takes(model, larger):
+        return fixed
+    try:
+        return _exported(model, example, larger, limit_s)
+    except GraphError as err:
+        logger.info("%s keeps its input size: %s", type(model).__name__, err)
+        return fixed
+
+
+def _with_limit(model: nn.Module, limit_s: float) -> None:
+    """Lets `model` raise, once this thread has computed for longer than `limit_s` seconds."""
+    end = time.thread_time() + limit_s
+
+    def look(*_: object) -> None:
+        if time.thread_time() > end:
+            raise GraphError(f"torch.export takes more than {limit_s:.1f} s for free sizes.")
+
+    for module in model.modules():
+        module.register_forward_pre_hook(look)
 
 
 def _takes(model: nn.Module, example: Example) -> bool:
@@ -67,8 +88,13 @@ def _takes(model: nn.Module, example: Example) -> bool:
     return True
 
 
-def _exported(model: nn.Module, example: Example, larger: Example | None) -> fx.GraphModule:
+def _exported(
+    model: nn.Module, example: Example, larger: Example | None, limit_s: float = math.inf
+) -> fx.GraphModule:
     """The program; for any size of input where `larger` is another that it must answer."""
+    copied = copy.deepcopy(model)
+    if larger is not None:
+        _with_limit(copied, limit_s)
     pair = _doubled(example)
     args, kwargs = (pair, {}) if isinstance(pair, tuple) else ((pair,), {})
     if isinstance(pair, dict):
@@ -86,7 +112,7 @@ def _exported(model: nn.Module, example: Example, larger: Example | None) -> fx.
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # it tells of its own internals
             program = torch.export.export(
-                copy.deepcopy(model), args, kwargs, dynamic_shapes=sizes, strict=False
+                copied, args, kwargs, dynamic_shapes=sizes, strict=False
             )
     except (SpecViolationError, *FORWARD_FAILURES) as err:
         reason = str(err).strip().splitlines()

@@ -77,15 +77,7 @@ def test_half_of_all_channels_go(detector: ModuleType, name: str, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "yolov8n",
-        pytest.param(
-            "yolo11n", marks=pytest.mark.xfail(strict=True, reason="a program of one image size")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n"])
 def test_images_of_other_sizes_go_too(detector: ModuleType, name: str) -> None:
     model = getattr(detector, name)().eval()
     small = compressor.prune(model, torch.rand(1, 3, 64, 64), 0.5)

@@ -382,3 +382,47 @@ def test_conversions_keep_a_program_free_and_the_result_can_be_converted() -> No
     with torch.no_grad():
         torch.testing.assert_close(compact(images), masked(program, groups, plan)(images))
     assert not any("assert" in str(node.target) for node in compact.graph.nodes)  # type: ignore[union-attr]
+
+
+class Patches(nn.Module):
+    """Reads the number of pixels from its tensor, which a program of one size writes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = (y := self.conv(x)).shape
+        return self.head(y.reshape(b, c, h * w).mean(2))
+
+
+@pytest.mark.parametrize(("limit", "is_free"), [(0.0, False), (100.0, True)])
+def test_free_sizes_have_a_time_limit(
+    limit: float, is_free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it the program has the size it was exported with, and answers as before."""
+    network, other = Patches().double().eval(), torch.randn(2, 1, 13, 9, dtype=torch.float64)
+    monkeypatch.setattr("compressor.program.FREE_SIZES_TIME", limit)
+    program = export_program(network, EXAMPLE)
+    with torch.no_grad():
+        torch.testing.assert_close(program(EXAMPLE), network(EXAMPLE))
+        if is_free:
+            torch.testing.assert_close(program(other), network(other))
+        else:
+            with pytest.raises(RuntimeError, match="shape"):
+                program(other)
+
+
+def test_a_program_without_written_sizes_is_exported_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exported: list[object] = []
+    export = torch.export.export
+    monkeypatch.setattr(
+        torch.export, "export", lambda *a, **k: exported.append(a) or export(*a, **k)
+    )
+    network, other = ConvNet().eval(), torch.randn(2, 1, 13, 9)
+    program = export_program(network, torch.randn(1, 1, 8, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(program(other), network(other))
+    assert len(exported) == 1
