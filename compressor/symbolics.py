@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.onnx import symbolic_helper, symbolic_opset9, symbolic_opset14, utils
 
-FIRST_OPSET, ATTENTION_OPSET = 9, 14
+ATTENTION_OPSET, AXES_AS_INPUT_OPSET = 14, 18
 Symbolic = Callable[..., Any]
 aten = torch.ops.aten
 MAX_POOLS: dict[int, Symbolic] = {
@@ -25,9 +25,9 @@ MAX_POOLS: dict[int, Symbolic] = {
 
 
 def register(opset: int) -> None:
-    """Makes torch's first exporter write what this file has, in every opset down to `opset`."""
+    """Makes torch's first exporter write what this file has into files of `opset`."""
     for name, symbolic in SYMBOLICS.items():
-        utils.register_custom_op_symbolic(f"aten::{name}", symbolic, FIRST_OPSET)
+        utils.register_custom_op_symbolic(f"aten::{name}", symbolic, opset)
     if opset < ATTENTION_OPSET:  # torch writes it with operations that older opsets have too
         utils.register_custom_op_symbolic(
             "aten::scaled_dot_product_attention",
@@ -97,6 +97,28 @@ def _antialiased(
     return _weighted(g, images, matrices)
 
 
+def _rms_norm(g: Any, rows: Any, over: Any, weight: Any, eps: Any) -> Any:
+    """`x / sqrt(mean(x * x) + eps) * weight`, over the last dimensions."""
+    axes = list(range(-len(_numbers(over)), 0))
+    given = _numbers(eps) or [torch.finfo(rows.type().dtype()).eps]
+    squares = g.op("Mul", rows, rows)
+    if g.opset < AXES_AS_INPUT_OPSET:
+        mean = g.op("ReduceMean", squares, axes_i=axes, keepdims_i=1)
+    else:
+        mean = g.op("ReduceMean", squares, _constant(g, axes), keepdims_i=1)
+    epsilon = _constant(g, torch.tensor(given[0], dtype=rows.type().dtype()))
+    scaled = g.op("Div", rows, g.op("Sqrt", g.op("Add", mean, epsilon)))
+    return scaled if symbolic_helper._is_none(weight) else g.op("Mul", scaled, weight)
+
+
+def _squeeze(g: Any, value: Any, *dims: Any) -> Any:
+    """Dimensions of size 1 alone, as torch saw them; torch's own writes an `If` where it forgot."""
+    before = next(g.original_node.inputs()).type().sizes()
+    named = [int(dim) % max(len(before), 1) for each in dims for dim in _numbers(each)]
+    gone = [d for d in (named if dims else range(len(before))) if before[d] == 1]
+    return symbolic_helper._squeeze_helper(g, value, gone) if gone else value
+
+
 def _weighted(g: Any, images: Any, matrices: Sequence[Tensor]) -> Any:
     """`images`, whose last axes are multiplied by a matrix each, `(before, after)`."""
     *deep, columns = matrices
@@ -162,6 +184,7 @@ SYMBOLICS: dict[str, Symbolic] = {
     **{f"_adaptive_avg_pool{n}d": partial(_adaptive_avg_pool, n) for n in (2, 3)},
     **{f"adaptive_max_pool{n}d": partial(_adaptive_max_pool, n) for n in (1, 2, 3)},
     **{f"_upsample_nearest_exact{n}d": partial(_nearest_exact, n) for n in (1, 2, 3)},
+    "rms_norm": _rms_norm, "squeeze": _squeeze,
     "_upsample_bilinear2d_aa": partial(_antialiased, aten._upsample_bilinear2d_aa),
     "_upsample_bicubic2d_aa": partial(_antialiased, aten._upsample_bicubic2d_aa),
 }

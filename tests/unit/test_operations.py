@@ -57,6 +57,10 @@ STATIC: dict[str, tuple[Use, tuple[int, ...]]] = {
     "max 2-D": (nn.AdaptiveMaxPool2d((5, 7)), IMAGE),
     "max 3-D": (lambda x: F.adaptive_max_pool3d(x, (3, 5, 20)), VOLUME),
     "max of a single image": (lambda x: F.adaptive_max_pool2d(x, 5), IMAGE[1:]),
+    "rms norm": (lambda x: F.rms_norm(x, (13, 12), torch.arange(156.0).reshape(13, 12)), IMAGE),
+    "rms norm without weight": (lambda x: F.rms_norm(x, (12,), eps=0.1), IMAGE),
+    "squeeze": (lambda x: F.max_pool2d(x[:, None], 2)[:, :, :1].squeeze(1).squeeze(1), LINE),
+    "squeeze nothing": (lambda x: F.max_pool2d(x, 2).squeeze(1), IMAGE),
     "even avg": (lambda x: F.adaptive_avg_pool2d(x, (13, 6)), IMAGE),
     "even max": (lambda x: F.adaptive_max_pool2d(x, (1, 6)), IMAGE),
     "nearest-exact 1-D": (lambda x: F.interpolate(x, 17, mode="nearest-exact"), LINE),
@@ -84,6 +88,33 @@ def test_what_is_static_is_written_in_opset_13(name: str, tmp_path: Path) -> Non
     network = Used(use).eval()
     file = export_onnx(network, torch.zeros(shape), tmp_path / "x.onnx", opset=13)
     assert answers_alike(network, file, shape).opset_import[0].version == 13
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+def test_rms_norm_is_written_in_every_opset(opset: int, tmp_path: Path) -> None:
+    """Axes are an attribute of means, and an input from opset 18 on."""
+    network = Used(STATIC["rms norm"][0]).eval()
+    file = export_onnx(network, torch.zeros(IMAGE), tmp_path / "x.onnx", opset=opset)
+    means = [n for n in answers_alike(network, file, IMAGE).graph.node if n.op_type == "ReduceMean"]
+    assert [len(mean.input) for mean in means] == [1 + (opset >= 18)]
+
+
+class Skip(nn.Module):
+    """As in MViT: pooling of images that are put in by a dimension of one channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.transpose(1, 2).shape
+        rows = x.transpose(1, 2).unsqueeze(1)
+        first, rows = torch.tensor_split(rows, indices=(1,), dim=2)
+        images = rows.transpose(2, 3).reshape(b, c, n // 4, 4)
+        images = F.max_pool2d(images, 2).reshape(b, 1, c, -1).transpose(2, 3)
+        return torch.cat([first, images], 2).squeeze(1)
+
+
+def test_squeeze_never_asks_for_sizes(tmp_path: Path) -> None:
+    network = Skip().eval()
+    file = export_onnx(network, torch.zeros(LINE), tmp_path / "x.onnx", opset=13)
+    assert "If" not in {n.op_type for n in answers_alike(network, file, LINE).graph.node}
 
 
 def windowed(x: Tensor) -> Tensor:
