@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._export.verifier import SpecViolationError
 
+from compressor.computed import compute_weights, tensor_of
 from compressor.errors import GraphError, ModelError
 from compressor.running import cloned
 from compressor.values import FORWARD_FAILURES, Example, call
@@ -111,9 +112,7 @@ def _exported(
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # it tells of its own internals
-            program = torch.export.export(
-                copied, args, kwargs, dynamic_shapes=sizes, strict=False
-            )
+            program = torch.export.export(copied, args, kwargs, dynamic_shapes=sizes, strict=False)
     except (SpecViolationError, *FORWARD_FAILURES) as err:
         reason = str(err).strip().splitlines()
         raise GraphError(
@@ -136,7 +135,7 @@ def with_layers(program: nn.Module) -> fx.GraphModule:
     """
     assert isinstance(program, fx.GraphModule)
     root = copy.deepcopy(program)
-    _compute_weights(root)
+    compute_weights(root, (*_CONVOLUTIONS, *_OTHER_LAYERS))
     used = {str(node.target) for node in root.graph.nodes if node.op == "get_attr"}
     for node in list(root.graph.nodes):
         if node.op != "call_function":
@@ -239,14 +238,14 @@ def _layer(root: fx.GraphModule, node: fx.Node) -> tuple[str, nn.Module, fx.Node
     named = all(name.rpartition(".")[2] == key for key, name in owned.items())
     if len(paths) != 1 or not named or "" in paths or "weight" not in owned:
         return None
-    tensors = {key: _get(root, name) for key, name in owned.items()}
+    tensors = {key: tensor_of(root, name) for key, name in owned.items()}
     layer = _with_options(node, given, tensors)
     if layer is None:
         return None
     (path,) = paths
     tracked = f"{path}.num_batches_tracked"
     if isinstance(layer, nn.modules.batchnorm._BatchNorm) and _has(root, tracked):
-        tensors["num_batches_tracked"] = _get(root, tracked)
+        tensors["num_batches_tracked"] = tensor_of(root, tracked)
     for key, tensor in tensors.items():
         setattr(layer, key, tensor)
     return path, layer, source
@@ -311,67 +310,9 @@ def _is_free(root: fx.GraphModule, path: str, layer: nn.Module, used: set[str]) 
     return {name for name in used if name.startswith(f"{path}.")} <= own
 
 
-def _compute_weights(root: fx.GraphModule) -> None:
-    """Replaces weights that are computed from parameters alone by their values, in place."""
-    constant: set[fx.Node] = set()
-    for node in list(root.graph.nodes):
-        inputs = node.all_input_nodes
-        is_function = node.op == "call_function" and bool(inputs)
-        if (node.op == "get_attr" or is_function) and all(each in constant for each in inputs):
-            constant.add(node)
-            continue
-        is_layer = node.target in _CONVOLUTIONS or node.target in _OTHER_LAYERS
-        weight = node.args[1] if is_layer and len(node.args) > 1 else None
-        if isinstance(weight, fx.Node) and weight in constant and weight.op != "get_attr":
-            _store(root, weight, constant)
-    for node in reversed(root.graph.nodes):
-        if node in constant and not node.users:
-            root.graph.erase_node(node)
-
-
-def _store(root: fx.GraphModule, weight: fx.Node, constant: set[fx.Node]) -> None:
-    """Puts the value of `weight` beside the parameters it is computed from, as `weight`."""
-    sources: list[str] = []
-    values: dict[fx.Node, Any] = {}
-
-    def value(node: fx.Node) -> Any:
-        if node not in values:
-            if node.op == "get_attr":
-                sources.append(str(node.target))
-                values[node] = _get(root, str(node.target))
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                assert callable(node.target)
-                values[node] = node.target(*args, **kwargs)
-        return values[node]
-
-    with torch.no_grad():
-        computed = value(weight).detach().clone()
-    owner = sources[0].rpartition(".")[0].partition(".parametrizations")[0]
-    name = f"{owner}.weight"
-    for node in root.graph.nodes:
-        if node.op == "get_attr" and node.target == name and not constant.issuperset(node.users):
-            return  # the parameter of that name is also used as it is
-    module = root.get_submodule(owner)
-    if "weight" in module._parameters or "weight" in module._buffers:
-        delattr(module, "weight")
-    module.register_parameter("weight", nn.Parameter(computed))
-    with root.graph.inserting_before(weight):
-        stored = root.graph.get_attr(name)
-    stored.meta = dict(weight.meta)
-    weight.replace_all_uses_with(stored)
-
-
 def _per_dim(value: Any, n_dims: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return values * n_dims if len(values) == 1 else values
-
-
-def _get(root: nn.Module, name: str) -> Tensor:
-    path, _, tensor = name.rpartition(".")
-    value = getattr(root.get_submodule(path), tensor)
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _has(root: nn.Module, name: str) -> bool:

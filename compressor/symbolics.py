@@ -112,7 +112,7 @@ def _rms_norm(g: Any, rows: Any, over: Any, weight: Any, eps: Any) -> Any:
 
 
 def _squeeze(g: Any, value: Any, *dims: Any) -> Any:
-    """Dimensions of size 1 alone, as torch saw them; torch's own writes an `If` where it forgot."""
+    """Dimensions that torch saw to be of size 1; its own symbolic may write an `If`."""
     before = next(g.original_node.inputs()).type().sizes()
     named = [int(dim) % max(len(before), 1) for each in dims for dim in _numbers(each)]
     gone = [d for d in (named if dims else range(len(before))) if before[d] == 1]
@@ -184,7 +184,8 @@ SYMBOLICS: dict[str, Symbolic] = {
     **{f"_adaptive_avg_pool{n}d": partial(_adaptive_avg_pool, n) for n in (2, 3)},
     **{f"adaptive_max_pool{n}d": partial(_adaptive_max_pool, n) for n in (1, 2, 3)},
     **{f"_upsample_nearest_exact{n}d": partial(_nearest_exact, n) for n in (1, 2, 3)},
-    "rms_norm": _rms_norm, "squeeze": _squeeze,
+    "rms_norm": _rms_norm,
+    "squeeze": _squeeze,
     "_upsample_bilinear2d_aa": partial(_antialiased, aten._upsample_bilinear2d_aa),
     "_upsample_bicubic2d_aa": partial(_antialiased, aten._upsample_bicubic2d_aa),
 }

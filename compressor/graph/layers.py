@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from compressor.graph.record import Call
-from compressor.graph.states import Channels, Fixed, Outcome, State, Weight
+from compressor.graph.states import COMPUTED_BIAS, Channels, Fixed, Outcome, State, Weight
 from compressor.values import IndexArray, Role
 
 
@@ -114,4 +114,4 @@ def _place_bias(call: Call, bias: Tensor | None, labels: IndexArray) -> None:
     if isinstance(weight, Weight) and bias is not None and bias.ndim == 1:
         call.place(weight, 0, labels, Role.PER_CHANNEL)
     elif bias is not None:
-        call.lock(labels, f"{call.where} computes its bias from other tensors")
+        call.lock(labels, f"{call.where} {COMPUTED_BIAS}")

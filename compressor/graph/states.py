@@ -9,7 +9,8 @@ from compressor.values import IndexArray
 # Why channels are locked in code that a program can say otherwise.
 BY_WIDTH = "scales its answers by its width"
 WITH_ZEROS = "compares channels, and one that is gone counts as zero"
-NEEDS_PROGRAM = (BY_WIDTH, WITH_ZEROS)
+COMPUTED_BIAS = "computes its bias from other tensors"  # a number there
+NEEDS_PROGRAM = (BY_WIDTH, WITH_ZEROS, COMPUTED_BIAS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ BASE = {
 STEPS = {
     "chance", "config", "model_io", "datasets", "graph", "program", "importance", "features",
     "surgery", "recovery", "least_squares", "training", "export", "exporter", "evaluate",
-    "latency", "search", "run_folder", "report", "symbolics", "template",
+    "latency", "search", "run_folder", "report", "symbolics", "template", "computed",
 }  # fmt: skip
 MAY_IMPORT = {
     "errors": set(),
@@ -48,6 +48,7 @@ MAY_IMPORT = {
     **{step: BASE for step in STEPS},
     "export": BASE | {"exporter", "latency", "template"},  # what was written is run
     "exporter": BASE | {"symbolics"},
+    "program": BASE | {"computed"},
     "template": BASE | {"exporter"},
     "border": BASE | STEPS,
     "matching": BASE | STEPS,

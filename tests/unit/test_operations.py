@@ -95,7 +95,9 @@ def test_rms_norm_is_written_in_every_opset(opset: int, tmp_path: Path) -> None:
     """Axes are an attribute of means, and an input from opset 18 on."""
     network = Used(STATIC["rms norm"][0]).eval()
     file = export_onnx(network, torch.zeros(IMAGE), tmp_path / "x.onnx", opset=opset)
-    means = [n for n in answers_alike(network, file, IMAGE).graph.node if n.op_type == "ReduceMean"]
+    means = [
+        n for n in answers_alike(network, file, IMAGE).graph.node if n.op_type == "ReduceMean"
+    ]
     assert [len(mean.input) for mean in means] == [1 + (opset >= 18)]
 
 

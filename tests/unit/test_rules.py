@@ -261,3 +261,37 @@ def test_instance_norm_of_several_images_is_free(
     assert share <= 0.55
     small = compressor.prune(prunable.module, images, 0.5)
     compressor.export_onnx(small, images, tmp_path / "a.onnx")  # compares with torch
+
+
+class FusedBias(nn.Module):
+    """As in BEiT and EVA: the bias of Q, K and V is put together in the forward pass."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.q_bias, self.v_bias = (
+            nn.Parameter(torch.zeros(width)),
+            nn.Parameter(torch.ones(width)),
+        )
+        self.register_buffer("k_bias", torch.zeros(width), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        rows = x.flatten(2).transpose(1, 2)
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        qkv = F.linear(rows, self.qkv.weight, bias).reshape(b, h * w, 3, self.n_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * (c // self.n_heads) ** -0.5).softmax(-1)
+        rows = self.out((weights @ v).transpose(1, 2).reshape(b, h * w, -1))
+        return x + rows.transpose(1, 2).reshape(b, c, h, w)
+
+
+def test_a_bias_put_together_from_parameters_is_free(tmp_path: Path) -> None:
+    network = between(FusedBias(32, 4), 32)
+    share, prunable = halved(network, IMAGE)
+    assert share <= 0.4
+    assert prunable.form == PROGRAM
+    assert isinstance(prunable.module.get_submodule("3.qkv"), nn.Linear)
+    small = compressor.prune(network, IMAGE, 0.5)
+    compressor.export_onnx(small, IMAGE, tmp_path / "a.onnx")  # compares with torch

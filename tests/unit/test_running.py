@@ -426,13 +426,13 @@ def test_what_the_mode_may_matter_to_is(where: str) -> None:
 class Homonyms(Shared):
     """Its methods mean other things than torch's of these names."""
 
-    def double(self, x: Tensor) -> Tensor:
+    def double(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return 2 * x
 
-    def float(self) -> str:
+    def float(self) -> str:  # type: ignore[override]
         return "no network"
 
-    def to(self, other: str) -> str:
+    def to(self, other: str) -> str:  # type: ignore[override]
         return other
 
     def forward(self, x: Tensor) -> Tensor:
