@@ -94,8 +94,9 @@ class Labels:
         if len(labels) == size:
             return labels
         copies = labels.reshape(-1, size)
-        self.join(copies[0], copies)
-        return copies[0]
+        first: IndexArray = copies[0]
+        self.join(first, copies)
+        return first
 
     def part(self, flat: IndexArray, channels: IndexArray, heads: IndexArray) -> Parting:
         """Begins a parting; see there."""

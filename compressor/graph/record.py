@@ -208,9 +208,10 @@ class Record(TorchDispatchMode):
 
     def place_width(self, labels: IndexArray) -> None:
         """A norm without tensors of its own keeps its width as a number, `num_features`."""
-        if self._stack and hasattr(self._stack[-1], "num_features"):
+        width = getattr(self._stack[-1], "num_features", None) if self._stack else None
+        if isinstance(width, int):
             name = f"{self._names[id(self._stack[-1])]}.num_features".removeprefix(".")
-            labels = self.labels.untiled(labels, int(self._stack[-1].num_features))
+            labels = self.labels.untiled(labels, width)
             slot = self.labels.place(name, 0, tuple(labels.shape), Role.PER_CHANNEL, labels)
             slot.is_parameter = False
 

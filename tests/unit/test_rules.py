@@ -274,7 +274,7 @@ class FusedBias(nn.Module):
             nn.Parameter(torch.zeros(width)),
             nn.Parameter(torch.ones(width)),
         )
-        self.register_buffer("k_bias", torch.zeros(width), persistent=False)
+        self.k_bias = nn.Buffer(torch.zeros(width), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
