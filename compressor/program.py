@@ -42,9 +42,9 @@ _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.B
 _OTHER_LAYERS = (aten.linear.default, aten.convolution.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
-# Free sizes may take as many times as long as fixed ones: torch.export's arithmetic on their
-# symbols takes twice as long for most networks, and 25 times for some.
-FREE_SIZES_TIME = 2.0
+# Free sizes may take as many times as long as fixed ones, and some seconds in any case:
+# torch.export's arithmetic on symbols takes twice as long for most networks, 25 times for some.
+FREE_SIZES_TIME, FREE_SIZES_AT_LEAST_S = 2.5, 5.0
 
 
 def export_program(model: nn.Module, example: Example) -> fx.GraphModule:
@@ -58,7 +58,7 @@ def export_program(model: nn.Module, example: Example) -> fx.GraphModule:
     """
     began = time.thread_time()
     larger, fixed = _larger(example), _exported(model, example, None)
-    limit_s = FREE_SIZES_TIME * (time.thread_time() - began)
+    limit_s = max(FREE_SIZES_AT_LEAST_S, FREE_SIZES_TIME * (time.thread_time() - began))
     if _same_answer(fixed, model, larger) or not _takes(model, larger):
         return fixed
     try:
