@@ -24,6 +24,13 @@ REFUSED_SUFFIXES = {
     ".onnx": "an ONNX file; give the PyTorch model that it was exported from",
     ".engine": "a TensorRT engine; give the PyTorch model that it was built from",
 }
+REFUSED_BEGINNINGS = {
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself (git lfs pull)",
+    b"<": "text like that of a web page; download the file itself",
+    b"\x1f\x8b": "packed with gzip; give the file in it",
+    b"\x89HDF": "an HDF5 file, as Keras writes them; give a PyTorch model",
+    b"{": "JSON; give the file with the weights themselves",
+}
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 )
@@ -72,6 +79,11 @@ def check_model_file(path: Path, arch: str | None = None) -> None:
     check_file(path, "model", ModelError)
     if path.suffix.lower() in REFUSED_SUFFIXES:
         raise ModelError(f"{path} is {REFUSED_SUFFIXES[path.suffix.lower()]}.")
+    with path.open("rb") as file:
+        begins = file.read(32)
+    for beginning, what in REFUSED_BEGINNINGS.items():
+        if begins.startswith(beginning):
+            raise ModelError(f"{path} is {what}.")
     if path.suffix == PROGRAM_SUFFIX and arch is not None:
         raise ModelError(f"{path} is a program and describes itself; leave --arch away.")
 
@@ -155,7 +167,7 @@ def check_data(
         raise DataError(f"--data {source} cannot be read: {err.strerror}.") from err
     if classes is not None:
         raise DataError(f"--classes orders class folders; {source} has its labels as numbers.")
-    if source.suffix != ".npz":
+    if source.suffix.lower() != ".npz":
         raise DataError(f"--data must be an .npz file or a folder of images; got {source}.")
     check_file(source, "data", DataError)
     if image_size is not None:

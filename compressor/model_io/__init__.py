@@ -8,14 +8,17 @@ read, so it needs `--trust`. So does a `.pt2` program with pickles in it, which 
 would unpickle unasked.
 """
 
+import argparse
 import hashlib
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -35,6 +38,14 @@ from compressor.model_io.programs import read_program
 from compressor.model_io.weights import averaged_beside, chosen, load_weights, modules_in
 from compressor.user_code import importable, told
 from compressor.values import BATCH_NORMS, Example, LoadedModel
+
+PICKLE = b"\x80"  # begins one, as torch.save writes it without an archive around it
+SAFETENSORS_HEAD = 8  # bytes of such a file before its JSON
+# What training scripts keep beside weights, and what builds nothing but itself.
+PLAIN_KINDS: list[Any] = [
+    argparse.Namespace, np.dtype, np.float64().__reduce__()[0],
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFD"),
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +201,12 @@ def sha256(path: Path) -> str:
 def _read(path: Path, *, trust: bool) -> object:
     try:
         check_size(path)
-        if path.suffix.lower() == SAFETENSORS_SUFFIX:
+        with path.open("rb") as file:
+            begins = file.read(len(PICKLE) + SAFETENSORS_HEAD)
+        is_zip = zipfile.is_zipfile(path)
+        if path.suffix.lower() == SAFETENSORS_SUFFIX or begins[SAFETENSORS_HEAD:][:1] == b"{":
             return load_file(path)
-        if zipfile.is_zipfile(path):
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
             if any("/code/" in name or name.endswith("constants.pkl") for name in names):
@@ -200,15 +214,18 @@ def _read(path: Path, *, trust: bool) -> object:
                     f"{path} is a TorchScript archive; give the state_dict of the module that it "
                     f"was scripted from, with --arch."
                 )
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN_KINDS):
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
-        if "weights_only" not in str(err) and "WeightsUnpickler" not in str(err):
+        is_other = "weights_only" not in str(err) and "WeightsUnpickler" not in str(err)
+        if is_other or not (is_zip or begins.startswith(PICKLE)):
             raise ModelError(f"{path} is not a file that torch.save wrote.") from err
         if not trust:
             raise UntrustedModelError(
-                f"{path} is a pickle that holds more than tensors; reading it would run code "
-                f"from the file. Save the weights alone with torch.save(model.state_dict(), "
-                f"'weights.pt') and give --arch, or give --trust if you wrote the file."
+                f"{path} is a pickle that holds more than tensors{_named(err)}; reading it would "
+                f"run code from the file. Save the weights alone with "
+                f"torch.save(model.state_dict(), 'weights.pt') and give --arch, or give --trust "
+                f"if you wrote the file."
             ) from err
     except SafetensorError as err:
         raise ModelError(f"{path} is not a safetensors file: {err}.") from err
@@ -221,3 +238,9 @@ def _read(path: Path, *, trust: bool) -> object:
             return torch.load(path, map_location="cpu", weights_only=False)
     except UNREADABLE as err:
         raise ModelError(f"{path} cannot be unpickled: {told(err)}.") from err
+
+
+def _named(err: pickle.UnpicklingError) -> str:
+    """Which class or function torch did not call, where it says so."""
+    found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(err))
+    return f" ({found[1]})" if found else ""

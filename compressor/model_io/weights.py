@@ -27,6 +27,7 @@ OWN_OF_WRAPPERS = ("n_averaged",)  # tensors of theirs that are no network's
 EXTRA = "_extra_state"  # what a module may keep beside tensors
 # What averaged weights are called, in any spelling.
 AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])|EMA|Ema(?![a-z])|(?i:swa|averag|avg|polyak|shadow)")
+LEAST_OF_WEIGHTS = 2  # numbers in a tensor; one alone is a figure (`avg_loss`)
 MANY = 0.5  # of the network's tensors, beside those that were taken
 
 logger = logging.getLogger(__name__)
@@ -121,16 +122,17 @@ def load_weights(
     Raises:
         ModelError: No weights fit, or several do; the message lists names and shapes.
     """
-    if not isinstance(content, Mapping):
+    if not isinstance(content, (Mapping, list, tuple)):
         raise ModelError(
             f"{path} holds a {type(content).__name__}; expected a state_dict (names to tensors), "
             f"or a checkpoint with one in it."
         )
     sets = list(_sets(content))
     if not sets:
+        has = f"the keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else ""
         raise ModelError(
-            f"{path} holds a dict with the keys {sorted(map(str, content))[:8]}; expected a "
-            f"state_dict (names to tensors), or a checkpoint with one in it."
+            f"{path} holds a {type(content).__name__} with {has or f'{len(content)} items'}; "
+            f"expected a state_dict (names to tensors), or a checkpoint with one in it."
         )
     fits: dict[str, Weights] = {}
     stand: dict[tuple[str, ...], str] = {}  # paths of all that fit -> the one that is equal
@@ -153,7 +155,7 @@ def load_weights(
             "%s: %d tensors beside %s are not the network's: %s",
             path,
             len(found.others),
-            found.key,
+            found.key or "the names of the network",
             ", ".join(found.others[:5]),
         )
     module.load_state_dict(found.tensors)
@@ -206,7 +208,8 @@ def _fits(
     expected = module.state_dict()
     anchor = next((name for name in expected if not name.endswith(COUNTERS)), "")
     ends = [name for name in tensors if name == anchor or name.endswith(f".{anchor}")]
-    for prefix in dict.fromkeys(["", *(name.removesuffix(anchor) for name in ends)]):
+    shared = _shared_prefixes(tensors)
+    for prefix in dict.fromkeys([*shared, *(name.removesuffix(anchor) for name in ends)]):
         own = without_prefix(tensors, prefix)
         _tie(own, expected)
         more = [name for name in own if name not in expected] if prefix == "" else []
@@ -214,13 +217,24 @@ def _fits(
             own = OrderedDict((name, own[name]) for name in own if name in expected)
         else:
             more = []
-        if not strange(own, expected) and _is_taken(module, own, is_sure=prefix == ""):
+        if not strange(own, expected) and _is_taken(module, own, is_sure=prefix in shared):
             others = more + [
                 name
                 for name in tensors
-                if not name.startswith(prefix) and name not in OWN_OF_WRAPPERS
+                if not name.startswith(prefix) and name.split(".")[-1] not in OWN_OF_WRAPPERS
             ]
             yield Weights(".".join(filter(None, (*way, prefix.rstrip(".")))), own, others)
+
+
+def _shared_prefixes(tensors: Mapping[str, Any]) -> list[str]:
+    """What every name begins with, up to any dot; but those that wrappers add themselves."""
+    names = [name for name in tensors if name.split(".")[-1] not in OWN_OF_WRAPPERS]
+    first, last = min(names, default=""), max(names, default="")
+    return [
+        first[:end]
+        for end in (0, *(match.end() for match in re.finditer(r"\.", first)))
+        if last.startswith(first[:end])
+    ]
 
 
 def _tie(own: "OrderedDict[str, Any]", expected: Mapping[str, Any]) -> None:
@@ -277,7 +291,7 @@ def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _check_averaged(
     path: Path,
-    content: Mapping[Any, Any],
+    content: object,
     found: Weights,
     stand: Mapping[tuple[str, ...], str],
     n_tensors: int,
@@ -313,7 +327,9 @@ def _holds_tensors(value: object) -> bool:
         return any(map(_holds_tensors, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(_holds_tensors, value))
-    if isinstance(value, (Tensor, nn.Module)):
+    if isinstance(value, Tensor):
+        return value.numel() >= LEAST_OF_WEIGHTS
+    if isinstance(value, nn.Module):
         return True
     return any(
         isinstance(each, (Tensor, nn.Module)) for each in getattr(value, "__dict__", {}).values()

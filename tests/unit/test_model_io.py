@@ -1,6 +1,8 @@
 """Which model files are taken, and what is said of the others."""
 
+import argparse
 import copy
+import gzip
 import io
 import json
 import pickle
@@ -9,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -424,6 +427,17 @@ ONE_SET: dict[str, Callable[[Any], Any]] = {
     "net": lambda s: {"net": s, "acc": 91.2, "epoch": 4},
     "deep": lambda s: {"checkpoint": {"student": {"weights": s}}},
     "averaged": lambda s: {"n_averaged": torch.tensor(5), **wrapped("module.", s)},
+    "compiled averaged": lambda s: {
+        "_orig_mod.n_averaged": torch.tensor(5),
+        **wrapped("_orig_mod.module.", s),
+    },
+    "a tuple": lambda s: (s, 7),
+    "averages of figures": lambda s: {"model": s, "avg_loss": torch.tensor(0.3)},
+    "torchvision's and timm's arguments": lambda s: {
+        "model": s,
+        "args": argparse.Namespace(lr=0.1, sizes=[1, 2]),
+    },
+    "NumPy figures": lambda s: {"model": s, "acc": np.float64(0.9), "is_best": np.bool_(True)},
     "with optimizer": lambda s: {"model": s, "optimizer": OPTIMIZER, "scheduler": {"gamma": 0.1}},
     "no averaged ones yet": lambda s: {"state_dict": s, "state_dict_ema": None, "ema_decay": 0.9},
     "averaged ones are the same": lambda s: {"model": s, "model_ema": wrapped("module.", s)},
@@ -538,6 +552,41 @@ def test_what_hooks_of_the_network_rename_is_taken(tmp_path: Path) -> None:
         "weight_g": state["parametrizations.weight.original0"],
         "weight_v": state["parametrizations.weight.original1"], "bias": state["bias"],
     }  # fmt: skip
-    fresh = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
-    load_weights(tmp_path / "x.pt", fresh, {"state_dict": old}, "it")
-    assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
+    for prefix in ("", "module.", "module.net."):
+        fresh = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+        load_weights(tmp_path / "x.pt", fresh, {"state_dict": wrapped(prefix, old)}, "it")
+        assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
+
+
+def test_safetensors_are_known_by_what_they_hold(conv_net: ConvNet, tmp_path: Path) -> None:
+    save_file(conv_net.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_same(load(tmp_path / "pytorch_model.bin"), conv_net)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", "Git LFS; fetch"),
+        (b"<!DOCTYPE html><title>404</title>", "a web page; download"),
+        (gzip.compress(b"weights"), "packed with gzip"),
+        (b"\x89HDF\r\n\x1a\n", "Keras"),
+        (b'{"weight_map": {}}', "JSON"),
+        (b"\x08\x07\x12\x07pytorch\x1a", "not a file that torch.save wrote"),
+    ],
+)
+@pytest.mark.bad_input("a file that is no pickle at all")
+def test_what_is_no_pickle_is_not_asked_to_be_trusted(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.pt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=message) as told:
+        load(path)
+    assert "--trust" not in str(told.value)
+
+
+def test_what_needs_trust_is_named(conv_net: ConvNet, tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.save({"model": conv_net.state_dict(), "out": argparse.Namespace(to=tmp_path)}, path)
+    with pytest.raises(UntrustedModelError, match=r"more than tensors \(pathlib\.\w+\)"):
+        load(path)
