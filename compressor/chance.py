@@ -37,7 +37,13 @@ Labels = npt.NDArray[np.int64]
 
 
 def check_better_than_chance(
-    predict: Predict, split: Split, class_names: Sequence[str], *, n_right: int, batch_size: int
+    predict: Predict,
+    split: Split,
+    class_names: Sequence[str],
+    *,
+    n_right: int,
+    batch_size: int,
+    is_folder: bool = True,
 ) -> None:
     """Whether the original has more images right than its answers would have by chance.
 
@@ -53,6 +59,7 @@ def check_better_than_chance(
         class_names: In the order of the labels.
         n_right: Of `split`.
         batch_size: Of every call.
+        is_folder: Whether classes are folders, whose order `--classes` gives.
 
     Raises:
         DataError: It has not, beyond doubt; the usual causes are told, and an order of the
@@ -64,8 +71,9 @@ def check_better_than_chance(
     if low > max(commonest, EXPLAINS):
         return  # whatever it answers
     answers, n_outputs = _answers(predict, split, batch_size)
+    way = "--classes FILE gives it, a name a line" if is_folder else "renumber the labels"
     chance = _chance(answers, labels)
-    explained = _explained(answers, labels, n_outputs, class_names)
+    explained = _explained(answers, labels, n_outputs, class_names, is_folder)
     luck = _luck(answers, labels)
     if luck <= MAX_LUCK and not explained:
         return
@@ -81,9 +89,9 @@ def check_better_than_chance(
     raise DataError(
         f"The original has {n_right / len(labels):.1%} of the {len(labels)} search images right "
         f"(95 % interval {low:.1%} to {high:.1%}), where chance has {chance:.1%}. Either the "
-        f"classes stand in another order than the network's outputs (--classes FILE gives it, a "
-        f"name a line), or images are prepared otherwise than in training (--mean, --std, "
-        f"--image-size), or these are not the trained weights."
+        f"classes stand in another order than the network's outputs ({way}), or images are "
+        f"prepared otherwise than in training (--mean, --std, --image-size), or these are not "
+        f"the trained weights."
         f"{explained}"
     )
 
@@ -105,7 +113,8 @@ def check_answers_differ(split: Split) -> None:
             f"The original answers class {most} to each of the {len(split)} search images, and a "
             f"network that answers nothing else would agree with it; expected several classes. "
             f"Either images are prepared otherwise than in training (--mean, --std, "
-            f"--image-size), or these are not the trained weights, or the images are all alike."
+            f"--image-size), or these are not the trained weights, or the images are too few or "
+            f"all alike."
         )
     if share > NEARLY_ALL:
         logger.warning(
@@ -155,7 +164,9 @@ def _interval(n_right: int, n: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _explained(answers: Labels, labels: Labels, n_outputs: int, class_names: Sequence[str]) -> str:
+def _explained(
+    answers: Labels, labels: Labels, n_outputs: int, class_names: Sequence[str], is_folder: bool
+) -> str:
     """An order of the classes in which most answers would be right, in words; else nothing.
 
     It is found on half of the images and judged on the others.
@@ -172,11 +183,16 @@ def _explained(answers: Labels, labels: Labels, n_outputs: int, class_names: Seq
     numbers = sorted(range(len(class_names)), key=lambda i: _as_number(class_names[i]))
     said = f" In another order of the classes {right:.0%} would be right"
     seen = np.unique(answers)
-    if n_outputs == len(class_names) and all(means[each] == numbers[each] for each in seen):
+    if (
+        is_folder
+        and n_outputs == len(class_names)
+        and all(means[each] == numbers[each] for each in seen)
+    ):
         names = ", ".join(class_names[i] for i in numbers[:N_NAMED])
         return f"{said}: {names}, ..., as numbers are sorted. Give it with --classes FILE."
     pairs = (f"output {each} is {class_names[means[each]]}" for each in seen[:N_NAMED])
-    return f"{said}: {', '.join(pairs)}, .... Give it with --classes FILE."
+    way = "Give it with --classes FILE." if is_folder else "Renumber the labels like that."
+    return f"{said}: {', '.join(pairs)}, .... {way}"
 
 
 def _as_number(name: str) -> tuple[tuple[int, str], ...]:

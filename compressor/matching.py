@@ -1,6 +1,7 @@
 """Whether a network and the data that it is to be judged by are for each other."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,14 @@ from compressor.containers import answers_in
 from compressor.datasets import WAY_OUT
 from compressor.errors import DataError, GraphError, TaskError
 from compressor.graph import outputs
-from compressor.rows import extremes
+from compressor.rows import extremes, told_kind
 from compressor.tasks import AGREEMENT, Criterion, OwnTask
-from compressor.values import SPLITS, Data, LoadedModel, Split
+from compressor.values import SPLITS, Data, Example, LoadedModel, Split
+
+WRITTEN_IN = (
+    "A batch size seems to be written into its code, as in view(1, -1); write flatten(1), or "
+    "x.shape[0] in its place."
+)
 
 
 def check_whole_numbers(model: nn.Module, data: Data) -> None:
@@ -56,6 +62,12 @@ def check_outputs(loaded: LoadedModel, data: Data, criterion: Criterion, config:
             f"{what}. A network that is no classifier needs --task package.module:object."
         )
     n_classes, n_logits = len(data.class_names), output.shape[1]
+    of_two = _for_two(loaded.module, data.search.model_input(torch.tensor([0, 0])))
+    if not isinstance(of_two, Tensor) or of_two.shape != (2, n_logits):
+        raise DataError(
+            f"{type(loaded.module).__name__} returns {told_kind(of_two)} for 2 images; expected "
+            f"(2, {n_logits}). {WRITTEN_IN}"
+        )
     if criterion is AGREEMENT:
         if n_logits < 2:
             raise DataError(
@@ -65,10 +77,14 @@ def check_outputs(loaded: LoadedModel, data: Data, criterion: Criterion, config:
         return
     is_folder = config.data is not None and config.data.is_dir()
     if n_logits < n_classes or (is_folder and n_logits != n_classes):
+        rule = "Labels are the numbers of its outputs, counted from 0."
+        if is_folder:
+            rule = (
+                "Class folders, sorted by name or in the order of --classes, must be its outputs."
+            )
         raise DataError(
             f"The data has {n_classes} classes ({data.class_names[0]} to {data.class_names[-1]}), "
-            f"the model {n_logits} logits. Class folders, sorted by name or in the order of "
-            f"--classes, must be its outputs. {WAY_OUT}"
+            f"the model {n_logits} logits. {rule} {WAY_OUT}"
         )
     if 2 * n_classes <= n_logits:
         raise DataError(
@@ -78,10 +94,21 @@ def check_outputs(loaded: LoadedModel, data: Data, criterion: Criterion, config:
         )
 
 
+def _for_two(model: nn.Module, two: Example) -> Any:
+    """What the model returns for two inputs; one alone it has taken."""
+    try:
+        return outputs(model, two)
+    except GraphError as err:
+        name, said = type(model).__name__, err.__cause__ or err
+        raise DataError(
+            f"{name} takes one input, and fails for 2 at once: {said}. {WRITTEN_IN}"
+        ) from err
+
+
 def _check_task(model: nn.Module, split: Split, task: OwnTask) -> None:
     """Raises where the task's parts do not work on two real images."""
     images, targets = split.batch(slice(0, 2))
-    answers = outputs(model, images)
+    answers = _for_two(model, images)
     found = answers_in(answers)
     more = answers_in(outputs(model, split.model_input(torch.tensor([0, 1, 0]))))
     shapes, of_three = ([tuple(t.shape) for t in each] for each in (found, more))

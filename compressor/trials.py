@@ -94,6 +94,7 @@ def pose(job: Job, bench: Bench) -> Problem:
             job.data.class_names,
             n_right=round(original.value * original.n),
             batch_size=bench.batch_size,
+            is_folder=job.config.data is not None and job.config.data.is_dir(),
         )
     elif isinstance(job.criterion, Agreement):
         check_answers_differ(bench.search)

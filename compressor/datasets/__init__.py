@@ -35,14 +35,20 @@ from compressor.containers import map_tensors, tensors_in
 from compressor.datasets.arrays import (
     ALIASES,
     IMAGES,
+    LABELS,
     Inputs,
     as_inputs,
     by_split,
     labels_key,
 )
 from compressor.datasets.files import ImageFiles, Read, reader
-from compressor.datasets.folders import class_folders, class_order, image_files
-from compressor.datasets.identity import FEW, Stored, check_disjoint, fingerprint
+from compressor.datasets.folders import (
+    check_no_classes_beside,
+    class_folders,
+    class_order,
+    image_files,
+)
+from compressor.datasets.identity import FEW, Stored, check_disjoint, fingerprint, kind
 from compressor.errors import DataError
 from compressor.files import UNREADABLE, check_size
 from compressor.inputs import check_data, folders, loose_images, no_classes
@@ -96,14 +102,14 @@ def load_data(
         )
     else:
         arrays, class_names = _read_npz(source, use_labels)
-    if len(mean) != len(std):
-        raise DataError(f"mean and std must be equally long; got mean={mean} and std={std}.")
+    _check_equally_long(mean, std)
     generator = np.random.default_rng(seed)
     is_trainable = "fit" in arrays
     largest = "fit" if is_trainable else "search"
     for name in ("test", "search"):
         if name not in arrays:
-            arrays[largest], arrays[name] = _hold_out(*arrays[largest], generator, source)
+            parts = _hold_out(*arrays[largest], generator, source, class_names)
+            arrays[largest], arrays[name] = parts
     for name, (images, labels) in arrays.items():
         _check(source, name, images, labels, class_names, arrays[largest][0], mean)
     splits = {
@@ -127,11 +133,17 @@ def _read_npz(source: Path, use_labels: bool) -> tuple[_Arrays, tuple[str, ...]]
     try:
         check_size(source)
         with np.load(source, allow_pickle=False) as archive:
-            found = {key: np.asarray(archive[key]) for key in archive.files}
+            splits = by_split(archive.files, SPLITS)
+            wanted = {key for names in splits.values() for key in names.values()}
+            if use_labels:
+                wanted |= set(map(labels_key, splits))
+            found = {
+                key: np.asarray(archive[key]) if key in wanted else np.empty(0)
+                for key in archive.files
+            }
     except UNREADABLE as err:
         raise DataError(f"{source} cannot be read as .npz: {err}.") from err
     arrays: _Arrays = {}
-    splits = by_split(found, SPLITS)
     of_inputs = {key for names in splits.values() for key in names.values()}
     is_of_images = all(IMAGES in names for names in splits.values())
     use_labels = use_labels and not (is_of_images and found.keys() == of_inputs)
@@ -141,7 +153,8 @@ def _read_npz(source: Path, use_labels: bool) -> tuple[_Arrays, tuple[str, ...]]
             others = ", ".join(sorted(found.keys() - of_inputs)) or "nothing else"
             raise DataError(
                 f"{source} has {', '.join(names.values())} but no {key}, beside {others}. "
-                f"{WAY_OUT}"
+                f"Expected an array called {key} of integers, one an example, and inputs called "
+                f"{key.replace(LABELS, IMAGES)} or as the arguments of the network. {WAY_OUT}"
             )
         labels = _labels(source, key, found[key]) if use_labels else None
         n = None if labels is None else len(labels)
@@ -194,6 +207,8 @@ def _read_folder(
     class_names = tuple(class_folders(largest))
     if not class_names and not loose_images(largest):
         raise DataError(no_classes(largest, source))
+    if not class_names and largest != source:
+        check_no_classes_beside(source, list(named.values()))
     if classes is not None:
         class_names = class_order(classes, class_names, largest)
     if use_labels and class_names:
@@ -258,7 +273,7 @@ def _read_classes(
     empty = [name for name in by_class if not files[name]]
     empty += [name for name in class_names if name not in files]
     if empty:
-        raise DataError(f"{folder} has no image of class {', '.join(empty)}.")
+        raise DataError(f"{folder} has no image of class {', '.join(empty)}. {WAY_OUT}")
     paths = [path for name in class_names for path in files[name]]
     labels = [label for label, name in enumerate(class_names) for _ in files[name]]
     return read_files(folder, paths), torch.tensor(labels)
@@ -289,7 +304,11 @@ def _read_files(folder: Path, paths: Sequence[Path], *, read: Read, is_resized: 
 
 
 def _hold_out(
-    images: Stored, labels: Tensor, generator: np.random.Generator, source: Path
+    images: Stored,
+    labels: Tensor,
+    generator: np.random.Generator,
+    source: Path,
+    class_names: Sequence[str],
 ) -> tuple[tuple[Stored, Tensor], tuple[Stored, Tensor]]:
     """(rest, held out); `HELD_OUT_SHARE` of every class, at least one image of each.
 
@@ -300,9 +319,9 @@ def _hold_out(
         rows = generator.permutation(np.flatnonzero(labels.numpy() == label.item()))
         n_taken = max(1, round(HELD_OUT_SHARE * len(rows)))
         if n_taken >= len(rows):
-            which, way_out = f"class {label.item()} has", f" {WAY_OUT}"
-            if label == NO_LABEL:
-                which, way_out = "there are", ""
+            which, way_out = "there are", ""
+            if label != NO_LABEL:
+                which, way_out = f"class {class_names[int(label)]} has", f" {WAY_OUT}"
             raise DataError(
                 f"{source}: {which} {len(rows)} images left; at least 2 are needed to hold one "
                 f"out. Add images or give the splits yourself.{way_out}"
@@ -337,9 +356,9 @@ def _check(
     where = f"{source}, {name} split"
     if not len(labels):
         raise DataError(f"{where}: no images.")
-    if _kind(images) != _kind(fit_images):
+    if kind(images) != kind(fit_images):
         raise DataError(
-            f"{where}: images are {_kind(images)}, those of the fit split {_kind(fit_images)}."
+            f"{where}: images are {kind(images)}, those of the fit split {kind(fit_images)}."
         )
     lowest, highest = int(labels.min()), int(labels.max())
     if class_names and (lowest < 0 or highest >= len(class_names)):
@@ -362,10 +381,15 @@ def _check(
         _check_mean(mean, images)
 
 
+def _check_equally_long(mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != len(std):
+        raise DataError(f"mean and std must be equally long; got mean={mean} and std={std}.")
+
+
 def _check_mean(mean: Sequence[float], images: Stored) -> None:
     if isinstance(images, (tuple, dict)) or images.dtype not in (torch.uint8, torch.float32):
         raise DataError(
-            f"mean and std are for one input of uint8 or float32; the data has {_kind(images)}. "
+            f"mean and std are for one input of uint8 or float32; the data has {kind(images)}. "
             f"Leave them away, and store the inputs as the model takes them."
         )
     if len(images.shape) < 3 or len(mean) not in (1, images.shape[1]):
@@ -373,12 +397,3 @@ def _check_mean(mean: Sequence[float], images: Stored) -> None:
             f"mean and std must have one value, or one for each of the channels in dimension 1 "
             f"of {tuple(images.shape)}; got mean={tuple(mean)}."
         )
-
-
-def _kind(images: Stored) -> str:
-    """Names, kinds and shapes of what one example has."""
-    if isinstance(images, dict):
-        return ", ".join(f"{name} {_kind(each)}" for name, each in sorted(images.items()))
-    if isinstance(images, tuple):
-        return ", ".join(map(_kind, images))
-    return f"{images.dtype} {tuple(images.shape[1:])}"

@@ -1,7 +1,7 @@
 """Which arrays of an `.npz` are inputs, and of what kinds they may be."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from compressor.errors import DataError
 
-ALIASES = {"train": "fit", "val": "search", "valid": "search", "validation": "search"}
+ALIASES = {
+    "train": "fit", "training": "fit", "val": "search", "valid": "search", "validation": "search",
+    "testing": "test",
+}  # fmt: skip
 IMAGES, LABELS = "images", "labels"
 NUMBERED = re.compile(r"input_(\d+)")
 KINDS = (np.uint8, np.float32, np.int32, np.int64, np.bool_)  # that an input may be of
@@ -18,7 +21,7 @@ KINDS = (np.uint8, np.float32, np.int32, np.int64, np.bool_)  # that an input ma
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
-def by_split(keys: Mapping[str, object], splits: tuple[str, ...]) -> dict[str, dict[str, str]]:
+def by_split(keys: Iterable[str], splits: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """Prefix of a split, as it stands in the file -> input's name -> its key.
 
     Inputs are, of what is there for any split: `input_0`, `input_1`, ...; else `images`; else

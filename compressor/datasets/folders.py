@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.errors import DataError
-from compressor.inputs import IMAGE_SUFFIXES, folders
+from compressor.inputs import IMAGE_SUFFIXES, folders, loose_images
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,23 @@ def class_order(file: Path, names: Sequence[str], folder: Path) -> tuple[str, ..
             f"network's outputs; {'; '.join(faults)}."
         )
     return order
+
+
+def check_no_classes_beside(source: Path, splits: Sequence[Path]) -> None:
+    """Whether splits that hold images alone may be what they are called, not classes.
+
+    Raises:
+        DataError: Other folders beside them hold images too.
+    """
+    others = [path for path in folders(source) if path not in splits and loose_images(path)]
+    if others:
+        names = (", ".join(path.name for path in which[:5]) for which in (splits, others))
+        raise DataError(
+            "{} holds images in {} and in {}; the first are names of splits, the others are not. "
+            "Where all are classes, put them into {}; else move the others away.".format(
+                source, *names, source / "train"
+            )
+        )
 
 
 def image_files(folder: Path) -> list[Path]:

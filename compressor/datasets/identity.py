@@ -64,3 +64,12 @@ def fingerprint(splits: Mapping[str, LabelledImages | LabelledInputs]) -> str:
             digest.update(np.ascontiguousarray(each.numpy()).data)
         digest.update(splits[name].labels.numpy().data)
     return digest.hexdigest()
+
+
+def kind(images: Stored) -> str:
+    """Names, kinds and shapes of what one example has."""
+    if isinstance(images, dict):
+        return ", ".join(f"{name} {kind(each)}" for name, each in sorted(images.items()))
+    if isinstance(images, tuple):
+        return ", ".join(map(kind, images))
+    return f"{images.dtype} {tuple(images.shape[1:])}"

@@ -192,3 +192,38 @@ def make_one() -> torch.nn.Module:
     net = ConvNet()
     net.head = torch.nn.Linear(24, 1)
     return net
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("view", "takes one input, and fails for 2"),
+        ("reshape", r"returns .*\(1, 10\) for 2 images"),
+    ],
+)
+@pytest.mark.bad_input("a batch size that is written into the code")
+def test_a_batch_size_in_the_code_is_named(make: Make, flat: Path, kind: str, says: str) -> None:
+    with pytest.raises(DataError, match=rf"{says}.*seems to be written into its code"):
+        prepare(make(data=flat, arch=f"tests.end_to_end.test_no_labels:make_{kind}"))
+
+
+def make_view() -> torch.nn.Module:
+    """A network whose code has a batch of one in it."""
+    from tests.conftest import ConvNet
+
+    class Viewed(ConvNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).view(1, 5)
+
+    return Viewed()
+
+
+def make_reshape() -> torch.nn.Module:
+    """As `make_view`, without an error."""
+    from tests.conftest import ConvNet
+
+    class Reshaped(ConvNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).reshape(1, -1)
+
+    return Reshaped()

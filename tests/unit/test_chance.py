@@ -17,7 +17,9 @@ N_CLASSES = 12
 NAMES = sorted(map(str, range(N_CLASSES)))  # as text: 0, 1, 10, 11, 2, ...
 
 
-def judged(answers: np.ndarray, labels: np.ndarray, names: list[str] = NAMES) -> None:
+def judged(
+    answers: np.ndarray, labels: np.ndarray, names: list[str] = NAMES, is_folder: bool = True
+) -> None:
     """Checks a network that gives `answers`, one an image, for images with `labels`."""
     images = torch.from_numpy(np.arange(len(labels), dtype=np.float32)).reshape(-1, 1, 1, 1)
     split = LabelledImages(images, torch.from_numpy(labels), (), ())
@@ -27,7 +29,9 @@ def judged(answers: np.ndarray, labels: np.ndarray, names: list[str] = NAMES) ->
         return torch.nn.functional.one_hot(torch.from_numpy(answers[rows]), len(names)).float()
 
     n_right = int((answers == labels).sum())
-    check_better_than_chance(predict, split, names, n_right=n_right, batch_size=32)
+    check_better_than_chance(
+        predict, split, names, n_right=n_right, batch_size=32, is_folder=is_folder
+    )
 
 
 def labels_of(n: int, seed: int = 0) -> np.ndarray:
@@ -103,6 +107,9 @@ def test_an_order_that_explains_it_is_named(order: str) -> None:
         assert "0, 1, 2, 3, 4, 5, ..., as numbers are sorted" in str(e.value)
     else:
         assert f"output 1 is {names[1]}, output 2 is {names[2]}" in str(e.value)
+    with pytest.raises(DataError, match=r"renumber the labels.*Renumber the labels") as e:
+        judged(answers, labels, is_folder=False)  # for which there is no --classes
+    assert "--classes" not in str(e.value)
 
 
 def test_the_order_of_class_folders_can_be_given(tmp_path: Path) -> None:

@@ -271,8 +271,36 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"0\.png cannot be read as an image"):
         load_data(tmp_path / "d")
     write_images(tmp_path / "e", {"cat": 5, "dog": 1})
-    with pytest.raises(DataError, match="class 1 has 1 images left"):
+    with pytest.raises(DataError, match="class dog has 1 images left"):
         load_data(tmp_path / "e")
+
+
+@pytest.mark.bad_input("classes that are called like splits")
+@pytest.mark.parametrize("use_labels", [True, False])
+def test_classes_that_are_called_like_splits_are_refused(tmp_path: Path, use_labels: bool) -> None:
+    write_images(tmp_path / "x", {"cat": 9, "dog": 9, "fit": 9, "test": 9})
+    with pytest.raises(DataError, match=r"in fit, test and in cat, dog; .*put them into .*train"):
+        load_data(tmp_path / "x", use_labels=use_labels)
+
+
+def test_training_and_testing_are_splits(tmp_path: Path) -> None:
+    for name, n in (("training", 9), ("validation", 5), ("testing", 6)):
+        write_images(tmp_path / "x" / name, {"cat": n, "dog": n})
+    data = load_data(tmp_path / "x")
+    assert n_images(data) == [18, 10, 12]
+    assert data.is_trainable
+
+
+def test_arrays_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
+    """Names as Python objects, beside the images, cannot be read without running code."""
+    images, labels = blob_images(60, np.random.default_rng(1))
+    names = np.array(["a"] * 60, dtype=object)
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, names=names)
+    assert load_data(tmp_path / "a.npz").class_names
+    np.savez(tmp_path / "b.npz", images=images, labels=names)
+    assert sum(n_images(load_data(tmp_path / "b.npz", use_labels=False))) == 60
+    with pytest.raises(DataError, match=r"cannot be read as \.npz: Object arrays"):
+        load_data(tmp_path / "b.npz")
 
 
 def test_split_folders_are_never_taken_for_classes(tmp_path: Path) -> None:
