@@ -26,6 +26,8 @@ PLAIN = (
 _MACHINERY = ("torch._", "torch.fx.")
 CLOSED = (type, nn.Module, torch.Generator, np.ndarray)
 
+TORCHS_OWN = "torch._subclasses"  # tensors while torch traces: they hold all that it knows
+
 Rebuild = Callable[[list[Any]], Any]
 
 
@@ -48,6 +50,13 @@ def answers_in(value: object) -> list[Tensor]:
         )
 
     found = list(_tensors(value, (), refuse))
+    for tensor in found:
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise GraphError(
+                f"The network returns a tensor that is {kind}; expected dense ones. Return "
+                f"tensor.to_dense(), or the parts."
+            )
     if not found:
         raise GraphError(
             f"The network returns {_named(value)} without a tensor; expected at least one."
@@ -76,7 +85,7 @@ def _leaves(
 ) -> Iterator[object]:
     if isinstance(value, Tensor):
         yield value
-        if _hides(value, [value]):
+        if not type(value).__module__.startswith(TORCHS_OWN) and _hides(value, [value]):
             refuse(value)
     elif isinstance(value, PLAIN):
         yield value

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,30 @@ from compressor.exporter import (
 )
 from compressor.files import write_whole
 from compressor.latency.onnxruntime import answers_of
-from compressor.running import cloned
+from compressor.rows import nothing_in, told_kind
+from compressor.running import cloned, reads
 from compressor.template import make_template
 from compressor.values import FORWARD_FAILURES, Branch, Example, Target, call
 
 # Of a number, and of the largest beside it: what sums in another order cost in deep networks.
 TOLERANCE, OF_LARGEST = 1e-3, 2e-4
+MANY_DRAWN = 8  # inputs that a network is asked which reads numbers into Python
 MAX_ELSEWHERE = 0.01  # of whole numbers: positions of equal values, roundings
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """What a file is compared by.
+
+    Attributes:
+        asked: (input, what the network returns for it); the example is the first.
+        place: " (FILE, line N)" where the network reads numbers into Python; "" for nowhere.
+    """
+
+    asked: tuple[tuple[Example, Any], ...]
+    place: str = ""
 
 
 def candidate_writer(
@@ -151,12 +167,13 @@ def _file(model: nn.Module, example: Example, limits: Limits) -> tuple[bytes, Wa
 def _checked(
     model: nn.Module,
     example: Example,
-    questions: Sequence[tuple[Example, Any]],
+    questions: Questions,
     way: Way,
     limits: Limits,
 ) -> bytes:
     """The file of `model`, valid, within `limits`, and answering `questions` like the network."""
-    name, content = type(model).__name__, written(model, example, questions[0][1], way, fold=True)
+    name, answer = type(model).__name__, questions.asked[0][1]
+    content = written(model, example, answer, way, fold=True)
     file = onnx.load_from_string(content)
     try:
         onnx.checker.check_model(file, full_check=True)
@@ -176,22 +193,33 @@ def _checked(
     return content
 
 
-def _questions(model: nn.Module, example: Example) -> list[tuple[Example, Any]]:
-    """(input, what the network returns) for the example, and for numbers drawn like it.
+def _questions(model: nn.Module, example: Example) -> Questions:
+    """The example, and numbers drawn like it; more of them where Python code looks at numbers.
 
     The exporter drops what it does not follow (writes into views of tensors, ways that the code
     did not take for the example) without a word. The numbers are drawn between the example's
     least and largest, so that an example of zeros tells something too.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = map_tensors(partial(_drawn_like, generator), example)
-    with torch.no_grad():
-        asked = [(example, call(model, cloned(example)))]
+    fault = nothing_in(example)
+    try:
+        with torch.no_grad(), reads() as read:
+            asked = [(example, call(model, cloned(example)))]
+    except FORWARD_FAILURES as err:
+        said = next(iter(str(err).strip().splitlines()), "no message")
+        fault = f"it does not take {told_kind(example)}: {type(err).__name__}: {said}"
+    if fault is not None:
+        raise ExportError(f"{type(model).__name__} cannot be exported: {fault}.")
+    for _ in range(MANY_DRAWN if read.values else 1):
+        with torch.no_grad():
+            drawn = map_tensors(partial(_drawn_like, generator), example)
         try:
-            asked.append((drawn, call(model, cloned(drawn))))
+            with torch.no_grad():
+                asked.append((drawn, call(model, cloned(drawn))))
         except FORWARD_FAILURES:
             name = type(model).__name__
             logger.info("%s takes no drawn numbers; the example alone is compared", name)
+            break
     numbers = [repr([n for n in leaves_in(a) if not isinstance(n, Tensor)]) for _, a in asked]
     if len(set(numbers)) > 1:
         raise ExportError(
@@ -199,21 +227,22 @@ def _questions(model: nn.Module, example: Example) -> list[tuple[Example, Any]]:
             f"tolist(), item() or float(); an ONNX file answers in tensors only. Return the "
             f"tensor they come from."
         )
-    return asked
+    return Questions(tuple(asked), read.place)
 
 
-def _check_answers(
-    model: nn.Module, questions: Sequence[tuple[Example, Any]], content: bytes
-) -> None:
+def _check_answers(model: nn.Module, questions: Questions, content: bytes) -> None:
     """Raises `ExportError` where ONNX Runtime does not answer as the network does."""
     name = type(model).__name__
     of_whole = []  # faults of whole numbers: of equal values any may be the largest
-    for given, answer in questions:
+    why = "write into a part of a tensor, choose by values, or draw at random"
+    if questions.place:
+        why = f"go by numbers that it reads into Python{questions.place}, as `if` and item() do"
+    for given, answer in questions.asked:
         want = [tensor.detach() for tensor in tensors_in(answer)]
         try:
             tried = []
             for have in answers_of(content, inputs_in(model, given)):
-                tried.append(list(_faults(want, have)))
+                tried.append(list(_faults(want, have, why)))
                 if not tried[-1]:
                     break
         except MeasurementError as err:
@@ -223,11 +252,13 @@ def _check_answers(
         if others:
             raise ExportError(f"{name}, written to ONNX, {others[0]}")
         of_whole += [fault for fault, _ in faults[:1]]
-    if len(of_whole) == len(questions):
+    if len(of_whole) == len(questions.asked):
         raise ExportError(f"{name}, written to ONNX, {of_whole[0]}")
 
 
-def _faults(want: Sequence[Tensor], have: Sequence[Tensor]) -> Iterator[tuple[str, bool]]:
+def _faults(
+    want: Sequence[Tensor], have: Sequence[Tensor], why: str
+) -> Iterator[tuple[str, bool]]:
     """(what is wrong with an answer, whether it is one of whole numbers)."""
     kinds = [[(tuple(t.shape), t.dtype) for t in side] for side in (want, have)]
     if kinds[0] != kinds[1]:
@@ -237,8 +268,8 @@ def _faults(want: Sequence[Tensor], have: Sequence[Tensor]) -> Iterator[tuple[st
         fault = _difference(one, other)
         if fault is not None:
             yield (
-                f"answers unlike it does in torch: {fault}. Its forward pass may write into a "
-                f"part of a tensor, choose by values, or draw at random. No file was written.",
+                f"answers unlike it does in torch: {fault}. Its forward pass may {why}. No file "
+                f"was written.",
                 not one.is_floating_point(),
             )
 

@@ -85,7 +85,7 @@ class UnwritableError(ExportError):
         self.operation = next(filter(None, found.groups()), "") if found else ""
         self.needs = int(needs[1]) if needs else None
         line = next(iter(said.strip().splitlines()), "it did not say why")
-        self.reason = re.split(r"\s*\[Caused by|\.? Please feel free", line)[0].strip()
+        self.reason = re.split(r"\s*\[Caused by|\.? Please feel free", line)[0].strip(" .")
         super().__init__(f"{name} cannot be exported to ONNX opset {way.opset}: {self.reason}.")
 
 
@@ -142,6 +142,8 @@ def written(
         leaves = zip(names, _inputs(flat.example), strict=False)
         names = [name for name, leaf in leaves if isinstance(leaf, Tensor)]
         plain = tuple(_tensors_of(answer))
+        leaves = _inputs(_ordered(model, example_input))
+        names = [n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
         content = written(flat, flat.given, plain, way, fold=fold, names=names)
         return _without_prefix(content, "inner.")
     args, kwargs = (example_input if isinstance(example_input, tuple) else (example_input,)), None
@@ -149,7 +151,7 @@ def written(
         args, kwargs = (), cloned(example_input)
     write = _by_second if way.is_second else _by_first
     try:
-        with warnings.catch_warnings(), _silence():
+        with warnings.catch_warnings(), _silence(), torch.no_grad():
             warnings.simplefilter("ignore")  # they announce their own age at every call
             content = write(model, cloned(args), kwargs, names, way.opset, fold)
     except (torch.onnx.errors.OnnxExporterError, *FORWARD_FAILURES) as err:
@@ -285,9 +287,10 @@ def _is_plain(output: Any) -> bool:
 
 def _is_plain_input(model: nn.Module, example: Any) -> bool:
     """Whether the exporter hands the example to the forward pass as it is."""
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.KEYWORD_ONLY in kinds:
-        return False
+    with contextlib.suppress(ValueError):  # a traced module has no signature
+        kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+        if inspect.Parameter.KEYWORD_ONLY in kinds:
+            return False
     leaves, _ = torch.utils._pytree.tree_flatten(
         example, is_leaf=lambda each: type(each) not in (tuple, list, dict)
     )

@@ -286,7 +286,8 @@ def _with_options(
 def _refuse_training(is_training: bool) -> None:
     if is_training:
         raise ModelError(
-            "The program was exported in training mode; call model.eval() before torch.export."
+            "The program was exported in training mode: call model.eval() before torch.export. "
+            "Where that was done, the code itself asks for it (dropout with training=True)."
         )
 
 

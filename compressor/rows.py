@@ -117,6 +117,16 @@ def kind_of(given: object) -> str | None:
     return None
 
 
+def nothing_in(example: Example) -> str | None:
+    """Why nothing can be shown by `example`; None where something can."""
+    tensors = list(tensors_in(example))
+    if tensors and not any(each.numel() for each in tensors):
+        return f"the example input has no numbers, only {told_kind(example)}; give one row"
+    if any(each.isnan().any() for each in tensors if each.is_floating_point()):
+        return "the example input holds NaN; give numbers as the network takes them"
+    return None
+
+
 def told_kind(given: object) -> str:
     """The same of anything, for messages."""
     if isinstance(given, Tensor):

@@ -7,16 +7,22 @@ and what drops things at random. Those are put into training mode one by one, if
 them.
 """
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.containers import map_tensors, tensors_in
 from compressor.values import call
 
+_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 # What drops parts of what it reads at random, by what its class is called: people copy these.
 _DROPPING = ("drop", "stochasticdepth")
 # Layers of torch that do the same in both modes. One that is no class of this list, but of one
@@ -56,6 +62,63 @@ def in_training(network: nn.Module) -> list[str]:
 def _is_without_mode(module: nn.Module) -> bool:
     has_hooks = bool(module._forward_pre_hooks or module._forward_hooks)  # as spectral_norm
     return type(module) in _WITHOUT_MODE and not has_hooks
+
+
+@dataclass
+class Read:
+    """What a network read into Python of the numbers in tensors, in order.
+
+    Attributes:
+        values: As text; NaN is like itself there.
+        place: Of the last one: " (FILE, line N)"; "" where it is not in a file of its own.
+    """
+
+    values: list[str] = field(default_factory=list)
+    place: str = ""
+
+    def add(self, value: object) -> None:
+        """One more, read now."""
+        own = [
+            frame
+            for frame in traceback.extract_stack()
+            if not frame.filename.startswith((_TORCH, _HERE, "<"))
+        ]
+        self.values.append(repr(value))
+        self.place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+@contextmanager
+def reads() -> Iterator[Read]:
+    """What is read into Python meanwhile: by `if`, `item()`, `int()`, `tolist()`, `equal()`."""
+    read = Read()
+    with _Lists(read), _Scalars(read):
+        yield read
+
+
+class _Scalars(TorchDispatchMode):
+    def __init__(self, read: Read) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read = read
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self.read.add(found)
+        return found
+
+
+class _Lists(TorchFunctionMode):
+    """`tolist` and `numpy` look at memory, past the dispatcher."""
+
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.read = read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (Tensor.tolist, Tensor.numpy):
+            self.read.add(args[0].tolist() if func is Tensor.numpy else found)
+        return found
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -60,7 +60,7 @@ def _adaptive_max_pool(n_dims: int, g: Any, images: Any, _output_size: Any) -> A
         nothing, each = (0,) * n_dims, (1,) * n_dims
         return MAX_POOLS[n_dims](g, images, windows, windows, nothing, each, False)
     if indices.uses():
-        return symbolic_helper._unimplemented("adaptive_max_pool", "its indices", images)
+        return symbolic_helper._unimplemented(f"adaptive_max_pool{n_dims}d", "its indices", images)
     is_single = symbolic_helper._get_tensor_rank(images) == n_dims + 1
     for axis, (n, m) in enumerate(zip(before, after, strict=True)):
         bounds = [(j * n // m, -(-(j + 1) * n // m)) for j in range(m)]

@@ -32,8 +32,8 @@ Kept = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
 
 # What code that is not ours may raise while it runs.
 FORWARD_FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError,
-    RuntimeError, TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError,
+    NotImplementedError, OSError, RuntimeError, StopIteration, TypeError, ValueError,
 )  # fmt: skip
 
 # One input, or the positional arguments, or the keyword arguments of a model's forward.

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressor.errors import GraphError
 from compressor.graph.record import Record, record
 from compressor.graph.rules import outcome
+from compressor.rows import nothing_in
 from compressor.running import cloned, in_training
 from compressor.values import (
     FORWARD_FAILURES,
@@ -56,6 +57,9 @@ def channel_groups(model: nn.Module, example_input: Example) -> tuple[ChannelGro
     if training:
         where = f" ({training[0]})" if training[0] else ""
         raise GraphError(f"{type(model).__name__}{where} is in training mode; call .eval() first.")
+    fault = nothing_in(example_input)
+    if fault is not None:
+        raise GraphError(f"{type(model).__name__} cannot be recorded: {fault}.")
     try:
         seen = record(model, example_input, outcome)
     except FORWARD_FAILURES as err:

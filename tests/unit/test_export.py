@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.containers import answers_in, tensors_in
-from compressor.errors import ExportError
+from compressor.errors import ExportError, GraphError
 from compressor.export import candidate_writer, export_onnx
 from compressor.exporter import DEFAULT_OPSET
 from compressor.graph import channel_groups
@@ -374,3 +374,74 @@ def test_a_network_that_takes_no_other_numbers_is_compared_with_the_example(
 
     example = torch.rand(1, 4), torch.tensor([[0.0, 1.0, 1.0, 0.0]])
     assert export_onnx(Takes(only_zeros_and_ones).eval(), example, tmp_path / "x.onnx").exists()
+
+
+def test_ways_that_python_chooses_by_numbers_are_tried_more_than_once(tmp_path: Path) -> None:
+    """The file has the example's way, of two that one drawn input does not tell apart."""
+
+    class Turns(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (2 if float(x.sum()) * self.by % 2 < 1 else 3)
+
+    for seed in range(20):
+        example = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        with pytest.raises(ExportError, match=r"reads into Python \(test_export.py, line \d+\)"):
+            export_onnx(Turns(7.0 + seed).eval(), example, tmp_path / "x.onnx", opset=13)
+
+
+def test_halves_of_a_tensor_that_are_written_over_are_exported(tmp_path: Path) -> None:
+    """Torch lets that be where no gradient is wanted, as in every forward pass of ours."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            one, other = x.chunk(2, 1)
+            one += other
+            return x
+
+    network, x = Halves().eval(), torch.rand(1, 3, 6, 6)
+    path = export_onnx(network, x, tmp_path / "x.onnx")
+    (got,) = onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(network(x).numpy(), got, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.bad_input("a tensor in another layout, returned")
+def test_tensors_that_are_not_dense_are_refused() -> None:
+    for tensor in (torch.eye(3).to_sparse(), torch.nested.nested_tensor([torch.zeros(2)])):
+        with pytest.raises(GraphError, match="expected dense ones"):
+            answers_in({"out": tensor})
+
+
+@pytest.mark.bad_input("an example that is not the network's, or shows nothing", n=5)
+def test_examples_that_show_nothing_are_refused(conv_net: ConvNet, tmp_path: Path) -> None:
+    for example, says in (
+        (torch.zeros(1, 8, 8), "does not take torch.float32"),
+        ({"image": torch.zeros(1, 1, 8, 8)}, "unexpected keyword"),
+        (np.zeros((1, 1, 8, 8), np.float32), "does not take a ndarray"),
+        (torch.zeros(0, 1, 8, 8), "has no numbers, only torch.float32"),
+        (torch.full((1, 1, 8, 8), torch.nan), "holds NaN"),
+    ):
+        with pytest.raises(ExportError, match=f"ConvNet cannot be exported: .*{says}"):
+            export_onnx(conv_net, example, tmp_path / "x.onnx")  # type: ignore[arg-type]
+        if "numbers" in says or "NaN" in says:
+            with pytest.raises(GraphError, match=says):
+                channel_groups(conv_net, example)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_traced_network_is_exported(conv_net: ConvNet, tmp_path: Path) -> None:
+    """It has no signature that Python could read."""
+    x = torch.rand(1, 1, 8, 8)
+    traced = torch.jit.trace(conv_net, x)
+    assert export_onnx(traced, x, tmp_path / "x.onnx").exists()  # which compares
