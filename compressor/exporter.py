@@ -142,8 +142,6 @@ def written(
         leaves = zip(names, _inputs(flat.example), strict=False)
         names = [name for name, leaf in leaves if isinstance(leaf, Tensor)]
         plain = tuple(_tensors_of(answer))
-        leaves = _inputs(_ordered(model, example_input))
-        names = [n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
         content = written(flat, flat.given, plain, way, fold=fold, names=names)
         return _without_prefix(content, "inner.")
     args, kwargs = (example_input if isinstance(example_input, tuple) else (example_input,)), None
