@@ -340,7 +340,7 @@ def test_a_program_of_one_batch_size_is_refused(tmp_path: Path) -> None:
 def test_a_program_in_training_mode_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).train()
     program = torch.export.export(model, (torch.randn(2, 1, 8, 8),))
-    with pytest.raises(ModelError, match=r"training mode; call model.eval\(\)"):
+    with pytest.raises(ModelError, match=r"training mode: call model.eval\(\)"):
         with_layers(program.module())
 
 
