@@ -38,7 +38,7 @@ def register(opset: int) -> None:
 
 def _adaptive_avg_pool(n_dims: int, g: Any, images: Any, _output_size: Any) -> Any:
     """Means over windows: a matrix an axis where windows are of several sizes."""
-    before, after = _sizes(images, n_dims), _sizes(g.original_node.output(), n_dims)
+    before, after = _sizes(_seen(g, images), n_dims), _sizes(g.original_node.output(), n_dims)
     if set(after) == {1}:
         return g.op("GlobalAveragePool", images)
     if _is_even(before, after):
@@ -54,7 +54,7 @@ def _adaptive_avg_pool(n_dims: int, g: Any, images: Any, _output_size: Any) -> A
 def _adaptive_max_pool(n_dims: int, g: Any, images: Any, _output_size: Any) -> Any:
     """Largest of windows: where they are of several sizes, the small ones read a pixel twice."""
     found, indices = g.original_node.outputs()
-    before, after = _sizes(images, n_dims), _sizes(found, n_dims)
+    before, after = _sizes(_seen(g, images), n_dims), _sizes(found, n_dims)
     windows = [-(-n // m) for n, m in zip(before, after, strict=True)]
     if _is_even(before, after):
         nothing, each = (0,) * n_dims, (1,) * n_dims
@@ -75,7 +75,7 @@ def _adaptive_max_pool(n_dims: int, g: Any, images: Any, _output_size: Any) -> A
 
 def _nearest_exact(n_dims: int, g: Any, images: Any, _output_size: Any, *scales: Any) -> Any:
     """The pixel in which the middle of the new one lies."""
-    before, after = _sizes(images, n_dims), _sizes(g.original_node.output(), n_dims)
+    before, after = _sizes(_seen(g, images), n_dims), _sizes(g.original_node.output(), n_dims)
     for axis, scale in enumerate(_per_axis(scales, n_dims)):
         n, m = before[axis], after[axis]
         numbered = torch.arange(n, dtype=torch.float32)[None, None]
@@ -88,7 +88,7 @@ def _antialiased(
     resize: Symbolic, g: Any, images: Any, _output_size: Any, align: Any, *scales: Any
 ) -> Any:
     """Weighted sums of pixels, along one axis after the other."""
-    before, after = _sizes(images, 2), _sizes(g.original_node.output(), 2)
+    before, after = _sizes(_seen(g, images), 2), _sizes(g.original_node.output(), 2)
     (is_aligned,) = _numbers(align)
     matrices = [
         resize(torch.eye(n)[None, None], [n, m], bool(is_aligned), None, scale)[0, 0]
@@ -117,6 +117,12 @@ def _squeeze(g: Any, value: Any, *dims: Any) -> Any:
     named = [int(dim) % max(len(before), 1) for each in dims for dim in _numbers(each)]
     gone = [d for d in (named if dims else range(len(before))) if before[d] == 1]
     return symbolic_helper._squeeze_helper(g, value, gone) if gone else value
+
+
+def _seen(g: Any, images: Any) -> Any:
+    """`images`, with the sizes that torch saw: what was written before may not tell them."""
+    images.setType(next(g.original_node.inputs()).type())
+    return images
 
 
 def _weighted(g: Any, images: Any, matrices: Sequence[Tensor]) -> Any:
