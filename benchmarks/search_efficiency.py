@@ -15,6 +15,7 @@ Rows already in the CSV file are not measured again.
 
 import argparse
 import math
+import os
 import platform
 import statistics
 import time
@@ -33,7 +34,6 @@ from compressor.bench import (
     LATENCY,
     RECALIBRATION,
     Bench,
-    n_cores,
     timed,
 )
 from compressor.environment import cpu_name
@@ -274,7 +274,7 @@ def versions() -> str:
     """Machine and packages."""
     packages = ("torch", "onnxruntime", "botorch", "optuna", "cmaes")
     known = ", ".join(f"{package} {version(package)}" for package in packages)
-    return f"{cpu_name()}, {n_cores()} cores; Python {platform.python_version()}, {known}."
+    return f"{cpu_name()}, {os.cpu_count()} cores; Python {platform.python_version()}, {known}."
 
 
 if __name__ == "__main__":

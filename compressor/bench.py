@@ -4,7 +4,6 @@ The measuring half of the pipeline: surgery, recovery, export, evaluation and la
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +41,7 @@ from compressor.running import is_norm
 from compressor.search.objective import TimedPlan
 from compressor.search.space import SearchSpace, Widths, design
 from compressor.tasks import CLASSIFICATION, Criterion
+from compressor.threads import settling
 from compressor.values import (
     GATHERING,
     MEASURING_ORIGINAL,
@@ -92,7 +92,11 @@ class Bench:
         seconds: Part of a trial -> what it took of the original.
         memory_format: In which torch answers images soonest.
         n_repair_images: At most so many does least squares look at.
+        settle_threads: Lets torch work with as many as are soonest done beside other work now.
     """
+
+    _fitted: LeastSquares | None = None
+    _whole: Any = None  # the original's answers
 
     def __init__(
         self,
@@ -142,9 +146,8 @@ class Bench:
             self._tell_original(1, "checking the export")
             self._check_files(space.plan(space.narrowest), batch)
         self.memory_format = memory_format(prunable.module, batch)
+        self.settle_threads = settling(prunable.module, batch)
         self.n_repair_images = min(N_REPAIR_IMAGES, len(data.fit))
-        self._fitted: LeastSquares | None = None
-        self._whole: Any = None  # the original's answers
         whole = partial(self.predictor_of, prunable.module)
         self.search = posed(whole, data.search, batch_size=self.batch_size, criterion=criterion)
         self._tell_original(2, "timing it against itself")
@@ -166,7 +169,7 @@ class Bench:
 
     def _check_files(self, plan: Plan, batch: Example) -> None:
         """The original's file must answer like torch, and that of a plan without branches, too."""
-        file = predictor(self._original_onnx, n_threads=n_cores(), like=self.like)
+        file = predictor(self._original_onnx, n_threads=torch.get_num_threads(), like=self.like)
         images = self.data.search.model_input(slice(0, N_COMPARED))
         check_agree("The original in torch and its ONNX file", self.prunable.module, file, images)
         if plan.dropped:  # its graph is an edited one
@@ -366,7 +369,7 @@ class Bench:
 
     def predictor_of(self, model: nn.Module) -> Predict:
         """The answers of a pruned version of the original, `batch_size` images at once."""
-        return predictor(self._batched(model), n_threads=n_cores(), like=self.like)
+        return predictor(self._batched(model), n_threads=torch.get_num_threads(), like=self.like)
 
 
 def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:
@@ -379,13 +382,6 @@ def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module
     compact = prunable.without(plan)
     oracle = prunable.masked(plan)
     return compact, check_agree("Own surgery and the masked original", compact, oracle, images)
-
-
-def n_cores() -> int:
-    """Cores this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
 
 
 @contextmanager

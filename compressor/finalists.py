@@ -369,6 +369,7 @@ def train(
     if recipe.hints and recipe.n_steps:
         kept = job.prunable.kept_positions(plan)
         hints = choose_hints(job.model, network, kept, job.example)
+    bench.settle_threads()
     return fine_tune(
         network,
         job.data.fit,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from compressor import run_folder
+from compressor import run_folder, threads
 from compressor.bench import N_ORIGINAL_PARTS, Bench
 from compressor.border import config_of
 from compressor.budget import Budget
@@ -206,6 +206,7 @@ def searched_in(
     """
     on_progress(Progress(READING, 0, 1))
     with ExitStack() as stack:
+        stack.enter_context(threads.restored())
         if stopped is not None:
             stack.enter_context(_worked_in(stopped))
         budget = Budget(config.time_budget, file=stopped.spent if stopped else None)

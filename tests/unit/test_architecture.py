@@ -13,6 +13,7 @@ PACKAGE = ROOT / "compressor"
 BASE = {
     "containers", "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
     "augmentation", "watching", "running", "rows", "learner", "environment",
+    "threads",
 }  # fmt: skip
 STEPS = {
     "chance", "config", "model_io", "datasets", "graph", "program", "importance", "features",
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "values": {"containers", "errors", "goals"},
     "files": set(),
     "watching": set(),
+    "threads": {"running", "values"},
     "environment": {"values"},
     "running": {"containers", "values"},
     "learner": {
