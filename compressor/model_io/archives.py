@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compressor.errors import ModelError, UntrustedModelError
 from compressor.files import MAX_TEXT_BYTES, parsed_json
-from compressor.model_io.program_text import checked_program, refused
+from compressor.model_io.program_text import DOTTED, checked_program, refused
 
 MAX_MEMBERS = 100_000
 MAX_RATIO = 100  # of what a member holds to what it takes; torch stores them as they are
@@ -33,7 +33,7 @@ CONFIGS = {
     CONSTANTS: f"{CONSTANTS}model_constants_config.json",
 }
 PAYLOADS = {WEIGHTS: re.compile(r"weight_\d+"), CONSTANTS: re.compile(r"tensor_\d+")}
-LEGACY = (f"{WEIGHTS}model.pt", f"{CONSTANTS}model.pt")  # before torch 2.9
+LEGACY = (f"{WEIGHTS}model.pt", f"{CONSTANTS}model.pt")  # of older versions of torch
 LEFT_OUT = re.compile(r"\.data/\w+|\.format_version|\.storage_alignment|extra/.*")
 ROOT, ZIP_VERSION = "model", (".data/version", b"6\n")  # of the archive that torch is given
 
@@ -63,16 +63,7 @@ def checked_archive(path: Path) -> io.BytesIO:
         for folder, config in CONFIGS.items():
             if config in read:
                 payloads = _payloads(path, folder, read[config])
-                for payload in payloads.values():
-                    name = folder + payload["path_name"]
-                    if name not in members:
-                        raise ModelError(f"{path} lacks {name}, which {config} names.")
-                    content = archive.read(members[name])
-                    if payload.get("use_pickle"):
-                        content = _pickled_again(path, name, content, kind=Tensor)
-                    elif not content:
-                        _check_empty(path, name, payload)
-                    clean[name] = content
+                clean |= _tensors(path, archive, members, folder, payloads)
                 clean[config] = json.dumps({"config": payloads}).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as written:
@@ -112,9 +103,9 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         is_payload = folder in PAYLOADS and PAYLOADS[folder].fullmatch(stem)
         if name not in known and not is_payload and not LEFT_OUT.fullmatch(name):
             raise UntrustedModelError(
-                f"{path}: {name!r} is not a member that a program of tensors has, so it may hold "
-                f"code. Save the program again with torch.export.save (torch 2.8 or later), or "
-                f"give --trust if you wrote the file."
+                f"{path}: {name!r} is not a member that a program of tensors has; reading it "
+                f"would run code from the file. Save the program again with torch.export.save (torch "
+                f"2.9 or later), or give --trust if you wrote the file."
             )
     return found
 
@@ -141,6 +132,8 @@ def _payloads(path: Path, folder: str, content: bytes) -> dict[str, Any]:
     for name, payload in payloads.items():
         if not PAYLOADS[folder].fullmatch(payload["path_name"]):
             raise refused(f"{path}: {CONFIGS[folder]}", payload["path_name"], "a tensor's file")
+        if not DOTTED.fullmatch(name):
+            raise refused(f"{path}: {CONFIGS[folder]}", name, "the name of a tensor")
         for size in ("sizes", "strides"):
             for number in (payload.get("tensor_meta") or {}).get(size, ()):
                 if type(number.get("as_int")) is not int:
@@ -148,10 +141,35 @@ def _payloads(path: Path, folder: str, content: bytes) -> dict[str, Any]:
     return payloads
 
 
+def _tensors(
+    path: Path,
+    archive: zipfile.ZipFile,
+    members: Mapping[str, zipfile.ZipInfo],
+    folder: str,
+    payloads: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """Member -> content; what any payload says is a pickle is one of ours."""
+    found: dict[str, bytes] = {}
+    pickled = {each["path_name"] for each in payloads.values() if each.get("use_pickle")}
+    for payload in payloads.values():
+        name = folder + payload["path_name"]
+        if name in found:
+            continue
+        if name not in members:
+            raise ModelError(f"{path} lacks {name}, which {CONFIGS[folder]} names.")
+        content = archive.read(members[name])
+        if payload["path_name"] in pickled:
+            content = _pickled_again(path, name, content, kind=Tensor)
+        elif not content:
+            _check_empty(path, name, payload)
+        found[name] = content
+    return found
+
+
 def _check_empty(path: Path, name: str, payload: Mapping[str, Any]) -> None:
     """Raises `ModelError` where torch would make up a tensor for a member without content."""
     if math.prod(size["as_int"] for size in payload["tensor_meta"]["sizes"]):
-        raise ModelError(f"{path}: {name} is empty; {CONFIGS[WEIGHTS]} says that it holds numbers.")
+        raise ModelError(f"{path}: {name} is empty, and its config says that it holds numbers.")
 
 
 def _pickled_again(path: Path, name: str, content: bytes, kind: Any = object) -> bytes:

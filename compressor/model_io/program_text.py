@@ -116,7 +116,9 @@ def refused(where: str, text: str, expected: str) -> UntrustedModelError:
 
 def _check(where: str, key: str, value: object) -> None:
     """Raises where a string in `value`, which lies under `key`, may be more than a name."""
-    if isinstance(value, dict):
+    if key == "expr_str":
+        _check_expression(where, value)
+    elif isinstance(value, dict):
         for inner_key, inner in value.items():
             if not DOTTED.fullmatch(inner_key):
                 raise refused(where, inner_key, "a name")
@@ -129,8 +131,6 @@ def _check(where: str, key: str, value: object) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check(where, key, inner)
-    elif key == "expr_str":
-        _check_expression(where, value)
     elif isinstance(value, str):
         _check_text(where, key, value)
     elif key == "as_int" and type(value) is not int:
