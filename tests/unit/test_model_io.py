@@ -185,6 +185,8 @@ BROKEN = {
     "typo": "def make(:\n",
     "at_import": "1 / 0\n",
     "sibling": "def make():\n    from no_sibling import thing\n",
+    "ends": "import sys\ndef make():\n    sys.exit('usage: make')\n",
+    "own": "class Own(Exception): pass\ndef make():\n    raise Own('of its own kind')\n",
 }
 
 
