@@ -104,8 +104,8 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         if name not in known and not is_payload and not LEFT_OUT.fullmatch(name):
             raise UntrustedModelError(
                 f"{path}: {name!r} is not a member that a program of tensors has; reading it "
-                f"would run code from the file. Save the program again with torch.export.save (torch "
-                f"2.9 or later), or give --trust if you wrote the file."
+                f"would run code from the file. Save the program again with torch.export.save "
+                f"(torch 2.9 or later), or give --trust if you wrote the file."
             )
     return found
 

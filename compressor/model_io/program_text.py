@@ -181,8 +181,9 @@ def _inner(tree: ast.AST) -> list[ast.AST]:
 
 
 def _called(node: ast.AST) -> str:
-    is_named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    return node.func.id if is_named else ""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id
+    return ""
 
 
 def _is_arithmetic(node: ast.AST) -> bool:
@@ -191,8 +192,7 @@ def _is_arithmetic(node: ast.AST) -> bool:
     if isinstance(node, ast.Name):
         return node.id in WORDS or SYMBOL.fullmatch(node.id) is not None
     if isinstance(node, ast.Constant):
-        is_number = type(node.value) in (int, float, bool)
-        return is_number and abs(node.value) < MAX_INTEGER
+        return isinstance(node.value, int | float) and abs(node.value) < MAX_INTEGER
     return isinstance(node, _NODES)
 
 
