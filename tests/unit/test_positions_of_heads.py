@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.prunable import MODULE, PROGRAM, Prunable, disagreement, make_prunable
+from compressor.prunable import Prunable, disagreement, make_prunable
 from compressor.surgery import remove_channels
 from compressor.values import Plan
 from tests.conftest import random_plan, randomised
@@ -22,7 +22,7 @@ class Positioned(nn.Module):
         self.how = how
         self.stem, self.norm = nn.Conv2d(3, 24, 4, 4), nn.LayerNorm(24)
         self.all, self.out, self.head = nn.Linear(24, 72), nn.Linear(24, 24), nn.Linear(24, 5)
-        at = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        at = torch.cartesian_prod(torch.arange(2), torch.arange(2))
         apart = at[:, None] - at[None] + 3
         self.places = nn.Buffer(apart[..., 0] * 7 + apart[..., 1], persistent=False)
         if how in ("layers", "gated"):
@@ -62,7 +62,7 @@ class Positioned(nn.Module):
 
 def proven(how: str) -> Prunable:
     prunable = make_prunable(randomised(Positioned(how).eval()), IMAGE)
-    for seed in range(4):
+    for seed in range(2):
         plan = random_plan(prunable.groups, np.random.default_rng(seed))
         assert disagreement(prunable, plan, IMAGE) is None
     return prunable
@@ -129,12 +129,6 @@ def test_what_is_picked_by_number_leaves_channels_apart(how: str, is_free: bool)
     prunable = make_prunable(randomised(Picked(how).eval()), IMAGE)
     first = next(g for g in prunable.groups if g.name == "first")
     assert (first.locked_because is None) is is_free
-    for seed in range(4):
+    for seed in range(2):
         plan = random_plan(prunable.groups, np.random.default_rng(seed))
         assert disagreement(prunable, plan, IMAGE) is None
-
-
-def test_forms() -> None:
-    """Code that reads its sizes stays; code with the number of heads in it becomes a program."""
-    assert proven("rows").form == MODULE
-    assert proven("sizes").form == PROGRAM
