@@ -131,6 +131,12 @@ def test_endless_answers_are_refused_and_take_no_memory(says: str, match: str) -
     made = Runner(
         lambda log: host.start([sys.executable, "-c", f"import os\n{says}"], log=log), "x"
     )
+
+    def ask() -> None:
+        made.begin()
+        time.sleep(0.5)
+        made.ask({"do": "state"}, limit_s=10)
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with pytest.raises(ProtocolError, match=match):
