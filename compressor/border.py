@@ -22,6 +22,8 @@ from compressor.inputs import (
 from compressor.latency.schema import choose
 from compressor.latency.ssh import find_device
 
+MAX_SPEEDUP = 1000.0  # that can be asked for, as in `Config.speedup`
+
 
 def check_target(
     name: str, *, device: str | None = None, precision: str | None = None, estimate: bool = False
@@ -144,5 +146,7 @@ def check_measured(onnx: Path, against: Path | None, *, fail_below: float | None
         return
     if against is None:
         raise ConfigError("--fail-below compares with --against; give that file too.")
-    if not fail_below > 0:
-        raise ConfigError(f"--fail-below must be a speed-up above 0; got {fail_below}.")
+    if not 0 < fail_below <= MAX_SPEEDUP:
+        raise ConfigError(
+            f"--fail-below must be a speed-up above 0, {MAX_SPEEDUP:g} at most; got {fail_below}."
+        )

@@ -12,7 +12,7 @@ from compressor.budget import Budget
 from compressor.config import Config
 from compressor.corrections import taught_by_files, taught_by_finalists, worth
 from compressor.environment import describe_environment
-from compressor.errors import DeviceError, InterruptedRunError, RunFolderError
+from compressor.errors import CompressorError, DeviceError, InterruptedRunError, RunFolderError
 from compressor.exporter import whole_inputs
 from compressor.finalists import (
     Finalists,
@@ -391,3 +391,8 @@ def _what_is_kept(folder: RunFolder) -> Iterator[None]:
         if isinstance(err, OSError):
             raise RunFolderError(f"{folder.path} cannot be written: {err}. {kept}.") from err
         raise InterruptedRunError(f"Stopped. {kept}.") from err
+    except Exception as err:
+        if not isinstance(err, CompressorError):
+            logger.exception("an error that nobody expected")
+            err.add_note(f"Its traceback is in {folder.path / run_folder.LOG}.")
+        raise

@@ -25,6 +25,7 @@ from compressor.errors import ConfigError, RunFolderError
 from compressor.files import parsed_json, parsed_toml, read_text, write_whole
 from compressor.goals import MAX_LATENCY
 from compressor.inputs import check_writable
+from compressor.printable import PrintableFormatter
 
 if TYPE_CHECKING:
     from compressor.values import Result, Side
@@ -306,7 +307,7 @@ def logged(folder: RunFolder) -> Iterator[None]:
     """Everything compressor logs goes to the folder's `log.txt` meanwhile."""
     handler = logging.FileHandler(folder.path / LOG, encoding="utf-8")
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("compressor")
     level = package.level
     package.addHandler(handler)

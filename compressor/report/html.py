@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 
+from compressor.printable import printable
 from compressor.report import before_and_after
 from compressor.report.clock import clock_of
 from compressor.report.figures import Figure, figures
@@ -155,7 +156,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def _safe(text: object) -> str:
-    return html.escape(str(text))
+    return html.escape(printable(text))
 
 
 def _data(drawn: Sequence[Figure]) -> str:
