@@ -22,7 +22,7 @@ class Positioned(nn.Module):
         self.how = how
         self.stem, self.norm = nn.Conv2d(3, 24, 4, 4), nn.LayerNorm(24)
         self.all, self.out, self.head = nn.Linear(24, 72), nn.Linear(24, 24), nn.Linear(24, 5)
-        at = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+        at = torch.cartesian_prod(torch.arange(4), torch.arange(4))
         apart = at[:, None] - at[None] + 3
         self.places = nn.Buffer(apart[..., 0] * 7 + apart[..., 1], persistent=False)
         if how in ("layers", "gated"):
