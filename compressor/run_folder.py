@@ -71,9 +71,9 @@ class RunFolder:
             raise RunFolderError(f"{self.path} cannot be locked: {err}.") from err
         except ValueError as err:
             raise RunFolderError(f"{err}.") from err
-        for partial in (*self.path.glob(files.PARTIAL), *self.unfinished.glob(files.PARTIAL)):
-            partial.unlink(missing_ok=True)  # of a process that was killed
         try:
+            for partial in (*self.path.glob(files.PARTIAL), *self.unfinished.glob(files.PARTIAL)):
+                partial.unlink(missing_ok=True)  # of a process that was killed
             yield
         finally:
             lock.release()

@@ -203,14 +203,9 @@ def test_what_no_study_of_ours_holds_is_named(sql: str, study: Path) -> None:
     with contextlib.closing(sqlite3.connect(study)) as connection, connection:
         connection.execute(sql)
     before = content_of(study.parent)
-    for reader in (
-        read_trials,
-        reading_storage,
-        READERS["Study.open"],
-        READERS["Study.of_stopped"],
-    ):
+    for name in ("read_trials", "reading_storage", "Study.open", "Study.of_stopped"):
         with pytest.raises(ForeignStudyError, match=FOREIGN[sql]):
-            reader(study)
+            READERS[name](study)
     assert content_of(study.parent) == before
 
 
