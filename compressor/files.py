@@ -25,6 +25,7 @@ UNREADABLE = (
 NOT_WAITING, NOT_FOLLOWING = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_NOFOLLOW", 0)
 PARTIAL = ".*.partial"  # what `write_whole` writes until it is whole
 MAX_BITS = 64  # of a whole number
+LEAST, MOST = 1e-30, 1e18  # of what is measured, but for 0
 MAX_DEPTH = 64  # of tables in tables; ours have six
 MAX_TEXT_BYTES = 64 * 2**20  # of JSON and TOML; a result with every raw time has about 0.1 MiB
 
@@ -182,6 +183,9 @@ def _not_too_deep(content: _T) -> _T:
         for value in level:
             if isinstance(value, int) and value.bit_length() > MAX_BITS:
                 raise ValueError(f"a whole number of {value.bit_length()} bits")
+            for text in value if isinstance(value, dict) else (value,):
+                if isinstance(text, str):
+                    text.encode()  # raises ValueError where it is half a character
         level = [
             inner
             for value in level
@@ -191,6 +195,19 @@ def _not_too_deep(content: _T) -> _T:
         if not level:
             return content
     raise ValueError("nested too deeply")
+
+
+def check_numbers(content: object) -> None:
+    """Whether all numbers in `content` can be multiplied and divided by one another.
+
+    Raises:
+        ValueError: One is not finite, or of no size that anything measured has.
+    """
+    if isinstance(content, dict | list | tuple):
+        for inner in content.values() if isinstance(content, dict) else content:
+            check_numbers(inner)
+    elif isinstance(content, float) and content and not LEAST <= abs(content) <= MOST:
+        raise ValueError(f"{content} is no number that anything measured has")
 
 
 def _finite(number: str) -> float:

@@ -351,6 +351,7 @@ def read_result(path: Path) -> "Result":
         if found != SCHEMA:
             raise RunFolderError(f"{file} has schema {found}; this version reads {SCHEMA}.")
         result = _as_json().validate_python(content | {"out": path})
+        files.check_numbers(to_json(result))
         if not all(_are_positive(side) for side in (result.original, result.compressed) if side):
             raise ValueError("a network of no size, or of no time")
         if result.compressed and (result.original.metric is None) != (

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -69,18 +68,18 @@ def reading_only(app: App, port: int) -> App:
 
     def answer(asked: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if asked.get("HTTP_HOST", "").lower() not in hosts:
-            return _refused(start, HTTPStatus.MISDIRECTED_REQUEST, f"Ask for {HOST}:{port}.")
+            return _refused(start, "421 Misdirected Request", f"Ask for {HOST}:{port}.")
         if asked["REQUEST_METHOD"] not in READING:
-            return _refused(start, HTTPStatus.METHOD_NOT_ALLOWED, "Nothing can be changed here.")
+            return _refused(start, "405 Method Not Allowed", "Nothing can be changed here.")
         return app(asked, start)
 
     return answer
 
 
-def _refused(start: Callable[..., Any], status: HTTPStatus, why: str) -> Iterable[bytes]:
+def _refused(start: Callable[..., Any], status: str, why: str) -> Iterable[bytes]:
     body = f"{why}\n".encode()
     headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
-    start(f"{status.value} {status.phrase}", headers)
+    start(status, headers)
     return [body]
 
 

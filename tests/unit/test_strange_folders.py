@@ -1,6 +1,7 @@
 """Run folders of strangers, and what killed processes leave: nothing outside is touched."""
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -9,15 +10,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from compressor import border, run_folder, scratch, sqlite
-from compressor.errors import CompressorError, ForeignStudyError, RunFolderError
+from compressor.datasets import load_data
+from compressor.errors import CompressorError, DataError, ForeignStudyError, RunFolderError
+from compressor.report.html import html_report
 from compressor.run_folder import RunFolder
 from compressor.search.study import Study, read_corrections, read_trials
 from compressor.search.study_file import reading_storage
 from compressor.values import Accuracy, Trial
+from tests.unit.test_html_report import full_result
 from tests.unit.test_run_folder import LATENCY
 from tests.unit.test_space import space_of
 
@@ -318,3 +323,46 @@ def test_a_run_that_was_killed_at_its_end_is_tidied(tmp_path: Path) -> None:
     (tmp_path / ".result.json.partial").write_text("")
     folder.tidy()
     assert list(tmp_path.iterdir()) == []
+
+
+def full(folder: Path) -> dict[str, Any]:
+    """A result with everything that there may be in one, as it stands in the file."""
+    content: dict[str, Any] = json.loads(json.dumps(run_folder.to_json(full_result(folder))))
+    return content
+
+
+@pytest.mark.bad_input("numbers that nothing measured has, half characters")
+@pytest.mark.parametrize("value", [1e308, 5e-324, "1" * 5000, "\ud800"])
+def test_what_no_result_says_is_refused(value: object, tmp_path: Path) -> None:
+    content = full(tmp_path)
+    content["speedup"]["session_pairs"][0]["original_ms"][0] = value
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    with pytest.raises(RunFolderError, match="is not a result of compress"):
+        run_folder.read_result(tmp_path)
+
+
+@pytest.mark.bad_input("digits that are no number")
+@pytest.mark.parametrize("step", ["\u00b2", "0", "9" * 5000, "16 (probed)"])
+def test_a_report_is_made_whatever_the_step_says(step: str, tmp_path: Path) -> None:
+    content = full(tmp_path)
+    content["environment"]["channel_step"] = step
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    assert "<html" in html_report(run_folder.read_result(tmp_path), ())
+
+
+def test_a_result_of_thousands_of_groups_is_reported(tmp_path: Path) -> None:
+    content = full(tmp_path)
+    group = {"channels": 64, "kept": 48, "locked_because": None}
+    content["groups"] = [{"name": f"g{i}", **group} for i in range(3000)]
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    assert "g2999" in html_report(run_folder.read_result(tmp_path), ())
+
+
+@pytest.mark.bad_input("pipes among images")
+def test_pipes_among_images_are_passed_over(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / "image.png")
+    os.mkfifo(tmp_path / "loose.png")
+    with pytest.raises(DataError):
+        load_data(tmp_path)
