@@ -11,11 +11,9 @@ from pathlib import Path
 from compressor.errors import CompressorError, unknown_name
 
 OWN_FOLDER = str(Path(__file__).parent)
-# What code that is not ours may raise while it is imported, called or unpickled.
-USER_CODE_FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
-    RuntimeError, SyntaxError, TypeError, ValueError,
-)  # fmt: skip
+# What code that is not ours may raise while it is imported or called: whatever it likes, and it
+# may mean to end the program. Only where nothing of ours runs within.
+USER_CODE_FAILURES = (Exception, SystemExit)
 LOOKED_FOR = (
     "It is looked for in the current folder, beside the model and among installed packages."
 )

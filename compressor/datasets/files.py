@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from compressor.errors import DataError
+from compressor.files import UNREADABLE
 
+# What Pillow may take a file for, whatever it is called: those of `IMAGE_SUFFIXES`. Of others, EPS
+# runs Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
 DIGEST_BYTES = 16 * 1024  # of a file on disk, which tell whether it is in two splits
 
 Read = Callable[[Path], np.ndarray]
@@ -59,14 +63,14 @@ def reader(image_size: int | None, n_channels: int) -> Read:
 
     def read(path: Path) -> np.ndarray:
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 if file.mode.startswith(("I", "F")):  # converting would clip them to white
                     raise DataError(
                         f"{path} has {file.mode} pixels; expected 8 bits a channel. "
                         f"Convert it as the network was trained, or give an .npz of float32."
                     )
                 image = file.convert("L" if n_channels == 1 else "RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as err:
+        except (*UNREADABLE, Image.DecompressionBombError) as err:
             raise DataError(f"{path} cannot be read as an image: {err}.") from err
         if image_size is not None:
             scale = image_size / min(image.size)

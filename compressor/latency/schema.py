@@ -14,11 +14,12 @@ from compressor.errors import ConfigError, unknown_name
 from compressor.files import parsed_json, parsed_toml, read_text
 from compressor.latency import runner
 from compressor.latency.host import local_cache
-from compressor.latency.profiles import profile_text
+from compressor.latency.profiles import profile_text, user_profiles
 
 AUTO = "auto"
 PROBE_SCHEMA = 1
 ONNXRUNTIME, TENSORRT, TRTEXEC = "onnxruntime", "tensorrt", "trtexec"  # kinds of runtimes
+TRTEXEC_AT = ("trtexec", "/usr/src/tensorrt/bin/trtexec")  # on the PATH, and where NVIDIA puts it
 BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2, "int8": 1}
 
 Provider = Literal[
@@ -52,7 +53,7 @@ class Runtime(_Section):
     provider: Provider | None = None
     n_threads: int = Field(default=1, ge=1, le=1024)
     precision: Precision = "fp32"
-    trtexec: tuple[str, ...] = ("trtexec", "/usr/src/tensorrt/bin/trtexec")
+    trtexec: tuple[str, ...] = TRTEXEC_AT
 
     @model_validator(mode="after")
     def _fits(self) -> "Runtime":
@@ -160,11 +161,18 @@ def choose(
     Raises:
         ConfigError: As `load_target`.
     """
+    is_by_path = name.endswith(".toml")
     text, name, where = profile_text(name)
     try:
         profile = Profile.model_validate(parsed_toml(text))
     except ValueError as err:
         raise ConfigError(f"Profile {where} is broken: {_first_fault(err)}.") from err
+    if is_by_path and not set(profile.runtime.trtexec) <= set(TRTEXEC_AT):
+        raise ConfigError(
+            f"Profile {where} names a program that would be run: trtexec = "
+            f"{list(profile.runtime.trtexec)}. If you trust it, copy the profile to "
+            f"{user_profiles()} and give its name, {name}; only profiles there may."
+        )
     chosen = _precision(name, profile, precision)
     figures = _figures(profile, chosen)
     if estimate and figures is None:
