@@ -10,7 +10,7 @@ from compressor.cli.outcome import EXIT_NOT_MET, exit_with, print_result, refusi
 from compressor.cli.progress import LOADING, ProgressDisplay
 
 import compressor
-from compressor.errors import ConfigError, ExportError
+from compressor.errors import ExportError
 
 
 class Exported(TypedDict):
@@ -255,13 +255,10 @@ def init(
     """
 
     def work() -> int:
+        from compressor import border
+
         path = folder / "compress.toml"
-        if path.exists() and not force:
-            raise ConfigError(f"{path} is there already; give --force to replace it.")
-        try:
-            path.write_text(compressor.commented_toml(), encoding="utf-8")
-        except OSError as err:
-            raise ConfigError(f"{path} cannot be written: {err}.") from err
+        border.write_settings(path, compressor.commented_toml(), force=force)
         print_result(f"{path} written; take the # away from what you want to set.")
         return 0
 

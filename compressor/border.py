@@ -4,11 +4,13 @@ Each function raises what the work itself would raise later, by the same rules: 
 `inputs`, `latency.schema` and `run_folder`. A test holds that none of them imports torch.
 """
 
+import os
 from pathlib import Path
 
 from compressor import run_folder
 from compressor.config import Config, make_config
 from compressor.errors import ConfigError
+from compressor.files import write_whole
 from compressor.inputs import (
     check_arch,
     check_data,
@@ -132,6 +134,25 @@ def check_dashboard(path: Path) -> None:
     """
     check_study(path / run_folder.STUDY)
     check_has_dashboard()
+
+
+def write_settings(path: Path, text: str, *, force: bool) -> None:
+    """Writes `text` to the new file at `path`.
+
+    Args:
+        path: The file.
+        text: Its content.
+        force: Replace what is there; a link is replaced, not followed.
+
+    Raises:
+        ConfigError: Something is there and is not to be replaced; or it cannot be written.
+    """
+    if os.path.lexists(path) and not force:
+        raise ConfigError(f"{path} is there already; give --force to replace it.")
+    try:
+        write_whole(path, text)
+    except OSError as err:
+        raise ConfigError(f"{path} cannot be written: {err}.") from err
 
 
 def check_measured(onnx: Path, against: Path | None, *, fail_below: float | None = None) -> None:

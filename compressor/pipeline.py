@@ -136,6 +136,7 @@ def resume(
     folder = RunFolder(path)
     config = config_of(path, trust=trust)
     if (path / run_folder.RESULT).is_file():
+        folder.tidy()
         return run_folder.read_result(path)
     if config.pareto and folder.is_finished_front:
         return in_order(run_folder.read_result(point.parent) for point in folder.points)
@@ -345,6 +346,7 @@ def finish_front(run: Run, searched: Searched) -> tuple[Result, ...]:
     for n, band in enumerate(every_band):
         point = run.within(f"point-{n + 1}", run.job.config.as_toml())
         if (point.folder.path / run_folder.RESULT).is_file():
+            point.folder.forget_unfinished()  # (of one that was killed in doing so)
             results.append(run_folder.read_result(point.folder.path))
             continue
         finalists = choose(run.job, band, run.bench, run.on_progress, run.budget)

@@ -10,7 +10,6 @@ import logging
 import queue
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from compressor.errors import (
 from compressor.files import parsed_json
 from compressor.latency import runner
 from compressor.latency.host import end_group
+from compressor.scratch import PREFIX, Scratch
 
 START_LIMIT_S = 90.0  # a board with a slow card needs this long to import numpy
 MAX_LINE_BYTES = 16 * 2**20
@@ -77,7 +77,7 @@ class Runner:
         self._lost_because = lost_because
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[bytes] = queue.Queue(N_UNREAD)
-        self._folder = tempfile.TemporaryDirectory(prefix="compressor-runner-")
+        self._folder = Scratch(f"{PREFIX}runner-")
 
     def begin(self) -> Mapping[str, Any]:
         """Starts the process where none runs; returns what it says of itself.

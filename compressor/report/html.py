@@ -8,6 +8,7 @@ import base64
 import gzip
 import html
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 
@@ -98,7 +99,8 @@ def _before_and_after(result: Result) -> list[str]:
 
 def _why(result: Result) -> list[str]:
     step = str(result.environment.get("channel_step", "")).split(" ")[0]
-    said = why(result, int(step) if step.isdigit() else None)
+    is_number = re.fullmatch(r"[1-9][0-9]{0,5}", step)
+    said = why(result, int(step) if is_number else None)
     if not said:
         return []
     return [

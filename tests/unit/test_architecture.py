@@ -13,7 +13,7 @@ PACKAGE = ROOT / "compressor"
 BASE = {
     "containers", "errors", "goals", "values", "files", "inputs", "user_code", "tasks", "hints",
     "augmentation", "watching", "running", "rows", "learner", "environment",
-    "threads", "printable", "ranges",
+    "threads", "printable", "ranges", "sqlite", "scratch",
 }  # fmt: skip
 STEPS = {
     "chance", "config", "model_io", "datasets", "graph", "program", "importance", "features",
@@ -47,7 +47,9 @@ MAY_IMPORT = {
     "rows": {"containers", "values"},
     "augmentation": {"errors", "rows", "values"},
     "user_code": {"errors"},
-    "inputs": {"errors", "user_code"},
+    "sqlite": {"errors", "files", "scratch"},
+    "scratch": set(),
+    "inputs": {"errors", "sqlite", "user_code"},
     "tasks": {"containers", "errors", "inputs", "rows", "values", "user_code"},
     **{step: BASE for step in STEPS},
     "export": BASE | {"exporter", "latency", "template"},  # what was written is run
