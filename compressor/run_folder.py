@@ -297,11 +297,8 @@ def check_free(wanted: Path | None) -> None:
         ConfigError: `wanted` holds something already, or is or lies under a file.
         RunFolderError: It cannot be written.
     """
-    if wanted is None:
-        check_writable(Path("runs"))
-        return
-    check_writable(wanted)
-    if wanted.is_dir() and any(_listed(wanted)):
+    check_writable(wanted or Path("runs"))
+    if wanted is not None and wanted.is_dir() and any(_listed(wanted)):
         what = "another run" if (wanted / CONFIG).exists() else "other files"
         raise ConfigError(f"--out {wanted} holds {what}; name a folder that is empty or new.")
 
