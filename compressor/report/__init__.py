@@ -327,7 +327,7 @@ def target_report(target: Target, answer: str) -> str:
         ("runtime", f"{target.runtime} {target.provider} {target.precision}".replace("  ", " ")),
         ("threads", str(target.n_threads)),
         ("step", f"{target.step} channels ({target.step_source})"),
-        ("ONNX", f"opset {target.opset}, IR {target.max_ir} or older"),
+        ("ONNX", f"opset {target.opset}, {target.max_opset} at most; IR {target.max_ir} or older"),
         *figures,
         *(("before", advice) for advice in target.power_advice),
         *(("source", source) for source in target.sources),
