@@ -6,11 +6,11 @@ from typing import Annotated, TypedDict
 
 import typer
 from compressor.cli import options
-from compressor.cli.outcome import EXIT_NOT_MET, exit_with, print_result
+from compressor.cli.outcome import EXIT_NOT_MET, exit_with, print_result, refusing, tell
 from compressor.cli.progress import LOADING, ProgressDisplay
 
 import compressor
-from compressor.errors import ConfigError, ExportError
+from compressor.errors import ExportError
 
 
 class Exported(TypedDict):
@@ -53,8 +53,9 @@ def inspect(
     def work() -> int:
         from compressor import border
 
-        config = compressor.load_config(model, flags)
-        border.check_model(config)
+        with refusing():
+            config = compressor.load_config(model, flags)
+            border.check_model(config)
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             loaded, prunable = compressor.inspect_model(config, on_progress=display.on_progress)
@@ -105,8 +106,9 @@ def explain(
     def work() -> int:
         from compressor import border
 
-        config = compressor.load_config(model, flags)
-        border.check_model(config)
+        with refusing():
+            config = compressor.load_config(model, flags)
+            border.check_model(config)
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             found = compressor.explain(config, on_progress=display.on_progress)
@@ -149,9 +151,10 @@ def measure(
     def work() -> int:
         from compressor import border
 
-        border.check_measured(onnx_file, against, fail_below=fail_below)
         how = {"device": device, "precision": precision, "estimate": bool(estimate)}
-        border.check_target(target, **how)
+        with refusing():
+            border.check_measured(onnx_file, against, fail_below=fail_below)
+            border.check_target(target, **how)
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             wanted = compressor.load_target(target, **how)
@@ -164,10 +167,10 @@ def measure(
             print_result(compressor.latency_report(pair, is_pair=against is not None))
         is_slower = fail_below is not None and pair.ci95[1] < fail_below
         if is_slower:
-            typer.echo(
+            tell(
                 f"{onnx_file} is {pair.ratio:.3f} times as fast as {against}, at most "
-                f"{pair.ci95[1]:.3f}; {fail_below:g} was asked.", err=True,
-            )  # fmt: skip
+                f"{pair.ci95[1]:.3f}; {fail_below:g} was asked."
+            )
         return EXIT_NOT_MET if is_slower else 0
 
     exit_with(work, as_json=json_progress)
@@ -189,8 +192,9 @@ def targets(
         from compressor import border
 
         names = [name] if name else list(compressor.target_names())
-        for each in names:
-            border.check_target(each, device=device)
+        with refusing():
+            for each in names:
+                border.check_target(each, device=device)
         with ProgressDisplay() as display:
             display.begins(LOADING)
             found = [compressor.load_target(each, device=device) for each in names]
@@ -224,7 +228,8 @@ def probe(
     def work() -> int:
         from compressor import border
 
-        border.check_target(target, device=device, precision=precision)
+        with refusing():
+            border.check_target(target, device=device, precision=precision)
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             wanted = compressor.load_target(target, device=device, precision=precision)
@@ -250,13 +255,10 @@ def init(
     """
 
     def work() -> int:
+        from compressor import border
+
         path = folder / "compress.toml"
-        if path.exists() and not force:
-            raise ConfigError(f"{path} is there already; give --force to replace it.")
-        try:
-            path.write_text(compressor.commented_toml(), encoding="utf-8")
-        except OSError as err:
-            raise ConfigError(f"{path} cannot be written: {err}.") from err
+        border.write_settings(path, compressor.commented_toml(), force=force)
         print_result(f"{path} written; take the # away from what you want to set.")
         return 0
 

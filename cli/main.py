@@ -1,9 +1,9 @@
 """`compress MODEL ...` and its sister commands.
 
-Progress goes to stderr; stdout has the result and nothing else. Exit codes: 0 met, 1 our error,
-2 usage, 3 the constraint cannot be met, 130 stopped with Ctrl-C, 143 with SIGTERM.
+Progress goes to stderr; stdout has the result and nothing else. Exit codes: `outcome.CODES`.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -12,14 +12,17 @@ from typing import Any
 
 import typer
 from compressor.cli import looks, runs
-from compressor.cli.outcome import end_on_sigterm
+from compressor.cli.outcome import CODES, end_on_sigterm, ended_by, open_streams
 from typer.core import TyperGroup
 
 from compressor.errors import unknown_name
+from compressor.printable import PrintableFormatter
 
 RUN = "run"
 
-EPILOG = """Other commands, each with its own --help:
+EPILOG = f"""{CODES}
+
+Other commands, each with its own --help:
 
 compress inspect MODEL      channel groups, and which are locked and why
 
@@ -74,12 +77,20 @@ for _command in (
     looks.inspect, looks.explain, looks.measure, looks.targets, looks.probe, looks.init,
     runs.resume, runs.replay, runs.report, runs.dashboard,
 ):  # fmt: skip
-    app.command()(_command)
+    app.command(epilog=CODES)(_command)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the `compress` command."""
+    open_streams()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what libraries tell each other; ours are errors or logs
-    end_on_sigterm()
-    app(args=list(sys.argv[1:] if args is None else args), prog_name="compress")
+    if logging.lastResort is not None:  # what goes to stderr where nobody set up logging
+        logging.lastResort.setFormatter(PrintableFormatter())
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        end_on_sigterm()
+        code = app(args=words, prog_name="compress", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001  the last line of defence
+        code = ended_by(err, as_json="--json-progress" in words)
+    sys.exit(code)

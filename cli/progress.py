@@ -6,7 +6,6 @@ nothing is told for a while, its heart beats: what is being done, since when, an
 
 import contextlib
 import json
-import sys
 import threading
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
+from compressor.cli.outcome import tell
 from compressor.cli.time_left import TimeLeft, duration, expectation
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
+
+from compressor.printable import one_line, printable
 
 if TYPE_CHECKING:  # values imports torch, which `--help` need not wait for
     from compressor.values import Progress, Trial
@@ -91,7 +93,8 @@ class ProgressDisplay:
         self._is_closed.set()
         got_turn = self._turn.acquire(timeout=TICK_SECONDS)  # never waits for a pipe nobody reads
         try:
-            self._display.close(is_done=kind is None)
+            with contextlib.suppress(OSError):
+                self._display.close(is_done=kind is None)
         finally:
             if got_turn:
                 self._turn.release()
@@ -102,12 +105,12 @@ class ProgressDisplay:
 
     def on_progress(self, progress: "Progress") -> None:
         """Shows it."""
-        with self._turn:
+        with self._turn, contextlib.suppress(OSError):  # a terminal that is gone
             self._display.on_progress(progress)
 
     def on_trial(self, trial: "Trial") -> None:
         """Shows it."""
-        with self._turn:
+        with self._turn, contextlib.suppress(OSError):
             self._display.on_trial(trial)
 
     def _beats(self) -> None:
@@ -137,13 +140,13 @@ class PlainLines:
         if progress.expected:
             now = self._left.of_run or 0.0
             if before is None:
-                _write(expectation(progress.expected))
+                tell(expectation(progress.expected))
             elif abs(now - before) > FORECAST_CHANGED * before:
-                _write(f"Now about {duration(now)} left in all")
+                tell(f"Now about {duration(now)} left in all")
 
     def on_trial(self, trial: "Trial") -> None:
         """One line a trial."""
-        _write(in_words(trial, self._left.n_trials))
+        tell(in_words(trial, self._left.n_trials))
 
     def beat(self) -> None:
         """A line if none was written for long."""
@@ -165,7 +168,7 @@ class PlainLines:
             parts[-1] += f", for {duration(left.in_step)}"
         if str(left):
             parts.append(f"({left})")
-        _write(" ".join(filter(None, (*parts, left.note))))
+        tell(" ".join(filter(None, (*parts, left.note))))
         self._last_line = self._clock()
 
 
@@ -215,7 +218,7 @@ class JsonLines:
     def _tell(self, event: str, content: Mapping[str, object]) -> None:
         self._last_line = self._clock()
         seconds = round(self._last_line - self._began, 1)
-        _write(json.dumps({"event": event, "seconds": seconds, **content}))
+        tell(json.dumps({"event": event, "seconds": seconds, **content}))
 
 
 class LiveTable:
@@ -229,9 +232,9 @@ class LiveTable:
         self._left = TimeLeft(clock)
         self._began = clock()
         self._bars = Bars(
-            TextColumn("{task.description:<30}"), BarColumn(bar_width=12), MofNCompleteColumn(),
-            TextColumn("{task.fields[spent]}"), TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}"), console=console, auto_refresh=False,
+            _plain("{task.description:<30}"), BarColumn(bar_width=12), MofNCompleteColumn(),
+            _plain("{task.fields[spent]}"), _plain("{task.fields[left]}"),
+            _plain("{task.fields[note]}"), console=console, auto_refresh=False,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
         self._rows: deque[tuple[int, list[str]]] = deque(
@@ -247,12 +250,13 @@ class LiveTable:
             self._end()
         self._left.tell(progress)
         if progress.phase not in self._tasks:
-            task = self._bars.add_task(progress.phase, spent="", left="", note="")
+            task = self._bars.add_task(printable(progress.phase), spent="", left="", note="")
             self._tasks[progress.phase] = task
         task = self._tasks[progress.phase]
         self._bars.update(
-            task, completed=progress.n_done, total=progress.n_total, note=self._left.note
-        )
+            task, completed=progress.n_done, total=progress.n_total,
+            note=printable(self._left.note),
+        )  # fmt: skip
         self._best = progress.best or self._best
 
     def on_trial(self, trial: "Trial") -> None:
@@ -292,10 +296,11 @@ class LiveTable:
                 table.add_column(name, justify="left" if name == "phase" else "right")
             for number, cells in rows:
                 is_best = self._best is not None and number == self._best.number
-                table.add_row(*cells, style="bold" if is_best else "")
+                table.add_row(*map(_text, cells), style="bold" if is_best else "")
             parts.append(table)
         if self._best is not None:
-            parts.append(Text(f"best so far: {in_words(self._best)}", style="bold"))
+            best = f"best so far: {in_words(self._best)}"
+            parts.append(Text(printable(best), style="bold"))
         task = self._tasks.get(self._left.phase)
         if task is not None and self._live.is_started:
             self._tick(task)
@@ -306,7 +311,16 @@ class LiveTable:
         exceeded = self._left.forecast_exceeded
         if exceeded is not None:
             told += f"; {self._left.phase} takes longer than the {duration(exceeded)} expected"
-        return Group(*parts, Text(told, style="dim"))
+        return Group(*parts, Text(printable(told), style="dim"))
+
+
+def _text(cell: str) -> Text:
+    """As it is: rich takes brackets for its own markup, and TensorRT's names have them."""
+    return Text(printable(cell))
+
+
+def _plain(form: str) -> TextColumn:
+    return TextColumn(form, markup=False)
 
 
 def trial_json(trial: "Trial") -> dict[str, object]:
@@ -331,7 +345,7 @@ def in_words(trial: "Trial", n_total: int = 0) -> str:
 def _cells(trial: "Trial", n_total: int) -> list[str]:
     number = f"{trial.number + 1:>3}" + (f"/{n_total}" if n_total else "")
     if trial.accuracy is None or trial.speedup is None:
-        return [number, f"failed: {trial.failed_because}"]
+        return [number, f"failed: {one_line(trial.failed_because)}"]
     return [
         number, trial.phase, f"{trial.accuracy.value:.2%}", f"{trial.speedup:.2f}x",
         f"{trial.latency_ms:.3f} ms",
@@ -340,8 +354,3 @@ def _cells(trial: "Trial", n_total: int) -> list[str]:
 
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)
-
-
-def _write(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from compressor.cli import options
-from compressor.cli.outcome import EXIT_ERROR, EXIT_NOT_MET, exit_with, print_result
+from compressor.cli.outcome import EXIT_ERROR, EXIT_NOT_MET, exit_with, print_result, refusing
 from compressor.cli.progress import LOADING, ProgressDisplay
 
 import compressor
@@ -79,8 +79,9 @@ def run(
     def work() -> int:
         from compressor import border
 
-        config = compressor.load_config(model, flags)
-        border.check_run(config)
+        with refusing():
+            config = compressor.load_config(model, flags)
+            border.check_run(config)
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             work_on = compressor.compress_front if config.pareto else compressor.compress
@@ -111,7 +112,8 @@ def resume(
     def work() -> int:
         from compressor import border
 
-        border.check_resumed(run_folder, trust=bool(trust))
+        with refusing():
+            border.check_resumed(run_folder, trust=bool(trust))
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             found = compressor.resume(
@@ -138,7 +140,8 @@ def replay(
     def work() -> int:
         from compressor import border
 
-        border.check_replayed(run_folder, trust=bool(trust))
+        with refusing():
+            border.check_replayed(run_folder, trust=bool(trust))
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             found = compressor.replay(
@@ -177,7 +180,8 @@ def report(
     def work() -> int:
         from compressor import border
 
-        border.check_reported(run_folder)
+        with refusing():
+            border.check_reported(run_folder)
         with ProgressDisplay() as display:
             display.begins(LOADING)
             text = compressor.folder_report(run_folder, as_json=as_json)
@@ -189,7 +193,9 @@ def report(
 
 def dashboard(
     run_folder: options.RunFolder,
-    port: Annotated[int, typer.Option(help="Of this machine; 0 for any that is free.")] = 8080,
+    port: Annotated[
+        int, typer.Option(help="Of this machine; 0 for any that is free.", min=0, max=65535)
+    ] = 8080,
 ) -> None:
     """Shows a run's trials in a browser, also while it goes on; Ctrl-C ends it.
 
@@ -202,7 +208,8 @@ def dashboard(
     def work() -> int:
         from compressor import border
 
-        border.check_dashboard(run_folder)
+        with refusing():
+            border.check_dashboard(run_folder)
         with contextlib.ExitStack() as stack:
             with ProgressDisplay() as display:
                 display.begins(LOADING)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import numpy as np
@@ -51,6 +50,7 @@ from compressor.prunable import (
 from compressor.report import text_report, trials_json, trials_report
 from compressor.report.html import html_report
 from compressor.rows import example_of
+from compressor.scratch import Scratch
 from compressor.search.dashboard import Dashboard, dashboard_of
 from compressor.search.space import make_space
 from compressor.search.study import read_trials
@@ -249,7 +249,7 @@ def explain(
     )  # fmt: skip
     narrow = prunable.without(space.plan(space.narrowest))
     networks = (prunable.module, narrow)
-    with TemporaryDirectory() as folder:
+    with Scratch() as folder:
         files = [Path(folder) / f"{i}.onnx" for i in range(len(networks))]
         for i, (network, file) in enumerate(zip(networks, files, strict=True)):
             on_progress(Progress("Exporting both networks", i, 2))

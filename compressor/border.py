@@ -4,11 +4,13 @@ Each function raises what the work itself would raise later, by the same rules: 
 `inputs`, `latency.schema` and `run_folder`. A test holds that none of them imports torch.
 """
 
+import os
 from pathlib import Path
 
 from compressor import run_folder
 from compressor.config import Config, make_config
 from compressor.errors import ConfigError
+from compressor.files import write_whole
 from compressor.inputs import (
     check_arch,
     check_data,
@@ -21,6 +23,8 @@ from compressor.inputs import (
 )
 from compressor.latency.schema import choose
 from compressor.latency.ssh import find_device
+
+MAX_SPEEDUP = 1000.0  # that can be asked for, as in `Config.speedup`
 
 
 def check_target(
@@ -132,6 +136,25 @@ def check_dashboard(path: Path) -> None:
     check_has_dashboard()
 
 
+def write_settings(path: Path, text: str, *, force: bool) -> None:
+    """Writes `text` to the new file at `path`.
+
+    Args:
+        path: The file.
+        text: Its content.
+        force: Replace what is there; a link is replaced, not followed.
+
+    Raises:
+        ConfigError: Something is there and is not to be replaced; or it cannot be written.
+    """
+    if os.path.lexists(path) and not force:
+        raise ConfigError(f"{path} is there already; give --force to replace it.")
+    try:
+        write_whole(path, text)
+    except OSError as err:
+        raise ConfigError(f"{path} cannot be written: {err}.") from err
+
+
 def check_measured(onnx: Path, against: Path | None, *, fail_below: float | None = None) -> None:
     """Whether two ONNX files are there to be compared, or one by itself.
 
@@ -144,5 +167,7 @@ def check_measured(onnx: Path, against: Path | None, *, fail_below: float | None
         return
     if against is None:
         raise ConfigError("--fail-below compares with --against; give that file too.")
-    if not fail_below > 0:
-        raise ConfigError(f"--fail-below must be a speed-up above 0; got {fail_below}.")
+    if not 0 < fail_below <= MAX_SPEEDUP:
+        raise ConfigError(
+            f"--fail-below must be a speed-up above 0, {MAX_SPEEDUP:g} at most; got {fail_below}."
+        )

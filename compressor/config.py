@@ -14,9 +14,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -34,6 +32,8 @@ from compressor.goals import (
     SPEEDUP,
     Constraint,
 )
+from compressor.printable import checked_text
+from compressor.ranges import InputShape, Mean, Milliseconds, Seconds, Std, Whole
 
 AUTO: Literal["auto"] = "auto"
 NO_LABELS: Literal["none"] = "none"
@@ -53,34 +53,6 @@ EXAMPLES: dict[str, object] = {  # of settings that have no default
     "out": "runs/mine",
 }  # fmt: skip
 GOALS = ("speedup", "max_latency", "max_drop", "constraint", "weight", "pareto")
-
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s|min|m|h)")
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-
-
-def _seconds(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    match = _DURATION.fullmatch(value.strip())
-    if match is None:
-        raise ValueError("expected a number with a unit, like 12ms, 90s, 30m or 2h")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def _milliseconds(value: object) -> object:
-    seconds = _seconds(value)
-    return seconds * 1000 if isinstance(value, str) and isinstance(seconds, float) else value
-
-
-def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
-    if any(value <= 0 for value in values):
-        raise ValueError("every value must be above 0")
-    return values
-
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
-Milliseconds = Annotated[float, BeforeValidator(_milliseconds), Field(gt=0)]
 
 
 class Config(BaseModel):
@@ -153,7 +125,7 @@ class Config(BaseModel):
         out: Folder that the run leaves its files in; made if missing.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: Path
     target: str
@@ -165,13 +137,13 @@ class Config(BaseModel):
     labels: Literal["auto", "none"] = AUTO
     task: str | None = None
     arch: str | None = None
-    arch_args: dict[str, int | float | bool | str] = Field(default_factory=dict)
+    arch_args: dict[str, Whole | float | bool | str] = Field(default_factory=dict)
     trust: bool = False
     weights_key: str | None = Field(default=None, min_length=1)
-    input_shape: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    input_shape: InputShape | None = None
     image_size: int | None = Field(default=None, ge=1, le=8192)
-    mean: tuple[Finite, ...] = ()
-    std: Annotated[tuple[Finite, ...], AfterValidator(_positive)] = ()
+    mean: tuple[Mean, ...] = ()
+    std: tuple[Std, ...] = ()
     speedup: float | None = Field(default=None, gt=1, le=1000)
     max_latency: Milliseconds | None = None
     max_drop: float | None = Field(default=None, ge=0, le=100)
@@ -185,33 +157,46 @@ class Config(BaseModel):
     trials: int = Field(default=60, ge=1, le=100_000)
     time_budget: Seconds | None = None
     search: Literal["bocr", "bo", "random", "tpe", "cma-es", "genetic", "swarm"] = "bocr"
-    clusters: int = Field(default=3, ge=1)
+    clusters: int = Field(default=3, ge=1, le=100_000)
     clustering: Literal["eu", "js", "st"] = "eu"
     rollback: Literal["none", "direct", "gradual"] = "direct"
     bounds: Literal["global", "per-dimension"] = "global"
     fit_to_limit: Literal["scale", "wall"] = "scale"
     depth: bool = True
     least_squares: bool = True
-    recalibration_images: int = Field(default=256, ge=0)
+    recalibration_images: int = Field(default=256, ge=0, le=10_000_000)
     importance: Literal["l1", "l2", "geometric-median", "bn-scale", "taylor", "cpmc", "random"] = (
         "l1"
     )
-    min_keep_ratio: float = Field(default=0.1, gt=0, le=1)
-    fine_tune_epochs: int = Field(default=10, ge=0)
-    learning_rate: float = Field(default=0.02, gt=0)
+    min_keep_ratio: float = Field(default=0.1, ge=1e-6, le=1)
+    fine_tune_epochs: int = Field(default=10, ge=0, le=100_000)
+    learning_rate: float = Field(default=0.02, gt=0, le=1000)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=5e-4, ge=0, le=1)
-    batch_size: int = Field(default=64, ge=2)
+    batch_size: int = Field(default=64, ge=2, le=65_536)
     finalists: int = Field(default=4, ge=1, le=16)
     distillation: float = Field(default=0.7, ge=0, le=1)
     hints: float = Field(default=10.0, ge=0, le=1000)
-    temperature: float = Field(default=4.0, gt=0, le=100)
+    temperature: float = Field(default=4.0, ge=0.01, le=100)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema: float = Field(default=0.0, ge=0, lt=1)
     augment: Literal["auto"] | tuple[Literal["flip", "crop", "jitter", "erase"], ...] = AUTO
     compile: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)
     out: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, settings: object) -> object:
+        """Names and paths are written to config.toml; -0.0 is 0."""
+        if not isinstance(settings, Mapping):
+            return settings
+        for key, value in settings.items():
+            try:
+                checked_text(value)
+            except ValueError as err:
+                raise ValueError(f"{key.replace('_', '-')}: {err}") from err
+        return {k: v + 0.0 if isinstance(v, float) else v for k, v in settings.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -389,4 +374,11 @@ def _fault(fault: dict[str, object]) -> str:
         assert isinstance(fault["ctx"], dict)
         names = re.findall(r"'([^']+)'", str(fault["ctx"]["expected"]))
         return unknown_name(f"--{flag}", str(fault["input"]), names).removesuffix(".")
-    return f"--{flag}: {message} (got {fault['input']!r})"
+    return f"--{flag}: {message} (got {_shown(fault['input'])})"
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.120}"
+    except ValueError:  # Python writes no number of so many digits
+        return "a number of thousands of digits"

@@ -29,6 +29,7 @@
     |-- SearchError             no trial of a search gave a measurement
     |-- InterruptedRunError     the user stopped a run; its folder can still be read
     `-- RunFolderError          a run folder cannot be written or read
+        `-- ForeignStudyError       something else wrote its study, or what lies beside it
 
 A message says what was expected, what came, where, and what to do.
 """
@@ -151,6 +152,10 @@ class InterruptedRunError(CompressorError):
 
 class RunFolderError(CompressorError):
     """A run folder cannot be written or read."""
+
+
+class ForeignStudyError(RunFolderError):
+    """Something else wrote a study, or what lies beside it; a killed run leaves nothing such."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -4,13 +4,14 @@ import json
 import math
 import os
 import pickle
+import stat
 import struct
 import tokenize
 import tomllib
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -20,8 +21,46 @@ UNREADABLE = (
     MemoryError, NotImplementedError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
     pickle.PickleError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+# Of POSIX only; Windows has neither pipes among its files nor, as a rule, links.
+NOT_WAITING, NOT_FOLLOWING = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_NOFOLLOW", 0)
+PARTIAL = ".*.partial"  # what `write_whole` writes until it is whole
+MAX_BITS = 64  # of a whole number
+LEAST, MOST = 1e-30, 1e18  # of what is measured, but for 0
 MAX_DEPTH = 64  # of tables in tables; ours have six
 MAX_TEXT_BYTES = 64 * 2**20  # of JSON and TOML; a result with every raw time has about 0.1 MiB
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file at `path`, to be read; never a pipe or a device, which might wait for ever.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is not a file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | NOT_WAITING)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("not a file, but a folder, a pipe or a device")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_whole(path: Path, at_most: int, *, whole: bool = True) -> bytes:
+    """The file's content.
+
+    Args:
+        path: The file.
+        at_most: Bytes.
+        whole: False for the beginning of a file that may be longer.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not a file, or longer.
+    """
+    with opened(path) as file:
+        content = file.read(at_most + 1)
+    if whole and len(content) > at_most:
+        raise ValueError(f"larger than {at_most // 2**20} MiB")
+    return content[:at_most]
 
 
 def read_text(path: Path) -> str:
@@ -29,13 +68,58 @@ def read_text(path: Path) -> str:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is larger than any of ours, or not UTF-8.
+        ValueError: It is no file, larger than any of ours, or not UTF-8.
     """
-    with path.open("rb") as file:
-        content = file.read(MAX_TEXT_BYTES + 1)
-    if len(content) > MAX_TEXT_BYTES:
-        raise ValueError(f"larger than {MAX_TEXT_BYTES // 2**20} MiB")
-    return content.decode("utf-8")
+    return read_whole(path, MAX_TEXT_BYTES).decode("utf-8")
+
+
+def check_own_file(path: Path) -> None:
+    """Whether what is written to `path` is written there only.
+
+    Raises:
+        OSError: It cannot be looked at.
+        ValueError: It is a link, not a file, or a file that has other names too.
+    """
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise ValueError(f"{path} is a link; what is written there could go anywhere. Remove it")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is not a file, but a folder, a pipe or a device. Remove it")
+    if found.st_nlink > 1:
+        raise ValueError(
+            f"{path} has {found.st_nlink} names (hard links); what is written there would change "
+            f"the others. Put a copy in its place"
+        )
+
+
+def check_own_files(folder: Path) -> None:
+    """Whether what is written to the files in `folder`, and in folders in it, stays in it.
+
+    Raises:
+        OSError: They cannot be looked at.
+        ValueError: See `check_own_file`.
+    """
+    for found in folder.rglob("*"):
+        if found.is_symlink() or not found.is_dir():
+            check_own_file(found)
+
+
+def open_to_append(path: Path) -> IO[str]:
+    """The text file at `path`, made where there is none; what is written goes to its end.
+
+    Raises:
+        OSError: It cannot be opened; links are not followed.
+        ValueError: See `check_own_file`.
+    """
+    descriptor = os.open(
+        path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_FOLLOWING | NOT_WAITING, 0o666
+    )
+    try:
+        check_own_file(path)
+        return os.fdopen(descriptor, "a", encoding="utf-8")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def check_size(path: Path, at_most: int | None = None) -> None:
@@ -80,10 +164,28 @@ def parsed_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from err
 
 
+def check_json(text: str) -> None:
+    """Whether `text` is JSON that can be read by anyone; NaN and infinity may be in it.
+
+    Raises:
+        ValueError: It is no JSON, nested too deeply, or has numbers that do not fit anywhere.
+    """
+    try:
+        _not_too_deep(json.loads(text))
+    except RecursionError as err:
+        raise ValueError("nested too deeply") from err
+
+
 def _not_too_deep(content: _T) -> _T:
-    """`content`, which others may follow by recursion."""
+    """`content`, which others may follow by recursion, and whose numbers others may convert."""
     level: list[object] = [content]
     for _ in range(MAX_DEPTH):
+        for value in level:
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:
+                raise ValueError(f"a whole number of {value.bit_length()} bits")
+            for text in value if isinstance(value, dict) else (value,):
+                if isinstance(text, str):
+                    text.encode()  # raises ValueError where it is half a character
         level = [
             inner
             for value in level
@@ -93,6 +195,19 @@ def _not_too_deep(content: _T) -> _T:
         if not level:
             return content
     raise ValueError("nested too deeply")
+
+
+def check_numbers(content: object) -> None:
+    """Whether all numbers in `content` can be multiplied and divided by one another.
+
+    Raises:
+        ValueError: One is not finite, or of no size that anything measured has.
+    """
+    if isinstance(content, dict | list | tuple):
+        for inner in content.values() if isinstance(content, dict) else content:
+            check_numbers(inner)
+    elif isinstance(content, float) and content and not LEAST <= abs(content) <= MOST:
+        raise ValueError(f"{content} is no number that anything measured has")
 
 
 def _finite(number: str) -> float:
@@ -106,10 +221,10 @@ def parsed_toml(text: str) -> dict[str, Any]:
     """What `text` says.
 
     Raises:
-        ValueError: It is no TOML, or nested deeper than Python follows.
+        ValueError: It is no TOML, nested deeper than Python follows, or has numbers that are none.
     """
     try:
-        return _not_too_deep(tomllib.loads(text))
+        return _not_too_deep(tomllib.loads(text, parse_float=_finite))
     except RecursionError as err:
         raise ValueError("nested too deeply") from err
 

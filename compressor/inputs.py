@@ -16,6 +16,7 @@ from compressor.errors import (
     RunFolderError,
     TaskError,
 )
+from compressor.sqlite import check_database
 from compressor.user_code import check_can_be_found, is_installed
 
 LIBRARIES = ("torchvision", "timm")  # whose networks have names, which a file may give itself
@@ -34,7 +35,6 @@ REFUSED_BEGINNINGS = {
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 )
-SQLITE = b"SQLite format 3\0"  # what such a file begins with
 
 
 def check_file(path: Path, what: str, error: type[CompressorError]) -> None:
@@ -184,7 +184,7 @@ def loose_images(parent: Path) -> list[Path]:
     return sorted(
         path for path in parent.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        and not path.is_dir()
+        and path.is_file()
     )  # fmt: skip
 
 
@@ -228,16 +228,7 @@ def check_study(path: Path) -> None:
     Raises:
         RunFolderError: There is no file, or one of another kind.
     """
-    try:
-        if not path.is_file():
-            raise RunFolderError(f"No study at {path}: no run was begun in {path.parent}.")
-        with path.open("rb") as file:
-            if file.read(len(SQLITE)) != SQLITE:  # Optuna would make a study of an empty file
-                raise RunFolderError(
-                    f"{path} holds no study of compress: it is not an SQLite file."
-                )
-    except OSError as err:
-        raise RunFolderError(f"{path} cannot be read: {err.strerror}.") from err
+    check_database(path)
 
 
 def check_has_dashboard() -> None:

@@ -12,7 +12,7 @@ from compressor.budget import Budget
 from compressor.config import Config
 from compressor.corrections import taught_by_files, taught_by_finalists, worth
 from compressor.environment import describe_environment
-from compressor.errors import DeviceError, InterruptedRunError, RunFolderError
+from compressor.errors import CompressorError, DeviceError, InterruptedRunError, RunFolderError
 from compressor.exporter import whole_inputs
 from compressor.finalists import (
     Finalists,
@@ -136,6 +136,7 @@ def resume(
     folder = RunFolder(path)
     config = config_of(path, trust=trust)
     if (path / run_folder.RESULT).is_file():
+        folder.tidy()
         return run_folder.read_result(path)
     if config.pareto and folder.is_finished_front:
         return in_order(run_folder.read_result(point.parent) for point in folder.points)
@@ -345,6 +346,7 @@ def finish_front(run: Run, searched: Searched) -> tuple[Result, ...]:
     for n, band in enumerate(every_band):
         point = run.within(f"point-{n + 1}", run.job.config.as_toml())
         if (point.folder.path / run_folder.RESULT).is_file():
+            point.folder.forget_unfinished()  # (of one that was killed in doing so)
             results.append(run_folder.read_result(point.folder.path))
             continue
         finalists = choose(run.job, band, run.bench, run.on_progress, run.budget)
@@ -391,3 +393,8 @@ def _what_is_kept(folder: RunFolder) -> Iterator[None]:
         if isinstance(err, OSError):
             raise RunFolderError(f"{folder.path} cannot be written: {err}. {kept}.") from err
         raise InterruptedRunError(f"Stopped. {kept}.") from err
+    except Exception as err:
+        if not isinstance(err, CompressorError):
+            logger.exception("an error that nobody expected")
+            err.add_note(f"Its traceback is in {folder.path / run_folder.LOG}.")
+        raise

@@ -21,10 +21,11 @@ import filelock
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
+from compressor import files
 from compressor.errors import ConfigError, RunFolderError
-from compressor.files import parsed_json, parsed_toml, read_text, write_whole
 from compressor.goals import MAX_LATENCY
 from compressor.inputs import check_writable
+from compressor.printable import PrintableFormatter
 
 if TYPE_CHECKING:
     from compressor.values import Result, Side
@@ -56,14 +57,11 @@ class RunFolder:
         """No other process works in the folder meanwhile; a process that died holds no lock.
 
         Raises:
-            RunFolderError: One does; or there are links in it, that lead out of it perhaps.
+            RunFolderError: One does; or there are links in it, that lead out of it perhaps, or
+                what is neither file nor folder.
         """
-        links = [found for found in self.path.rglob("*") if found.is_symlink()]
-        if links:
-            raise RunFolderError(
-                f"{links[0]} is a link; what is written there could go anywhere. Remove it."
-            )
         try:
+            files.check_own_files(self.path)
             lock = filelock.FileLock(self.unfinished / LOCK, timeout=0)
             lock.acquire()
         except filelock.Timeout as err:
@@ -72,7 +70,11 @@ class RunFolder:
             ) from err
         except OSError as err:
             raise RunFolderError(f"{self.path} cannot be locked: {err}.") from err
+        except ValueError as err:
+            raise RunFolderError(f"{err}.") from err
         try:
+            for partial in (*self.path.glob(files.PARTIAL), *self.unfinished.glob(files.PARTIAL)):
+                partial.unlink(missing_ok=True)  # of a process that was killed
             yield
         finally:
             lock.release()
@@ -104,7 +106,7 @@ class RunFolder:
         for name in (MODEL_ONNX, MODEL_PT):
             kept = self.unfinished / ASIDE / name
             if kept.is_file():
-                write_whole(self.path / name, kept.read_bytes())
+                files.write_whole(self.path / name, kept.read_bytes())
             else:
                 (self.path / name).unlink(missing_ok=True)
 
@@ -112,10 +114,20 @@ class RunFolder:
         """Removes what is only needed to go on."""
         shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
 
+    def tidy(self) -> None:
+        """Removes from a finished run what one that was killed in its last moment has left.
+
+        Raises:
+            RunFolderError: See `locked`.
+        """
+        if (self.path / UNFINISHED).exists():
+            with self.locked():
+                self.forget_unfinished()
+
     def write_manifest(self, environment: Mapping[str, object]) -> None:
         """What the run follows from, so that `check` can tell whether it still does."""
         content = {"schema": SCHEMA, **self._with_config(environment)}
-        write_whole(self.path / MANIFEST, json.dumps(content, indent=2) + "\n")
+        files.write_whole(self.path / MANIFEST, json.dumps(content, indent=2) + "\n")
 
     def check(self, environment: Mapping[str, object], *, force: bool) -> None:
         """Whether a run that goes on is still the run that was begun.
@@ -155,7 +167,7 @@ class RunFolder:
         """
         file = self.path / MANIFEST
         try:
-            content = parsed_json(read_text(file))
+            content = files.parsed_json(files.read_text(file))
         except FileNotFoundError as err:
             raise RunFolderError(
                 f"{self.path} has no {MANIFEST}: no run was begun there, or it was stopped before "
@@ -221,16 +233,16 @@ class RunFolder:
 
         buffer = io.BytesIO()
         torch.save(dict(content), buffer)
-        write_whole(self.path / MODEL_PT, buffer.getvalue())
+        files.write_whole(self.path / MODEL_PT, buffer.getvalue())
 
     def write_report(self, page: str) -> None:
         """`report.html`."""
-        write_whole(self.path / REPORT, page)
+        files.write_whole(self.path / REPORT, page)
 
     def write_result(self, result: "Result") -> None:
         """`result.json`; written last, so a folder that has one is complete."""
         text = json.dumps(to_json(result), indent=2, allow_nan=False) + "\n"
-        write_whole(self.path / RESULT, text)
+        files.write_whole(self.path / RESULT, text)
 
 
 def create(wanted: Path | None, default_name: str, settings: Mapping[str, object]) -> RunFolder:
@@ -253,7 +265,7 @@ def create(wanted: Path | None, default_name: str, settings: Mapping[str, object
         else:
             path = wanted
             path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / CONFIG, tomli_w.dumps(dict(settings)))
+        files.write_whole(path / CONFIG, tomli_w.dumps(dict(settings)))
     except OSError as err:
         raise RunFolderError(f"The run folder cannot be written: {err}.") from err
     return RunFolder(path)
@@ -267,7 +279,7 @@ def read_settings(path: Path) -> dict[str, object]:
     """
     file = path / CONFIG
     try:
-        content = parsed_toml(read_text(file))
+        content = files.parsed_toml(files.read_text(file))
     except (FileNotFoundError, NotADirectoryError) as err:
         raise RunFolderError(f"{path} has no {CONFIG}: no run was begun there.") from err
     except (OSError, ValueError) as err:
@@ -304,9 +316,13 @@ def _listed(folder: Path) -> list[Path]:
 @contextlib.contextmanager
 def logged(folder: RunFolder) -> Iterator[None]:
     """Everything compressor logs goes to the folder's `log.txt` meanwhile."""
-    handler = logging.FileHandler(folder.path / LOG, encoding="utf-8")
+    try:
+        file = files.open_to_append(folder.path / LOG)
+    except (OSError, ValueError) as err:
+        raise RunFolderError(f"{folder.path / LOG} cannot be written: {err}.") from err
+    handler = logging.StreamHandler(file)
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("compressor")
     level = package.level
     package.addHandler(handler)
@@ -317,6 +333,8 @@ def logged(folder: RunFolder) -> Iterator[None]:
         package.setLevel(level)
         package.removeHandler(handler)
         handler.close()
+        with contextlib.suppress(OSError):  # a full disk
+            file.close()
 
 
 def read_result(path: Path) -> "Result":
@@ -329,11 +347,12 @@ def read_result(path: Path) -> "Result":
     if not file.is_file():
         raise RunFolderError(f"{path} has no {RESULT}: no run there, or one that is not finished.")
     try:
-        content = parsed_json(read_text(file))
+        content = files.parsed_json(files.read_text(file))
         found = content.pop("schema", None) if isinstance(content, dict) else None
         if found != SCHEMA:
             raise RunFolderError(f"{file} has schema {found}; this version reads {SCHEMA}.")
         result = _as_json().validate_python(content | {"out": path})
+        files.check_numbers(to_json(result))
         if not all(_are_positive(side) for side in (result.original, result.compressed) if side):
             raise ValueError("a network of no size, or of no time")
         if result.compressed and (result.original.metric is None) != (

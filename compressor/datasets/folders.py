@@ -108,7 +108,7 @@ def _walk(folder: Path, around: tuple[Path, ...], found: list[tuple[str, list[Pa
             n_hidden += path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
         elif path.is_dir():
             n_hidden += _walk(path, (*around, real), found)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():  # no pipe
             files.append(path)
     found.append((str(folder), files))
     return n_hidden

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from compressor.graph.labels import CHANNELS, HEADS
-from compressor.graph.moves import order_of
+from compressor.graph.moves import dims_after_index, order_of
 from compressor.graph.per_channel import over_channels
 from compressor.graph.record import Call, all_equal, tensor_dim
 from compressor.graph.states import (
@@ -156,6 +156,14 @@ def along_one(call: Call) -> Outcome:
     return [state_of(call, axes | {dim: replace(axes[dim], labels=part)}, "") for part in parts]
 
 
+def indexed(call: Call) -> Outcome:
+    """`x[:, places]`, where neither heads nor channels are what is picked."""
+    axes, dims = axes_of(call.state(call.args["self"])), dims_after_index(call)
+    if dims is None or not axes.keys() <= set(dims):
+        return None
+    return state_of(call, {dims.index(dim): axis for dim, axis in axes.items()}, "")
+
+
 def expand(call: Call) -> Outcome:
     """Repeats along dimensions of size 1."""
     source = next(call.tensors())
@@ -183,12 +191,15 @@ def elementwise(call: Call) -> Outcome:
         return None
     axes: Axes = {}
     operands = [(t, call.state(t), out.ndim - t.ndim) for t in call.tensors()]
-    if any(isinstance(state, Channels) for _, state, _ in operands):
-        return None
     for _, state, shift in operands:
+        if isinstance(state, Channels):
+            continue
         for axis in axes_of(state).values():
             if not meet(call, axes, replace(axis, dim=axis.dim + shift)):
                 return None
+    for _, state, shift in operands:
+        if isinstance(state, Channels) and not _with_heads(call, axes, state, state.dim + shift):
+            return None
     for dim, axis in axes.items():
         for tensor, state, shift in operands:
             size = tensor.shape[dim - shift] if dim >= shift else 1
@@ -201,6 +212,17 @@ def elementwise(call: Call) -> Outcome:
             else:
                 call.lock(axis.labels, f"{call.where} ties it to what cannot be pruned")
     return state_of(call, axes, "")
+
+
+def _with_heads(call: Call, axes: Axes, state: Channels, dim: int) -> bool:
+    """Ties one channel for each head (a shift, a gate) to the heads along `dim`, if there are any.
+
+    Such a channel goes with its head, and not without.
+    """
+    if dim not in axes or axes[dim].side != HEADS or len(axes[dim].labels) != len(state.labels):
+        return False
+    call.labels.lock(state.labels, f"{call.where} ties it to a whole head", CHANNELS)
+    return meet(call, axes, Axis(dim, state.labels, HEADS))
 
 
 def over_dims(call: Call) -> Outcome:
@@ -277,9 +299,20 @@ def attention(call: Call) -> Outcome:
         call.lock(out.pop(1).labels, f"{call.where} ties it to what cannot be pruned")
     for other in call.tensors():
         if all(other is not each for each in given):  # a mask
-            if isinstance(call.state(other), (Channels, Grid)):
+            state, dim = call.state(other), other.ndim - 3
+            if (
+                isinstance(state, Channels)
+                and state.dim == dim
+                and _with_heads(call, out, state, 1)
+            ):
+                continue
+            if isinstance(state, (Channels, Grid)):
                 return None
-            if 1 in out and other.ndim > 2 and other.shape[-3] != 1:
+            if 1 not in out or dim < 0 or other.shape[dim] == 1:
+                continue
+            if isinstance(state, Weight):
+                call.place(state, dim, out[1].labels, Role.PER_CHANNEL)
+            else:
                 call.lock(out[1].labels, f"{call.where} ties it to what cannot be pruned")
     query, key, values = (each.get(channel_dim) for each in states)
     if query and key and query.side == key.side and call.args.get("scale") is not None:
@@ -312,7 +345,7 @@ RULES: dict[str, Callable[[Call], Outcome]] = {
     "view": view, "_unsafe_view": view, "reshape": view, "_reshape_alias": view, "squeeze": view,
     "unsqueeze": view, "permute": permute, "transpose": permute, "t": permute, "select": select,
     "unbind": select, "slice": along_one, "split": along_one,
-    "split_with_sizes": along_one, "expand": expand, "cat": cat, "bmm": product,
+    "split_with_sizes": along_one, "index": indexed, "expand": expand, "cat": cat, "bmm": product,
     "_scaled_dot_product_flash_attention_for_cpu": attention, "native_layer_norm": layer_norm,
     "mean": over_dims, "sum": over_dims, "amax": over_dims, "linalg_vector_norm": over_dims,
     "_softmax": over_dims, "_safe_softmax": over_dims,

@@ -58,14 +58,17 @@ class Labels:
 
     Attributes:
         heads: Labels of heads that are worked on one by one.
+        weight_nodes: Node of a program, a dimension of its output, the size of that, and the
+            dimension of a parameter that runs along it.
     """
 
     n_labels: int = 0
     joins: list[tuple[IndexArray, IndexArray, int | None]] = field(default_factory=list)
-    locks: list[tuple[IndexArray, str]] = field(default_factory=list)
+    locks: list[tuple[IndexArray, str, int | None]] = field(default_factory=list)
     slots: dict[tuple[str, int], Slot] = field(default_factory=dict)
     readings: list[tuple[str, int, int, int, IndexArray]] = field(default_factory=list)
     nodes: list[tuple[str, int, IndexArray]] = field(default_factory=list)
+    weight_nodes: list[tuple[str, int, int, str, int]] = field(default_factory=list)
     heads: list[IndexArray] = field(default_factory=list)
     partings: list[Parting] = field(default_factory=list)
 
@@ -110,9 +113,15 @@ class Labels:
             parting.is_tied = is_tied
             self.join(parting.flat, parting.channels if is_tied else parting.heads, HEADS)
 
-    def lock(self, labels: IndexArray, because: str) -> None:
-        """Labels that may not be removed; the first reason given is the one that is told."""
-        self.locks.append((labels.ravel(), because))
+    def lock(self, labels: IndexArray, because: str, side: int | None = None) -> None:
+        """Labels that may not be removed; the first reason given is the one that is told.
+
+        Args:
+            labels: Of channels.
+            because: In words.
+            side: Where; None is on both sides.
+        """
+        self.locks.append((labels.ravel(), because, side))
 
     def place(
         self, name: str, dim: int, shape: tuple[int, ...], role: Role, labels: IndexArray
@@ -133,6 +142,10 @@ class Labels:
                 self.lock(slot.labels, locked_tensors[slot.name])
         for parting in self.partings:
             self.settle(parting, is_tied=False)
+        for node, dim, size, name, own_dim in self.weight_nodes:
+            placed = self.slots.get((name, own_dim))
+            if placed is not None and len(placed.labels) == size:
+                self.nodes.append((node, dim, placed.labels))
         found = self._groups_on(CHANNELS)
         if self.heads:
             found += self._groups_on(HEADS)
@@ -143,7 +156,7 @@ class Labels:
         channel_of = self._components(side)
         slots = list(self.slots.values())
         reasons: dict[int, str] = {}
-        for labels, because in self.locks:
+        for labels, because in (lock[:2] for lock in self.locks if lock[2] in (None, side)):
             for channel in np.unique(channel_of[labels]).tolist():
                 reasons.setdefault(channel, because)
         positions = _positions([channel_of[slot.labels] for slot in slots])

@@ -85,8 +85,12 @@ def linear(call: Call) -> Outcome:
     else:
         source, matrix, argument = call.args["mat1"], call.args["mat2"], 1
     state, weight = call.state(source), call.state(matrix)
-    if not isinstance(weight, Weight) or isinstance(state, Weight):
+    if not isinstance(weight, Weight):
         return call.unknown()
+    if isinstance(state, Weight):
+        if any(name in call.record.parameters for name, _ in state.sources):
+            return call.unknown()
+        call.record.lock_tensors(state, f"{call.where} reads it")  # a buffer: coordinates, say
     if isinstance(state, Channels) and state.dim != source.ndim - 1:
         return call.unknown()
     inner, full = (1, 0) if call.name == "linear" else (0, 1)

@@ -7,13 +7,14 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from compressor.graph.labels import CHANNELS, HEADS
 from compressor.graph.layers import labels_read
 from compressor.graph.per_channel import elementwise
 from compressor.graph.record import Call, all_equal, tensor_dim
-from compressor.graph.states import Axis, Channels, Grid, Outcome
+from compressor.graph.states import Axis, Channels, Grid, Outcome, labels_of
 from compressor.values import IndexArray
 
 _WHOLE = slice(None)
@@ -288,6 +289,30 @@ def over_others(call: Call) -> Outcome:
     if not dims or state.dim in {tensor_dim(d, source.ndim) for d in dims}:
         return call.unknown()
     return state
+
+
+def indexed(call: Call) -> Outcome:
+    """`x[:, places]`, where channels are not what is picked."""
+    state, dims = call.state(call.args["self"]), dims_after_index(call)
+    if not isinstance(state, Channels) or dims is None or state.dim not in dims:
+        return call.unknown()
+    return Channels(dims.index(state.dim), state.labels)
+
+
+def dims_after_index(call: Call) -> list[int | None] | None:
+    """For each dimension of `x[places]` that of `x`, or None where places are picked.
+
+    None altogether where places are said by a mask, or by channels.
+    """
+    places = call.args["indices"]
+    picked = [dim for dim, place in enumerate(places) if place is not None]
+    tensors = [places[dim] for dim in picked]
+    if any(t.dtype in (torch.bool, torch.uint8) or labels_of(call.state(t)) for t in tensors):
+        return None
+    rest = [dim for dim in range(call.args["self"].ndim) if dim not in picked]
+    are_neighbours = picked == list(range(picked[0], picked[-1] + 1))
+    at = picked[0] if are_neighbours else 0
+    return [*rest[:at], *[None] * max(t.ndim for t in tensors), *rest[at:]]
 
 
 def picked(call: Call) -> Outcome:

@@ -84,6 +84,8 @@ class Call:
         self, weight: Weight, dim: int, labels: IndexArray, role: Role, macs_per_number: int = 0
     ) -> None:
         """Says that `labels` run along dimension `dim` of a weight."""
+        if len(labels) > 1 and all(dims[dim] is None for _, dims in weight.sources):
+            self.lock(labels, f"{self.where} ties it to what cannot be pruned")
         for name, dims in weight.sources:
             own_dim = dims[dim]
             if own_dim is not None:
@@ -241,6 +243,13 @@ class Record(TorchDispatchMode):
     def note(self, node: fx.Node, value: Any) -> None:
         """Where channels lie in what a node of an fx graph returned."""
         state = self.states.get(value) if isinstance(value, Tensor) else None
+        if isinstance(state, Weight) and node.op == "call_function":
+            self.labels.weight_nodes += [
+                (node.name, dim, value.shape[dim], name, own_dim)
+                for name, dims in state.sources
+                for dim, own_dim in enumerate(dims)
+                if own_dim is not None
+            ]
         for dim, labels in places_of(state):
             self.labels.nodes.append((node.name, dim, labels))
 

@@ -5,6 +5,7 @@ output) after joining and locking labels. What has no rule locks what it reads: 
 locked, never guessed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -15,9 +16,11 @@ from compressor.graph.moves import (
     cat,
     channel_shuffle,
     copied,
+    dims_after_index,
     expand,
     fold,
     glu,
+    indexed,
     order_of,
     over_others,
     pad,
@@ -111,11 +114,17 @@ def _without_channels(
     """Weights stay weights under views and functions of each element; the rest is fixed."""
     weights = [state for state in states if isinstance(state, Weight)]
     fixed = [state for state in states if isinstance(state, Fixed)]
+    if call.name == "index" and isinstance(states[0], Weight):
+        left = dims_after_index(call)
+        if left is not None and not any(map(depends_on_input, states)):
+            for places in weights[1:]:
+                call.record.lock_tensors(places, f"{places.sources[0][0]} is used by {call.where}")
+            return states[0].through(left)
     if weights and not fixed and isinstance(call.out, Tensor):
         if is_pointwise or call.name in POINTWISE:
             return _pointwise_weight(call)
         if len(weights) == 1:
-            dims = _view_dims(call)
+            dims = _view_dims(call, weights[0])
             if dims is not None:
                 return weights[0].through(dims)
     for weight in weights:
@@ -129,6 +138,7 @@ def _pointwise_weight(call: Call) -> Outcome:
     """Each element of the output depends on one element of each weight."""
     n_dims = call.out.ndim
     sources: list[tuple[str, tuple[int | None, ...]]] = []
+    blank: set[int] = set()  # dimensions of some weight's own that no dimension of it runs along
     for tensor in call.tensors():
         state, shift = call.state(tensor), call.out.ndim - tensor.ndim
         if isinstance(state, Weight):
@@ -137,35 +147,49 @@ def _pointwise_weight(call: Call) -> Outcome:
                 for d in range(n_dims)
             ]
             sources += state.through(dims).sources
+            blank |= {d for d, own in enumerate(dims) if own is not None
+                      and not state.runs_along(own)}  # fmt: skip
         elif tensor.numel() > 1:
             return call.unknown(f"{call.where} combines it with a constant")
-    return Weight(tuple(sources))
+    made = Weight(tuple(sources))
+    if any(made.runs_along(d) for d in blank):
+        return call.unknown(f"{call.where} combines it with a constant")
+    return made
 
 
-def _view_dims(call: Call) -> Sequence[int | None] | None:
+def _view_dims(call: Call, weight: Weight) -> Sequence[int | None] | None:
     """For each dimension of a view, the viewed one; None if this is more than a view."""
     source = next(call.tensors())
     if call.name in ("permute", "transpose", "t"):
         return order_of(call, source)
-    is_view = call.name in VIEWS
     if call.name == "repeat":  # `Labels.untiled` tells the copies by their number
         shift = call.out.ndim - source.ndim
         return [
             d - shift if d >= shift and source.shape[d - shift] > 1 else None
             for d in range(call.out.ndim)
         ]
-    sizes = [n for n in source.shape if n != 1]
+    if call.name == "expand":
+        shift = call.out.ndim - source.ndim
+        return [
+            d - shift if d >= shift and source.shape[d - shift] == n else None
+            for d, n in enumerate(call.out.shape)
+        ]
     if call.name == "select":  # a row of a stacked parameter
         gone = tensor_dim(call.args["dim"], source.ndim)
         return [d for d in range(source.ndim) if d != gone]
-    if not is_view or sizes != [n for n in call.out.shape if n != 1]:
+    if call.name not in VIEWS or source.numel() != call.out.numel():
         return None
-    rest = [d for d, n in enumerate(source.shape) if n != 1]
-    return [None if n == 1 else rest.pop(0) for n in call.out.shape]
+    old, new = ([(math.prod(shape[:d]), n) for d, n in enumerate(shape)]
+                for shape in (source.shape, call.out.shape))  # fmt: skip
+    whole = {place: d for d, place in enumerate(old) if place in new and place[1] != 1}
+    if any(n != 1 and weight.runs_along(d) and d not in whole.values()
+           for d, (_, n) in enumerate(old)):  # fmt: skip
+        return None
+    return [whole.get(place) for place in new]
 
 
 VIEWS = frozenset({
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "expand",
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze",
     "detach", "alias", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy",
 })  # fmt: skip
 # Element by element, though ATen does not tag them so.
@@ -204,7 +228,7 @@ RULES: dict[str, Rule] = {
     "split": split, "split_with_sizes": split, "unsafe_split": split, "cat": cat, "stack": stack,
     "constant_pad_nd": pad, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
     "channel_shuffle": channel_shuffle, "native_channel_shuffle": channel_shuffle, "glu": glu,
-    "index_select": unchanged_elsewhere, "sort": unchanged_elsewhere,
+    "index": indexed, "index_select": unchanged_elsewhere, "sort": unchanged_elsewhere,
     "topk": unchanged_elsewhere, "flip": over_others, "roll": over_others, "median": over_dims,
     "nanmedian": over_dims, "kthvalue": over_dims, "mode": over_dims, "copy": copied,
     "im2col": unfold, "col2im": fold, "gather": picked, "max_unpool2d": picked,

@@ -70,6 +70,10 @@ class Weight:
 
     sources: tuple[tuple[str, tuple[int | None, ...]], ...]
 
+    def runs_along(self, dim: int) -> bool:
+        """Whether a dimension of a source runs along that of this tensor."""
+        return any(own[dim] is not None for _, own in self.sources)
+
     def through(self, dims: Sequence[int | None]) -> "Weight":
         """The view whose dimension `i` is dimension `dims[i]` of this one."""
         return Weight(tuple(

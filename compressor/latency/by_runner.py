@@ -5,11 +5,17 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-from compressor.errors import DeviceLostError, MeasurementError, UnreachableError
+from compressor.errors import (
+    DeviceLostError,
+    MeasurementError,
+    ProtocolError,
+    UnreachableError,
+)
 from compressor.latency import runner, timing
 from compressor.latency.given import Given, as_file, whole_numbers
 from compressor.latency.host import Host, LocalHost
@@ -29,6 +35,39 @@ START_S = 30.0  # of small requests, which may find the runner not yet started
 _KERNELS, _PAIR = TypeAdapter(tuple[KernelTime, ...]), TypeAdapter(SessionPair)
 _MEASURED = tuple(field.name for field in fields(SessionPair) if field.name != "interleaved")
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Figure = Annotated[float, Field(allow_inf_nan=False)]
+T = TypeVar("T")
+
+
+# What is read of these answers; more may stand in them.
+class _Gpu(TypedDict, total=False):
+    name: str
+
+
+class _Hello(TypedDict, total=False):
+    version: str
+    machine: str
+    model: str
+    instruction_set: str
+    gpu: _Gpu | None
+
+
+class _State(TypedDict, total=False):
+    clocks: dict[str, Figure]
+    governor: str
+    power_mode: str
+    throttled: str
+    busy_ticks: Count
+    stolen_ticks: Count
+
+
+class _Built(TypedDict, total=False):
+    warnings: list[str]
+
+
+_HELLO, _STATE, _BUILT = TypeAdapter(_Hello), TypeAdapter(_State), TypeAdapter(_Built)
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +86,8 @@ class RunnerDevice:
     def describe(self) -> Mapping[str, Any]:
         """See `Device.describe`."""
         hello = self._runner.begin()
-        state = self._runner.ask({"do": "state"}, limit_s=START_S)
+        self._checked(_HELLO, hello)
+        state = self._state()
         described = {"host": self._host.label, **hello, "state": state}
         return checked_machine(self._host, described, mismatch(self._target, hello))
 
@@ -71,9 +111,9 @@ class RunnerDevice:
                 "n_warmup": N_WARMUP_GPU if self._on_gpu else effort.n_warmup,
                 "warmup_s": WARMUP_GPU_S if self._on_gpu else effort.warmup_s,
             }
-            before = self._runner.ask({"do": "state"}, limit_s=START_S)
+            before = self._state()
             pair = timing.compare(partial(self._time_pair, request), effort, seed=seed)
-            after = self._runner.ask({"do": "state"}, limit_s=START_S)
+            after = self._state()
         finally:
             if files[1] != files[0]:
                 self._forget(files[1])
@@ -154,7 +194,27 @@ class RunnerDevice:
             return _PAIR.validate_python({key: answer[key] for key in _MEASURED})
         except (KeyError, TypeError, ValueError) as err:
             raise MeasurementError(
-                f"{self._host.label} answered without times: {str(dict(answer))[:200]}"
+                f"{self._host.label} answered without times: {sorted(answer)!r:.200}"
+            ) from err
+
+    def _state(self) -> Mapping[str, Any]:
+        state = self._runner.ask({"do": "state"}, limit_s=START_S)
+        self._checked(_STATE, state)
+        return state
+
+    def _checked(self, form: TypeAdapter[T], answer: Mapping[str, Any]) -> T:
+        """What is read of an answer.
+
+        Raises:
+            ProtocolError: It has another form.
+        """
+        try:
+            return form.validate_python(answer)
+        except ValidationError as err:
+            fault = err.errors()[0]
+            raise ProtocolError(
+                f"{self._host.label} answered {'.'.join(map(str, fault['loc']))} = "
+                f"{fault['input']!r:.120}: {fault['msg']}."
             ) from err
 
     def _built(self, file: str) -> str:
@@ -166,7 +226,7 @@ class RunnerDevice:
                 {"do": "build", "model": file, "engine": engine, "options": self._options()},
                 limit_s=self._target.build_limit_s,
             )
-            for remark in reply.get("warnings", ()):
+            for remark in self._checked(_BUILT, reply).get("warnings", ()):
                 logger.warning("%s", remark)
             self._engines[file] = engine
         return self._engines[file]

@@ -19,7 +19,6 @@ multicore architectures. Communications of the ACM 52(4), 2009.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 
 import onnx
 import onnxruntime
@@ -27,6 +26,7 @@ from google.protobuf.message import DecodeError
 
 from compressor.errors import ConfigError, MeasurementError
 from compressor.latency.onnxruntime import CPU, ORT_ERRORS
+from compressor.scratch import Scratch
 from compressor.values import Basis, Latency, PairedLatency, Roofline, Target
 
 # Share of the peak that whole networks reach: reported are 69 % (ResNet-18, Jetson Nano, FP16)
@@ -178,7 +178,7 @@ def _inferred(model: onnx.ModelProto, weights: Mapping[str, tuple[int, ...]], st
 
 
 def _constants_folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    with TemporaryDirectory() as folder:
+    with Scratch() as folder:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = f"{folder}/folded.onnx"

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from compressor.errors import TimeLimitError
+from compressor.scratch import Scratch
 
 THIS_MACHINE = "this machine"
 
@@ -92,7 +92,7 @@ class LocalHost:
 
     def __init__(self) -> None:
         self.cache = str(local_cache())
-        self._work = tempfile.TemporaryDirectory(prefix="compressor-")
+        self._work = Scratch()
 
     def run(self, command: Sequence[str], *, limit_s: float, stdin: bytes = b"") -> Done:
         """See `Host.run`; the command's whole process group ends with it."""
@@ -114,7 +114,7 @@ class LocalHost:
         with log.open("wb") as errors:
             return subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                start_new_session=True,
+                start_new_session=True, env={**os.environ, "TMPDIR": self._work.name},
             )  # fmt: skip
 
     def put(self, content: bytes, name: str) -> str:

@@ -4,12 +4,12 @@ A runtime that crashes, hangs or eats all memory takes the runner's process with
 else; the next request starts a fresh one.
 """
 
+import contextlib
 import json
 import logging
 import queue
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,10 +30,12 @@ from compressor.errors import (
 from compressor.files import parsed_json
 from compressor.latency import runner
 from compressor.latency.host import end_group
+from compressor.scratch import PREFIX, Scratch
 
 START_LIMIT_S = 90.0  # a board with a slow card needs this long to import numpy
-MAX_LINE_BYTES = 64 * 2**20
-N_LOG_CHARACTERS = 2000
+MAX_LINE_BYTES = 16 * 2**20
+N_UNREAD = 2  # lines that wait; an answer, and the end
+N_LOG_CHARACTERS = 2000  # of what a runner complains of; it may be any amount
 
 ERRORS: Mapping[str, type[CompressorError]] = {
     runner.UNSUPPORTED: UnsupportedModelError,
@@ -74,8 +76,8 @@ class Runner:
         self._label = label
         self._lost_because = lost_because
         self._process: subprocess.Popen[bytes] | None = None
-        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._folder = tempfile.TemporaryDirectory(prefix="compressor-runner-")
+        self._lines: queue.Queue[bytes] = queue.Queue(N_UNREAD)
+        self._folder = Scratch(f"{PREFIX}runner-")
 
     def begin(self) -> Mapping[str, Any]:
         """Starts the process where none runs; returns what it says of itself.
@@ -85,7 +87,7 @@ class Runner:
         """
         if self._process is None:
             self._process = self._start(self._log)
-            self._lines = queue.SimpleQueue()
+            self._lines = queue.Queue(N_UNREAD)
             assert self._process.stdout is not None
             threading.Thread(
                 target=_pump, args=(self._process.stdout, self._lines), daemon=True
@@ -113,6 +115,7 @@ class Runner:
             DeviceError: The device is.
         """
         self.begin()
+        self._check_is_quiet()
         assert self._process is not None
         assert self._process.stdin is not None
         try:
@@ -127,6 +130,9 @@ class Runner:
         if self._process is not None:
             end_group(self._process)
             self._process = None
+            with contextlib.suppress(queue.Empty):  # `_pump` may wait for room
+                while True:
+                    self._lines.get_nowait()
 
     def close(self) -> None:
         """Ends the process and removes its log."""
@@ -136,6 +142,21 @@ class Runner:
     @property
     def _log(self) -> Path:
         return Path(self._folder.name) / "stderr.txt"
+
+    def _check_is_quiet(self) -> None:
+        """Raises `ProtocolError` where the runner says something that nobody asked for."""
+        try:
+            line = self._lines.get_nowait()
+        except queue.Empty:
+            return
+        if not line.endswith(b"\n"):  # its end, which the request will find
+            self._lines.put(line)
+            return
+        self.stop()
+        raise ProtocolError(
+            f"{self._label} sent {line[:120]!r}, and nothing was asked; does something else "
+            f"print there?"
+        )
 
     def _answer(self, limit_s: float, what: str) -> Mapping[str, Any]:
         try:
@@ -149,6 +170,12 @@ class Runner:
         except BaseException:
             self.stop()  # Ctrl-C: the answer to this request must not be taken for the next one's
             raise
+        if len(line) >= MAX_LINE_BYTES:
+            self.stop()
+            raise ProtocolError(
+                f"{self._label} sent a line of more than {MAX_LINE_BYTES // 2**20} MiB, which is "
+                f"no answer ({what}): {line[:120]!r}..."
+            )
         if not line.endswith(b"\n"):
             raise self._death(what, line)
         try:
@@ -156,15 +183,18 @@ class Runner:
             if not isinstance(content, dict):
                 raise ValueError("not an object")
             error = content.get("error")
-            kind, message = (error["kind"], error["message"]) if error else ("", "")
+            kind, message = (error["kind"], error["message"]) if error is not None else ("", "")
+            if not isinstance(kind, str) or not isinstance(message, str):
+                raise ValueError("an error of another form")
         except (ValueError, KeyError, TypeError) as err:
             self.stop()
             raise ProtocolError(
                 f"{self._label} answered with {line[:120]!r}, which is no answer ({what}). Does "
                 f"its shell print something when it starts?"
             ) from err
-        if error:
-            raise ERRORS.get(kind, MeasurementError)(f"{message} [{self._label}]")
+        if error is not None:
+            said = message[:N_LOG_CHARACTERS]
+            raise ERRORS.get(kind, MeasurementError)(f"{said} [{self._label}]")
         return content
 
     def _death(self, what: str, rest: bytes) -> CompressorError:
@@ -175,14 +205,15 @@ class Runner:
         except subprocess.TimeoutExpired:
             code = 0
         self.stop()
-        log = self._log.read_text(encoding="utf-8", errors="replace").strip()
+        log = _tail(self._log)
         lost = self._lost_because(code, log)
         if lost is not None:
             return lost
         if what == "starting":
+            said = rest[:N_LOG_CHARACTERS].decode("utf-8", "replace")
             return RuntimeMissingError(
                 f"The runner did not start on {self._label}: "
-                f"{_tail(log) or rest.decode('utf-8', 'replace') or f'exit status {code}'}"
+                f"{log or said or f'exit status {code}'}"
             )
         if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
             return OutOfMemoryError(
@@ -191,11 +222,11 @@ class Runner:
             )
         name = signal.Signals(-code).name if -64 < code < 0 else f"exit status {code}"
         return RuntimeCrashError(
-            f"The runtime's process died on {self._label} ({what}): {name}. {_tail(log)}".strip()
+            f"The runtime's process died on {self._label} ({what}): {name}. {log}".strip()
         )
 
 
-def _pump(pipe: Any, lines: "queue.SimpleQueue[bytes]") -> None:
+def _pump(pipe: Any, lines: "queue.Queue[bytes]") -> None:
     """Every line of `pipe`; then what is left without an end, or nothing."""
     while True:
         try:
@@ -207,5 +238,8 @@ def _pump(pipe: Any, lines: "queue.SimpleQueue[bytes]") -> None:
             return
 
 
-def _tail(log: str) -> str:
-    return log[-N_LOG_CHARACTERS:]
+def _tail(log: Path) -> str:
+    """What the file ends with."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4 * N_LOG_CHARACTERS))  # UTF-8 has 4 bytes at most
+        return file.read().decode("utf-8", "replace").strip()[-N_LOG_CHARACTERS:]

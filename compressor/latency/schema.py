@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import ConfigError, unknown_name
 from compressor.files import parsed_json, parsed_toml, read_text
 from compressor.latency import runner
 from compressor.latency.host import local_cache
 from compressor.latency.profiles import profile_text, user_profiles
+from compressor.printable import checked_text
 
 AUTO = "auto"
 PROBE_SCHEMA = 1
@@ -32,12 +33,15 @@ Provider = Literal[
 ]
 Precision = Literal["fp32", "fp16"]
 Step = Annotated[int, Field(ge=1, le=1024)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=1, le=1e18)]  # a second
+LimitS = Annotated[float, Field(gt=0, le=1e6)]
+MiB = Annotated[int, Field(ge=1, le=2**30)]
+Text = Annotated[str, AfterValidator(checked_text)]
 Evidence = Literal["datasheet", "computed", "measured", "unverified"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _Match(_Section):
@@ -53,7 +57,7 @@ class Runtime(_Section):
     provider: Provider | None = None
     n_threads: int = Field(default=1, ge=1, le=1024)
     precision: Precision = "fp32"
-    trtexec: tuple[str, ...] = TRTEXEC_AT
+    trtexec: tuple[Text, ...] = TRTEXEC_AT
 
     @model_validator(mode="after")
     def _fits(self) -> "Runtime":
@@ -65,7 +69,7 @@ class Runtime(_Section):
 class Reach(_Section):
     """Either what the device reaches at most, or why it cannot."""
 
-    ops_per_s: Positive | None = None
+    ops_per_s: Rate | None = None
     basis: Evidence | None = None
     source: str = ""
     unsupported: str = ""
@@ -100,17 +104,17 @@ class _Onnx(_Section):
 class Memory(_Section):
     """How fast the main memory is, and how large."""
 
-    bytes_per_s: Positive
+    bytes_per_s: Rate
     basis: Evidence
     source: str = Field(min_length=1)
-    mib: int | None = Field(default=None, ge=1)
+    mib: MiB | None = None
 
 
 class _Limits(_Section):
-    workspace_mib: int = Field(default=512, ge=1)
-    memory_mib: int | None = Field(default=None, ge=64)
-    build_s: Positive = 900.0
-    run_s: Positive = 120.0
+    workspace_mib: MiB = 512
+    memory_mib: int | None = Field(default=None, ge=64, le=2**30)
+    build_s: LimitS = 900.0
+    run_s: LimitS = 120.0
 
 
 class _Power(_Section):
@@ -252,4 +256,4 @@ def _first_fault(err: ValueError) -> str:
         return str(err)
     fault = err.errors()[0]
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(map(str, fault['loc']))}: {message} (got {fault['input']!r})"
+    return f"{'.'.join(map(str, fault['loc']))}: {message} (got {fault['input']!r:.120})"

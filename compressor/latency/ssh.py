@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from compressor.errors import (
 from compressor.files import parsed_toml, read_text
 from compressor.latency.host import Done, end_group
 from compressor.latency.profiles import user_profiles
+from compressor.scratch import SHORT, Scratch
 
 SCHEME = "ssh://"
 CONNECTION_FAILED = 255  # ssh's own exit status; the remote command's otherwise
@@ -150,7 +150,7 @@ class SshHost:
         self.label = address.label
         self._address = address
         # Short, because the path of a socket may have 104 characters.
-        self._sockets = tempfile.TemporaryDirectory(prefix="cmp", dir="/tmp")
+        self._sockets = Scratch(SHORT, "/tmp")
         self._errors = Path(self._sockets.name) / "stderr"
         try:
             self._connect()

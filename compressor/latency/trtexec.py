@@ -16,7 +16,6 @@ import math
 import random
 import re
 import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,6 +55,7 @@ from compressor.latency.trtexec_text import (
     read_times,
     run_command,
 )
+from compressor.scratch import PREFIX, Scratch
 from compressor.values import KernelTime, PairedLatency, SessionPair, Target
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class TrtexecRunner:
     def __init__(self, host: Host, target: Target) -> None:
         self._host = host
         self._target = target
-        self._logs = tempfile.TemporaryDirectory(prefix="compressor-lock-")
+        self._logs = Scratch(f"{PREFIX}lock-")
         self._lock: subprocess.Popen[bytes] | None = None
         try:
             if isinstance(host, SshHost):

@@ -8,9 +8,11 @@ import base64
 import gzip
 import html
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 
+from compressor.printable import printable
 from compressor.report import before_and_after
 from compressor.report.clock import clock_of
 from compressor.report.figures import Figure, figures
@@ -97,7 +99,8 @@ def _before_and_after(result: Result) -> list[str]:
 
 def _why(result: Result) -> list[str]:
     step = str(result.environment.get("channel_step", "")).split(" ")[0]
-    said = why(result, int(step) if step.isdigit() else None)
+    is_number = re.fullmatch(r"[1-9][0-9]{0,5}", step)
+    said = why(result, int(step) if is_number else None)
     if not said:
         return []
     return [
@@ -155,7 +158,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def _safe(text: object) -> str:
-    return html.escape(str(text))
+    return html.escape(printable(text))
 
 
 def _data(drawn: Sequence[Figure]) -> str:

@@ -1,16 +1,24 @@
 """A study in a browser, by optuna-dashboard, which is optional."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from compressor.errors import ConfigError
 from compressor.inputs import check_has_dashboard
-from compressor.search.study import reading_storage
+from compressor.search.study_file import reading_storage
 
 HOST = "127.0.0.1"  # a study is nobody else's business
+HOSTS = (HOST, "localhost", "[::1]")  # what this machine is called in a browser
+READING = ("GET", "HEAD")
+SILENCE_S = 10.0  # of a client, until it is left
+HTTP_PORT = 80  # which browsers leave away
+
+App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,55 @@ class Dashboard:
         self._server.serve_forever()
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers each client by itself: one that says nothing keeps nobody waiting."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that go away are nobody's business either."""
+
+
 class _Silent(WSGIRequestHandler):
+    timeout = SILENCE_S
+
     def log_message(self, format: str, *args: object) -> None:
         """Requests are nobody's progress."""
 
 
+def reading_only(app: App, port: int) -> App:
+    """`app`, which answers requests to read that were meant for this machine.
+
+    A page of a stranger whose name was made to lead here is asked for by that name ("DNS
+    rebinding"), and could else read whatever the study says.
+
+    Args:
+        app: Answers.
+        port: Where it is asked.
+    """
+    hosts = {f"{host}:{port}" for host in HOSTS} | (set(HOSTS) if port == HTTP_PORT else set())
+
+    def answer(asked: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if asked.get("HTTP_HOST", "").lower() not in hosts:
+            return _refused(start, "421 Misdirected Request", f"Ask for {HOST}:{port}.")
+        if asked["REQUEST_METHOD"] not in READING:
+            return _refused(start, "405 Method Not Allowed", "Nothing can be changed here.")
+        return app(asked, start)
+
+    return answer
+
+
+def _refused(start: Callable[..., Any], status: str, why: str) -> Iterable[bytes]:
+    body = f"{why}\n".encode()
+    headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+    start(status, headers)
+    return [body]
+
+
 @contextmanager
 def dashboard_of(study: Path, port: int) -> Iterator[Dashboard]:
-    """The study in the file at `study`, opened for reading only.
+    """The study in the file at `study`, which is read anew at every look and never written.
 
     Args:
         study: SQLite; another process may be writing to it.
@@ -50,9 +99,11 @@ def dashboard_of(study: Path, port: int) -> Iterator[Dashboard]:
     check_has_dashboard()
     from optuna_dashboard import wsgi
 
+    app = wsgi(reading_storage(study, is_live=True))
     try:
-        server = make_server(HOST, port, wsgi(reading_storage(study)), handler_class=_Silent)
+        server = make_server(HOST, port, app, _Server, _Silent)
     except (OSError, OverflowError) as err:
         raise ConfigError(f"--port {port}: {err}. Give another one, or 0 for any.") from err
     with server:
+        server.set_app(reading_only(app, server.server_port))
         yield Dashboard(f"http://{HOST}:{server.server_port}/dashboard", server)

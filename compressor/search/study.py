@@ -8,7 +8,6 @@ and speed-up, both larger is better.
 import contextlib
 import logging
 import math
-import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,15 +19,19 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import TypeAdapter
 from sqlalchemy.exc import DatabaseError
-from sqlalchemy.pool import NullPool
 
-from compressor.errors import RunFolderError
-from compressor.inputs import check_study
+from compressor.errors import ForeignStudyError, RunFolderError
 from compressor.search.objective import Correction, Harmed, Problem, TimedPlan, corrected
 from compressor.search.space import SearchSpace
+from compressor.search.study_file import (
+    STUDY_NAME,
+    reading_storage,
+    storage_in,
+    trusted_content,
+)
+from compressor.sqlite import check_free
 from compressor.values import Accuracy, Clock, Original, PairedLatency, Trial
 
-STUDY_NAME = "compress"
 MEASURED = "measured"  # the one user attribute of a trial
 MAX_CORRECTED = 10**6  # trials
 BEFORE, CORRECTIONS, ORIGINAL = "before", "corrections", "original"  # of the study
@@ -59,12 +62,17 @@ class Study:
 
     @classmethod
     def create(cls, path: Path, space: SearchSpace) -> "Study":
-        """A new study in a new file at `path`."""
+        """A new study in a new file at `path`.
+
+        Raises:
+            RunFolderError: Something is there already; or it cannot be written.
+        """
+        check_free(path)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with _written(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
-                storage=_storage(path),
+                storage=storage_in(path),
                 study_name=STUDY_NAME,
                 directions=["maximize", "maximize"],
             )
@@ -78,7 +86,7 @@ class Study:
         A file that was being made then, and cannot be read, is put aside.
 
         Raises:
-            RunFolderError: The study is of another space.
+            RunFolderError: The study is of another space, or was written by something else.
         """
         if not path.exists():
             return None
@@ -86,8 +94,11 @@ class Study:
             return cls.open(path, space)
         try:
             return cls.open(path, space)
+        except ForeignStudyError:
+            raise
         except RunFolderError as err:
             aside = path.with_name(f"{path.name}.broken")
+            path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
             logger.warning("%s It is kept as %s; a new one is begun.", err, aside.name)
             path.replace(aside)
             return None
@@ -99,7 +110,8 @@ class Study:
         Raises:
             RunFolderError: There is no study in it, or one of another space.
         """
-        study = cls(_load(path), space)
+        _ = trusted_content(path)
+        study = cls(_loaded(path, storage_in(path)), space)
         study._trials = list(read_trials(path))
         if any(set(trial.widths) != set(space.names) for trial in study._trials):
             raise RunFolderError(f"The trials in {path} are of another network or target.")
@@ -240,7 +252,7 @@ def _read(what: Path | str) -> Iterator[None]:
         yield
     except (DatabaseError, optuna.exceptions.StorageInternalError) as err:
         raise RunFolderError(f"{what} is broken: {str(err).splitlines()[0]}") from err
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as err:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as err:
         raise RunFolderError(
             f"{what} says what no study of compress says: {type(err).__name__}: {err}."
         ) from err
@@ -283,6 +295,8 @@ def has_begun(path: Path) -> bool:
     """Whether the file at `path` holds what was measured before the first trial."""
     try:
         return path.is_file() and BEFORE in _load(path).user_attrs
+    except ForeignStudyError:
+        raise
     except RunFolderError:  # stopped while the file was made
         return False
 
@@ -342,34 +356,14 @@ def _harm_on_disk(each: Harmed) -> dict[str, object]:
 
 
 def _load(path: Path) -> optuna.Study:
-    check_study(path)
+    """The study in the file at `path` as it is now, in memory."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return optuna.load_study(study_name=STUDY_NAME, storage=_storage(path))
-    except (KeyError, DatabaseError, optuna.exceptions.StorageInternalError) as err:
-        raise RunFolderError(f"{path} holds no study of compress: {err}") from err
+    return _loaded(path, reading_storage(path))
 
 
-def reading_storage(path: Path) -> optuna.storages.RDBStorage:
-    """Of the study in the file at `path`, in which nothing can be changed.
-
-    Raises:
-        RunFolderError: There is no study in it.
-    """
-    _load(path)
-    return _storage(path, mode="ro")
-
-
-def _storage(path: Path, mode: str = "rwc") -> optuna.storages.RDBStorage:
-    """By a connection, not a URL of SQLAlchemy's: a path may hold `?`, `%` or `#`."""
-    url = f"{path.resolve().as_uri()}?mode={mode}"
-    return optuna.storages.RDBStorage(
-        "sqlite://",
-        engine_kwargs={
-            "creator": lambda: sqlite3.connect(url, uri=True), "poolclass": NullPool
-        },
-        skip_table_creation=mode == "ro",
-    )  # fmt: skip
+def _loaded(path: Path, storage: optuna.storages.RDBStorage) -> optuna.Study:
+    with _read(path):
+        return optuna.load_study(study_name=STUDY_NAME, storage=storage)
 
 
 def _trial(frozen: FrozenTrial) -> Trial:

@@ -86,7 +86,7 @@ def test_what_is_written_is_what_is_read(folder: Path) -> None:
             "Unknown --search 'bocrr'. Did you mean 'bocr'",
         ),
         ({"target": "host-cpu", "mean": ["0.5"]}, "mean has 1 values and std 0"),
-        ({"target": "host-cpu", "mean": ["1"], "std": ["0"]}, "above 0"),
+        ({"target": "host-cpu", "mean": ["1"], "std": ["0"]}, "--std: Input should be greater"),
         ({"target": "host-cpu", "mean": ["nan"], "std": ["1"]}, "--mean:.*finite"),
         ({"target": "host-cpu", "mean": ["0"], "std": ["inf"]}, "--std:.*finite"),
         ({"target": "host-cpu", "labels": "non"}, "Unknown --labels 'non'. Did you mean 'none'"),
