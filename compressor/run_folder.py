@@ -1,7 +1,6 @@
 """What is kept on disk. Files are written under another name, synced and renamed.
 
-torch, and the values that need it, are imported where they are used: whether a folder can be
-written or gone on with is told before.
+torch is imported where it is used: whether a folder can be written is told before.
 """
 
 import contextlib
