@@ -69,7 +69,7 @@ def misfit(
     missing = [n for n in expected if n not in own and not n.endswith(COUNTERS)]
     unexpected = [name for name in own if name not in expected]
     reshaped = [
-        f"{name} is {tuple(own[name].shape)}, {arch} has {tuple(expected[name].shape)}"
+        f"{name} is {_said(own[name])}, {arch} has {_said(expected[name])}"
         for name in expected
         if _differ(own.get(name), expected[name])
     ]
@@ -88,17 +88,28 @@ def misfit(
     return f"{path}{where} does not fit {arch}. {said}.{_class_count_hint(arch, own, expected)}"
 
 
+def _shape(tensor: Tensor) -> tuple[int, ...] | None:
+    """None of a nested tensor, whose parts may have several."""
+    return None if tensor.is_nested else tuple(tensor.shape)
+
+
+def _said(tensor: Tensor) -> str:
+    shape = _shape(tensor)
+    return "nested" if shape is None else str(shape)
+
+
 def _differ(one: object, other: object) -> bool:
     """Whether both are tensors, of other shapes."""
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape != other.shape
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and _shape(one) != _shape(other)
 
 
 def _class_count_hint(arch: str, own: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """What to do where nothing but the number of classes differs."""
     other = [name for name in expected if _differ(own.get(name), expected[name])]
-    counts = {own[name].shape[:1] for name in other}
-    tails = all(own[name].shape[1:] == expected[name].shape[1:] for name in other)
-    if arch.partition(":")[0] not in LIBRARIES or len(counts) != 1 or not tails:
+    shapes = [_shape(own[name]) or () for name in other]
+    counts = {shape[:1] for shape in shapes}
+    tails = all(s[1:] == expected[n].shape[1:] for n, s in zip(other, shapes, strict=True))
+    if arch.partition(":")[0] not in LIBRARIES or len(counts) != 1 or counts == {()} or not tails:
         return ""
     (count,) = counts
     return f" It seems to have {count[0]} classes: give --arch-arg num_classes={count[0]}."
