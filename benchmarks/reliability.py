@@ -8,6 +8,7 @@ run goes on. A test that fails counts all of its cases as lost.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,10 +47,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", f"({wanted}) and not slow",
-                   f"--junitxml={report}", "-o", "junit_family=xunit1"]  # fmt: skip
+                   f"--junitxml={report}", "-o", "junit_family=xunit1",
+                   "-n", "2", "--dist", "loadfile"]  # fmt: skip
         if args.slow:
             command[5] = wanted
-        done = subprocess.run(command, cwd=ROOT, check=False)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=one_thread, check=False)
         suites = ElementTree.parse(report).getroot()
     shown = f"python -m benchmarks.reliability{' --slow' if args.slow else ''}"
     faults, inputs = rows_of(suites, "fault"), rows_of(suites, "bad_input")
