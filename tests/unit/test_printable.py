@@ -73,7 +73,10 @@ def test_lines_and_results_are_printable(capsys: pytest.CaptureFixture[str]) -> 
         assert not OBEYED.search(said)
 
 
-def test_a_log_is_printable_and_no_text_passes_for_a_record(tmp_path: Path) -> None:
+def test_a_log_is_printable_and_no_text_passes_for_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("compressor"), "propagate", False)  # pytest keeps logs
     with run_folder.logged(run_folder.RunFolder(tmp_path)):
         logging.getLogger("compressor.x").warning("%s\n2026-01-01 ERROR forged", HOSTILE)
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
