@@ -240,13 +240,13 @@ def read_log(path: Path) -> None:
 
 
 def read_answer(path: Path) -> None:
-    """Of a process that says all of it, whatever it is asked."""
+    """Of a process that says all of it when it is asked for the first time, whatever that is."""
 
     def start(log: Path) -> subprocess.Popen[bytes]:
         log.touch()
         with WATCH.looking_away():
             return subprocess.Popen(
-                ["cat", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                ["sh", "-c", 'read -r asked; exec cat "$0"', str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 start_new_session=True,
             )  # fmt: skip
 
