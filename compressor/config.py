@@ -170,7 +170,7 @@ class Config(BaseModel):
     )
     min_keep_ratio: float = Field(default=0.1, ge=1e-6, le=1)
     fine_tune_epochs: int = Field(default=10, ge=0, le=100_000)
-    learning_rate: float = Field(default=0.02, gt=0, le=1000)
+    learning_rate: float = Field(default=0.02, gt=0, le=1e30)  # too high a one stops, and is told
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=5e-4, ge=0, le=1)
     batch_size: int = Field(default=64, ge=2, le=65_536)

@@ -378,14 +378,17 @@ def test_a_time_budget_shorter_than_measuring_the_original_is_said_at_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_time_budget_bounds_the_whole_run_and_says_what_it_cost(make_config: Make) -> None:
+def test_a_time_budget_bounds_the_whole_run_and_says_what_it_cost(
+    make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     began = time.perf_counter()
     result = compressor.compress(
         make_config(trials=10_000, fine_tune_epochs=500, time_budget="40s")
     )
     assert time.perf_counter() - began < 70
     cut_short = result.search.get("cut_short", [])
-    assert any(re.fullmatch(r"\d+ of 10000 trials", what) for what in cut_short)
+    is_exhausted = "every plan of the space was tried" in caplog.text  # on a quick machine
+    assert is_exhausted or any(re.fullmatch(r"\d+ of 10000 trials", what) for what in cut_short)
     assert any(re.fullmatch(r"\d+ of 4500 training steps", what) for what in cut_short)
     assert all(f"cut short   {what}: the time budget" in text_report(result) for what in cut_short)
     assert result.search["n_trials"] >= 1

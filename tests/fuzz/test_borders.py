@@ -239,15 +239,20 @@ def read_log(path: Path) -> None:
     changes(state, state)
 
 
+ANSWERS = (
+    '[ $(wc -l < "$0") -gt 1 ] || exec cat "$0"; head -n 1 "$0"; read -r asked; tail -n +2 "$0"'
+)
+
+
 def read_answer(path: Path) -> None:
-    """Of a process that says all of it when it is asked for the first time, whatever that is."""
+    """Of a process whose first line is its hello, and that says the rest whatever it is asked."""
 
     def start(log: Path) -> subprocess.Popen[bytes]:
         log.touch()
         with WATCH.looking_away():
             return subprocess.Popen(
-                ["sh", "-c", 'read -r asked; exec cat "$0"', str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                start_new_session=True,
+                ["sh", "-c", ANSWERS, str(path)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
 
     runner = Runner(start, "a device")
