@@ -253,10 +253,8 @@ class LiveTable:
             task = self._bars.add_task(printable(progress.phase), spent="", left="", note="")
             self._tasks[progress.phase] = task
         task = self._tasks[progress.phase]
-        self._bars.update(
-            task, completed=progress.n_done, total=progress.n_total,
-            note=printable(self._left.note),
-        )  # fmt: skip
+        note = printable(self._left.note)
+        self._bars.update(task, completed=progress.n_done, total=progress.n_total, note=note)
         self._best = progress.best or self._best
 
     def on_trial(self, trial: "Trial") -> None:

@@ -169,7 +169,7 @@ class Bench:
 
     def _check_files(self, plan: Plan, batch: Example) -> None:
         """The original's file must answer like torch, and that of a plan without branches, too."""
-        file = predictor(self._original_onnx, n_threads=torch.get_num_threads(), like=self.like)
+        file = predictor(self._original_onnx, like=self.like)
         images = self.data.search.model_input(slice(0, N_COMPARED))
         check_agree("The original in torch and its ONNX file", self.prunable.module, file, images)
         if plan.dropped:  # its graph is an edited one
@@ -369,7 +369,7 @@ class Bench:
 
     def predictor_of(self, model: nn.Module) -> Predict:
         """The answers of a pruned version of the original, `batch_size` images at once."""
-        return predictor(self._batched(model), n_threads=torch.get_num_threads(), like=self.like)
+        return predictor(self._batched(model), like=self.like)
 
 
 def check_surgery(prunable: Prunable, plan: Plan, data: Data) -> tuple[nn.Module, float]:

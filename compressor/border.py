@@ -11,20 +11,19 @@ from compressor import run_folder
 from compressor.config import Config, make_config
 from compressor.errors import ConfigError
 from compressor.files import write_whole
+from compressor.goals import MAX_SPEEDUP
 from compressor.inputs import (
     check_arch,
     check_data,
     check_file,
     check_has_dashboard,
     check_model_file,
-    check_study,
     check_task,
     check_writable,
 )
 from compressor.latency.schema import choose
 from compressor.latency.ssh import find_device
-
-MAX_SPEEDUP = 1000.0  # that can be asked for, as in `Config.speedup`
+from compressor.sqlite import check_database
 
 
 def check_target(
@@ -103,7 +102,7 @@ def check_replayed(path: Path, *, trust: bool = False) -> None:
     """
     config = config_of(path, trust=trust)
     run_folder.RunFolder(path).read_manifest()
-    check_study(path / run_folder.STUDY)
+    check_database(path / run_folder.STUDY)
     check_run(config, is_new=False)
 
 
@@ -123,7 +122,7 @@ def check_reported(path: Path) -> None:
         RunFolderError: It has not.
     """
     if not (path / run_folder.RESULT).is_file():
-        check_study(path / run_folder.STUDY)
+        check_database(path / run_folder.STUDY)
 
 
 def check_dashboard(path: Path) -> None:
@@ -132,7 +131,7 @@ def check_dashboard(path: Path) -> None:
     Raises:
         CompressorError: There is no study, or optuna-dashboard is not installed.
     """
-    check_study(path / run_folder.STUDY)
+    check_database(path / run_folder.STUDY)
     check_has_dashboard()
 
 

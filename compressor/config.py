@@ -28,6 +28,7 @@ from compressor.goals import (
     MACS,
     MAX_DROP,
     MAX_LATENCY,
+    MAX_SPEEDUP,
     PARAMS,
     SPEEDUP,
     Constraint,
@@ -144,7 +145,7 @@ class Config(BaseModel):
     image_size: int | None = Field(default=None, ge=1, le=8192)
     mean: tuple[Mean, ...] = ()
     std: tuple[Std, ...] = ()
-    speedup: float | None = Field(default=None, gt=1, le=1000)
+    speedup: float | None = Field(default=None, gt=1, le=MAX_SPEEDUP)
     max_latency: Milliseconds | None = None
     max_drop: float | None = Field(default=None, ge=0, le=100)
     constraint: dict[Literal["macs", "params"], Annotated[float, Field(gt=0, lt=1)]] = Field(
@@ -170,7 +171,7 @@ class Config(BaseModel):
     )
     min_keep_ratio: float = Field(default=0.1, ge=1e-6, le=1)
     fine_tune_epochs: int = Field(default=10, ge=0, le=100_000)
-    learning_rate: float = Field(default=0.02, gt=0, le=1e30)  # too high a one stops, and is told
+    learning_rate: float = Field(default=0.02, gt=0, le=1e30)  # if too high, training stops
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=5e-4, ge=0, le=1)
     batch_size: int = Field(default=64, ge=2, le=65_536)

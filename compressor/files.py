@@ -158,10 +158,7 @@ def parsed_json(text: str | bytes) -> Any:
     Raises:
         ValueError: It is no JSON, nested deeper than Python follows, or has numbers that are none.
     """
-    try:
-        return _not_too_deep(json.loads(text, parse_constant=_finite, parse_float=_finite))
-    except RecursionError as err:
-        raise ValueError("nested too deeply") from err
+    return _loaded(text, parse_constant=_finite, parse_float=_finite)
 
 
 def check_json(text: str) -> None:
@@ -170,13 +167,17 @@ def check_json(text: str) -> None:
     Raises:
         ValueError: It is no JSON, nested too deeply, or has numbers that do not fit anywhere.
     """
+    _loaded(text)
+
+
+def _loaded(text: str | bytes, **how: Any) -> Any:
     try:
-        _not_too_deep(json.loads(text))
+        return _holdable(json.loads(text, **how))
     except RecursionError as err:
         raise ValueError("nested too deeply") from err
 
 
-def _not_too_deep(content: _T) -> _T:
+def _holdable(content: _T) -> _T:
     """`content`, which others may follow by recursion, and whose numbers others may convert."""
     level: list[object] = [content]
     for _ in range(MAX_DEPTH):
@@ -224,7 +225,7 @@ def parsed_toml(text: str) -> dict[str, Any]:
         ValueError: It is no TOML, nested deeper than Python follows, or has numbers that are none.
     """
     try:
-        return _not_too_deep(tomllib.loads(text, parse_float=_finite))
+        return _holdable(tomllib.loads(text, parse_float=_finite))
     except RecursionError as err:
         raise ValueError("nested too deeply") from err
 

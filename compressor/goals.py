@@ -12,6 +12,8 @@ MAX_DROP = "max-drop"
 MACS = "macs"
 PARAMS = "params"
 
+MAX_SPEEDUP = 1000.0  # that can be asked for
+
 ASK_FOR_FEATURES = frozenset({"genetic", "swarm"})  # searches that look at images by class
 
 

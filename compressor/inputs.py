@@ -16,7 +16,6 @@ from compressor.errors import (
     RunFolderError,
     TaskError,
 )
-from compressor.sqlite import check_database
 from compressor.user_code import check_can_be_found, is_installed
 
 LIBRARIES = ("torchvision", "timm")  # whose networks have names, which a file may give itself
@@ -220,15 +219,6 @@ def check_writable(wanted: Path) -> None:
         raise RunFolderError(
             f"The run folder {wanted} cannot be written: {said}. Name another one with --out."
         ) from err
-
-
-def check_study(path: Path) -> None:
-    """Whether there is a study of a run at `path`.
-
-    Raises:
-        RunFolderError: There is no file, or one of another kind.
-    """
-    check_database(path)
 
 
 def check_has_dashboard() -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from compressor.bench import N_PROOF_IMAGES, Bench, check_surgery
@@ -247,7 +246,7 @@ def export_both(
     """
     for network, file in zip((job.model, tuned), files, strict=True):
         export_onnx(network, job.example, file, target=job.target)
-    open_file = partial(predictor, files[-1], n_threads=torch.get_num_threads(), like=bench.like)
+    open_file = partial(predictor, files[-1], like=bench.like)
     errors = {"onnxruntime": check_agree("torch and ONNX Runtime", tuned, open_file(), images)}
     if job.target.precision != FP16:
         return errors
@@ -268,7 +267,7 @@ def exam(job: Job, original: Path, bench: Bench) -> Exam:
         original: The original's file, whose answers are right where there are no labels.
         bench: That knows what the original returns.
     """
-    open_file = partial(predictor, n_threads=torch.get_num_threads(), like=bench.like)
+    open_file = partial(predictor, like=bench.like)
     test = posed(
         partial(open_file, original), job.data.test, batch_size=1, criterion=job.criterion
     )

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -47,9 +48,7 @@ def settling(model: nn.Module, images: Example) -> Callable[[], int]:
         with torch.inference_mode():
             call(model, cloned(images))
 
-    def again() -> int:
-        return settle(work, most)
-
+    again = partial(settle, work, most)
     again()
     return again
 

@@ -156,9 +156,10 @@ class Labels:
         channel_of = self._components(side)
         slots = list(self.slots.values())
         reasons: dict[int, str] = {}
-        for labels, because in (lock[:2] for lock in self.locks if lock[2] in (None, side)):
-            for channel in np.unique(channel_of[labels]).tolist():
-                reasons.setdefault(channel, because)
+        for labels, because, on_side in self.locks:
+            if on_side in (None, side):
+                for channel in np.unique(channel_of[labels]).tolist():
+                    reasons.setdefault(channel, because)
         positions = _positions([channel_of[slot.labels] for slot in slots])
         if side == HEADS:
             apart = set(channel_of[np.concatenate(self.heads)].tolist()) - reasons.keys()

@@ -147,8 +147,8 @@ def _pointwise_weight(call: Call) -> Outcome:
                 for d in range(n_dims)
             ]
             sources += state.through(dims).sources
-            blank |= {d for d, own in enumerate(dims) if own is not None
-                      and not state.runs_along(own)}  # fmt: skip
+            own_dims = ((d, own) for d, own in enumerate(dims) if own is not None)
+            blank |= {d for d, own in own_dims if not state.runs_along(own)}
         elif tensor.numel() > 1:
             return call.unknown(f"{call.where} combines it with a constant")
     made = Weight(tuple(sources))
@@ -179,13 +179,17 @@ def _view_dims(call: Call, weight: Weight) -> Sequence[int | None] | None:
         return [d for d in range(source.ndim) if d != gone]
     if call.name not in VIEWS or source.numel() != call.out.numel():
         return None
-    old, new = ([(math.prod(shape[:d]), n) for d, n in enumerate(shape)]
-                for shape in (source.shape, call.out.shape))  # fmt: skip
+    old, new = _places(source.shape), _places(call.out.shape)
     whole = {place: d for d, place in enumerate(old) if place in new and place[1] != 1}
-    if any(n != 1 and weight.runs_along(d) and d not in whole.values()
-           for d, (_, n) in enumerate(old)):  # fmt: skip
+    split = (d for d, (_, n) in enumerate(old) if n != 1 and d not in whole.values())
+    if any(map(weight.runs_along, split)):
         return None
     return [whole.get(place) for place in new]
+
+
+def _places(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Of each dimension how many parts lie before it, and its size: views keep both."""
+    return [(math.prod(shape[:d]), n) for d, n in enumerate(shape)]
 
 
 VIEWS = frozenset({

@@ -25,20 +25,22 @@ MAX_WAYS = 50  # to leave inputs out
 FLOATS = {"tensor(float)": torch.float32, "tensor(double)": torch.float64}
 
 
-def predictor(model: bytes | Path, *, n_threads: int, like: Any = None) -> Callable[..., Any]:
+def predictor(
+    model: bytes | Path, *, n_threads: int | None = None, like: Any = None
+) -> Callable[..., Any]:
     """An ONNX model on the CPU, to be called as the network is, which returns what that does.
 
     Args:
         model: ONNX file or its content. Several inputs by position are called `input_0`,
             `input_1`, ... in it (see `exporter.names_in`); what it does not read is left out.
-        n_threads: Threads of one call.
+        n_threads: Threads of one call; None for as many as torch works with.
         like: Something that the network returned: ONNX keeps a plain list of tensors, and they
             are put back where `like` has its own. None stands for a single tensor.
 
     Raises:
         MeasurementError: The model cannot be loaded, now, or run, when called.
     """
-    session = _open(model, n_threads)
+    session = _open(model, n_threads or torch.get_num_threads())
     wanted = [each.name for each in session.get_inputs()]
 
     def predict(*given: Tensor, **named: Tensor) -> Any:

@@ -24,6 +24,11 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(_profiles()))
 
 
+def is_path(name: str) -> bool:
+    """Whether it is the path of a profile, and not the name of one."""
+    return name.endswith(".toml")
+
+
 def profile_text(name: str) -> tuple[str, str, str]:
     """(text, name, what to call it in a message) of the profile.
 
@@ -33,7 +38,7 @@ def profile_text(name: str) -> tuple[str, str, str]:
     Raises:
         ConfigError: There is none of that name, or it cannot be read.
     """
-    if name.endswith(".toml"):
+    if is_path(name):
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"No device profile at {path}.")

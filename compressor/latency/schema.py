@@ -14,7 +14,7 @@ from compressor.errors import ConfigError, unknown_name
 from compressor.files import parsed_json, parsed_toml, read_text
 from compressor.latency import runner
 from compressor.latency.host import local_cache
-from compressor.latency.profiles import profile_text, user_profiles
+from compressor.latency.profiles import is_path, profile_text, user_profiles
 from compressor.printable import checked_text
 
 AUTO = "auto"
@@ -165,7 +165,7 @@ def choose(
     Raises:
         ConfigError: As `load_target`.
     """
-    is_by_path = name.endswith(".toml")
+    is_by_path = is_path(name)
     text, name, where = profile_text(name)
     try:
         profile = Profile.model_validate(parsed_toml(text))

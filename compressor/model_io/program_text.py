@@ -17,59 +17,68 @@ import torch
 from compressor.errors import UntrustedModelError
 from compressor.files import parsed_json
 
+
+def _words(text: str) -> set[str]:
+    return set(text.split())
+
+
 NAME, DOTTED = re.compile(r"\w*"), re.compile(r"[\w.]*")
 SYMBOL = re.compile(r"(s|u|zf|zuf)\d{1,9}", re.ASCII)
 MAX_EXPRESSION = 20_000  # characters; a size of a detector of five levels has 2,000
 MAX_INTEGER = 2**63
 MAX_POWER = 8
 POWERS = {"Pow", "PowByNatural"}
-FUNCTIONS = POWERS | {
-    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Mod", "Max", "Min", "Abs",
-    "floor", "ceiling", "And", "Or", "Not", "Equality", "Unequality", "Eq", "Ne", "Lt", "Le",
-    "Gt", "Ge", "LessThan", "GreaterThan", "StrictLessThan", "StrictGreaterThan",
-    "FloorDiv", "CeilDiv", "CleanDiv", "ModularIndexing", "Where", "PythonMod", "CeilToInt",
-    "FloorToInt", "TruncToInt", "TruncToFloat", "RoundToInt", "ToFloat", "IntTrueDiv",
-    "FloatTrueDiv", "Identity", "IsNonOverlappingAndDenseIndicator",
-}  # fmt: skip
+FUNCTIONS = POWERS | _words(
+    """
+    Symbol Integer Float Rational Add Mul Mod Max Min Abs floor ceiling And Or Not
+    Equality Unequality Eq Ne Lt Le Gt Ge
+    LessThan GreaterThan StrictLessThan StrictGreaterThan
+    FloorDiv CeilDiv CleanDiv ModularIndexing Where PythonMod CeilToInt FloorToInt
+    TruncToInt TruncToFloat RoundToInt ToFloat IntTrueDiv FloatTrueDiv Identity
+    IsNonOverlappingAndDenseIndicator
+    """
+)
 WORDS = {"true", "false", "int_oo", "oo"}
-_NODES = (
-    ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Load, ast.Add, ast.Sub, ast.Mult,
-    ast.Div, ast.FloorDiv, ast.Mod, ast.USub, ast.UAdd, ast.Eq, ast.NotEq, ast.Lt, ast.LtE,
-    ast.Gt, ast.GtE,
-)  # fmt: skip
+_EXPRESSIONS = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Load)
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.USub, ast.UAdd)
+_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+_NODES = (*_EXPRESSIONS, *_ARITHMETIC, *_COMPARISONS)
 
+_ON_NUMBERS = _words(
+    "getitem add mul sub truediv ge le gt lt eq ne floordiv mod and_ or_ not_ pow neg pos abs"
+)
+_ON_SIZES = _words("int float ite max min not sqrt sum")
 OPERATORS = {
-    *(f"_operator.{name}" for name in (
-        "getitem", "add", "mul", "sub", "truediv", "ge", "le", "gt", "lt", "eq", "ne",
-        "floordiv", "mod", "and_", "or_", "not_", "pow", "neg", "pos", "abs",
-    )),
-    *(f"torch.sym_{name}" for name in (
-        "int", "float", "ite", "max", "min", "not", "sqrt", "sum",
-    )),
-    "math.ceil", "math.floor", "math.trunc",
+    *(f"_operator.{name}" for name in _ON_NUMBERS),
+    *(f"torch.sym_{name}" for name in _ON_SIZES),
+    *(f"math.{name}" for name in ("ceil", "floor", "trunc")),
     "torch.ops.higher_order.wrap_with_set_grad_enabled",
     "torch.ops.higher_order.wrap_with_autocast",
-}  # fmt: skip
+}
 REGISTERED = re.compile(r"torch\.ops\.(aten|torchvision)\.(\w+)\.(\w+)", re.ASCII)
 # Operators of aten whose strings choose among ways to calculate; of others (`from_file`, `save`)
 # they name files.
-TAKE_TEXT = {
-    "_assert_async", "_assert_scalar", "_convolution_mode", "_functional_assert_async",
-    "_functional_assert_scalar", "_linalg_eigh", "_linalg_svd", "conv1d", "conv2d", "conv3d",
-    "div", "div_", "divide", "divide_", "einsum", "gelu", "gelu_", "index_reduce",
-    "index_reduce_", "linalg_cond", "linalg_eigh", "linalg_eigvalsh", "linalg_lstsq",
-    "linalg_matrix_norm", "linalg_norm", "linalg_qr", "linalg_svd", "linalg_svdvals", "meshgrid",
-    "nanquantile", "pad", "quantile", "scatter", "scatter_", "scatter_reduce", "scatter_reduce_",
-    "searchsorted", "segment_reduce", "stft", *(
-        f"fft_{way}fft{n}" for way in ("", "i", "r", "ir", "h", "ih") for n in ("", "2", "n")
-    ),
-}  # fmt: skip
+TAKE_TEXT = _words(
+    """
+    _assert_async _assert_scalar _functional_assert_async _functional_assert_scalar
+    _convolution_mode conv1d conv2d conv3d pad meshgrid einsum stft
+    div div_ divide divide_ gelu gelu_ quantile nanquantile searchsorted segment_reduce
+    index_reduce index_reduce_ scatter scatter_ scatter_reduce scatter_reduce_
+    _linalg_eigh _linalg_svd linalg_cond linalg_eigh linalg_eigvalsh linalg_lstsq
+    linalg_matrix_norm linalg_norm linalg_qr linalg_svd linalg_svdvals
+    """
+) | {f"fft_{way}fft{n}" for way in ("", "i", "r", "ir", "h", "ih") for n in ("", "2", "n")}
 
 CONTAINERS = {
-    None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict",
-    "collections.namedtuple", "torch.fx.immutable_collections.immutable_list",
+    None,
+    "builtins.tuple",
+    "builtins.list",
+    "builtins.dict",
+    "collections.OrderedDict",
+    "collections.namedtuple",
+    "torch.fx.immutable_collections.immutable_list",
     "torch.fx.immutable_collections.immutable_dict",
-}  # fmt: skip
+}
 VERIFIERS = {"TRAINING", "ATEN", ""}
 KEPT_METADATA = ("stack_trace",)  # names the line in messages; the rest is looked up by name
 NUMBERS_IN_WORDS = {"Infinity", "-Infinity", "NaN"}
@@ -242,15 +251,13 @@ def _check_operator(where: str, target: str) -> None:
     if target in OPERATORS:
         return
     named = REGISTERED.fullmatch(target)
-    schemas = [] if named is None else torch._C._jit_get_schemas_for_operator(
-        f"{named[1]}::{named[2]}"
-    )  # fmt: skip
-    for schema in schemas:
-        assert named is not None
-        if (schema.overload_name or "default") == named[3]:
-            takes_text = any("str" in str(arg.type) for arg in schema.arguments)
-            if not takes_text or named[2] in TAKE_TEXT:
-                return
+    if named is not None:
+        library, name, overload = named.groups()
+        for schema in torch._C._jit_get_schemas_for_operator(f"{library}::{name}"):
+            if (schema.overload_name or "default") == overload:
+                takes_text = any("str" in str(arg.type) for arg in schema.arguments)
+                if not takes_text or name in TAKE_TEXT:
+                    return
     raise refused(where, target, "an operator on tensors, such as torch.ops.aten.conv2d.default,")
 
 

@@ -16,7 +16,7 @@ HOST = "127.0.0.1"  # a study is nobody else's business
 HOSTS = (HOST, "localhost", "[::1]")  # what this machine is called in a browser
 READING = ("GET", "HEAD")
 SILENCE_S = 10.0  # of a client, until it is left
-HTTP_PORT = 80  # which browsers leave away
+HTTP_PORT = 80  # which browsers leave out
 
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 

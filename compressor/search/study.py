@@ -112,7 +112,7 @@ class Study:
         """
         _ = trusted_content(path)
         study = cls(_loaded(path, storage_in(path)), space)
-        study._trials = list(read_trials(path))
+        study._trials = list(_trials_of(path, study._study))
         if any(set(trial.widths) != set(space.names) for trial in study._trials):
             raise RunFolderError(f"The trials in {path} are of another network or target.")
         return study
@@ -307,9 +307,13 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
     Raises:
         RunFolderError: There is no study in it.
     """
+    return _trials_of(path, _load(path))
+
+
+def _trials_of(path: Path, study: optuna.Study) -> tuple[Trial, ...]:
     states = (TrialState.COMPLETE, TrialState.FAIL)
     with _read(path):
-        return tuple(_trial(t) for t in _load(path).get_trials(deepcopy=False, states=states))
+        return tuple(_trial(t) for t in study.get_trials(deepcopy=False, states=states))
 
 
 def read_before(path: Path, problem: Problem) -> Problem:

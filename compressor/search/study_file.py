@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import optuna
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool, Pool, StaticPool
 
 from compressor import sqlite
 from compressor.errors import ForeignStudyError, RunFolderError
@@ -20,13 +20,12 @@ from compressor.files import check_json
 
 STUDY_NAME = "compress"
 DIRECTIONS = [("MAXIMIZE", 0), ("MAXIMIZE", 1)]
+VALUES = {"FINITE", "INF_POS", "INF_NEG"}
 STATES = {
     ("trials", "state"): {"RUNNING", "COMPLETE", "PRUNED", "FAIL", "WAITING"},
-    ("trial_values", "value_type"): {"FINITE", "INF_POS", "INF_NEG"},
-    ("trial_intermediate_values", "intermediate_value_type"): {
-        "FINITE", "INF_POS", "INF_NEG", "NAN",
-    },
-}  # fmt: skip
+    ("trial_values", "value_type"): VALUES,
+    ("trial_intermediate_values", "intermediate_value_type"): VALUES | {"NAN"},
+}
 MAX_SHOWN = 60  # characters of what a stranger wrote
 
 Objects = dict[tuple[str, str], str]
@@ -95,11 +94,11 @@ def storage_in(path: Path) -> optuna.storages.RDBStorage:
 
 
 def _storage(
-    connection: Callable[[], sqlite3.Connection], *, is_new: bool
+    connection: Callable[[], sqlite3.Connection], *, is_new: bool, pool: type[Pool] = NullPool
 ) -> optuna.storages.RDBStorage:
     return optuna.storages.RDBStorage(
         "sqlite://",
-        engine_kwargs={"creator": connection, "poolclass": NullPool},
+        engine_kwargs={"creator": connection, "poolclass": pool},
         skip_table_creation=not is_new,
     )
 
@@ -108,18 +107,17 @@ def _storage(
 def _as_made_here() -> tuple[Objects, list[tuple[int, str]]]:
     """Tables and indexes of a new study, and versions of its schema."""
     connection = sqlite3.connect(":memory:", check_same_thread=False)
-    optuna.storages.RDBStorage(
-        "sqlite://",
-        engine_kwargs={"creator": lambda: connection, "poolclass": StaticPool},
-    )  # fmt: skip
+    _storage(lambda: connection, is_new=True, pool=StaticPool)
     return _objects(connection), _versions(connection)
 
 
 def _objects(connection: sqlite3.Connection) -> Objects:
     """(kind, name) -> table and SQL of everything in the database, spaces aside."""
     rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
-    return {(kind, name): f"{table}: {' '.join((sql or '').split())}"
-            for kind, name, table, sql in rows}  # fmt: skip
+    return {
+        (kind, name): f"{table}: {' '.join((sql or '').split())}"
+        for kind, name, table, sql in rows
+    }
 
 
 def _versions(connection: sqlite3.Connection) -> list[tuple[int, str]]:
