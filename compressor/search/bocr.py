@@ -40,7 +40,6 @@ from typing import Self
 import numpy as np
 from scipy.stats import qmc
 
-from compressor.search import warm_start
 from compressor.search.clustering import EU, IntArray, cluster_labels
 from compressor.search.costs import LatencyTable
 from compressor.search.objective import (
@@ -56,7 +55,15 @@ from compressor.search.objective import (
 )
 from compressor.search.space import Ratios, SearchSpace, Widths
 from compressor.search.surrogate import Features, Promise, one_thread
-from compressor.search.warm_start import damages, limits_of, meets, scaled_to, walled, warm_starts
+from compressor.search.warm_start import (
+    Knapsack,
+    damages,
+    limits_of,
+    meets,
+    scaled_to,
+    walled,
+    warm_starts,
+)
 from compressor.values import Trial
 
 N_ALTERED = 40  # around each of the best plans
@@ -356,14 +363,13 @@ class _Maximiser:
     def _knapsacks(self, generator: np.random.Generator) -> list[Widths]:
         """Plans at the limit, by damages as they might be."""
         problem, n_groups = self.problem, len(self.space.groups)
-        every_limit = limits_of(problem)
+        knapsacks = [Knapsack(problem, self.table, limits) for limits in limits_of(problem)]
         found = []
         for i in range(N_KNAPSACKS):
             factors = HARM_ERROR * generator.standard_normal(int(self.labels.max()) + 1)
             harm = damages(problem) * np.exp(factors[self.labels])
             harm[n_groups:] *= np.exp(generator.uniform(*BRANCH_HARM))
-            limits = every_limit[i % len(every_limit)]
-            found.append(warm_start.knapsack(problem, self.table, limits, harm))
+            found.append(knapsacks[i % len(knapsacks)].plan(harm))
         return found
 
     def _altered(self, plan: Widths, generator: np.random.Generator) -> list[Widths]:

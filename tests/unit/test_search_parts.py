@@ -19,10 +19,10 @@ from compressor.search.space import SearchSpace
 from compressor.search.surrogate import log_expected_improvement, steadied
 from compressor.search.swarm import first_particle
 from compressor.search.warm_start import (
+    Knapsack,
     damages,
     fitted,
     global_importance,
-    knapsack,
     limits_of,
     scaled_to,
     uniform,
@@ -118,7 +118,7 @@ def test_a_knapsack_is_nearly_the_best_by_its_own_figures() -> None:
         return ((1 - ratios) * there) @ per_share
 
     within = [p for p, m in zip(plans, problem.costs.macs(plans), strict=True) if m <= 0.5]
-    found = knapsack(problem, table, {MACS: 0.5}, harm)
+    found = Knapsack(problem, table, {MACS: 0.5}).plan(harm)
     assert found in within
     assert lost([found])[0] <= lost(within).min() + 0.03
     assert lost([found])[0] < np.median(lost(within)) / 2.5
