@@ -117,7 +117,8 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
             if node.module == "compressor":
-                found |= {f"compressor.{alias.name}" for alias in node.names}
+                rooms = (alias.name for alias in node.names if alias.name != "__version__")
+                found |= {f"compressor.{name}" for name in rooms}
     return found
 
 
