@@ -13,7 +13,7 @@ from compressor.features import channel_maps, fisher_ratios
 from compressor.goals import MACS
 from compressor.graph import channel_groups
 from compressor.search.genetic import evolve, haar
-from compressor.search.objective import TIME, Objective, Problem, TimedPlan
+from compressor.search.objective import TIME, History, Objective, Problem, TimedPlan
 from compressor.search.rivals import CmaEs
 from compressor.search.space import SearchSpace
 from compressor.search.surrogate import log_expected_improvement, steadied
@@ -248,7 +248,7 @@ def test_cma_es_draws_nearer_to_what_was_good() -> None:
     problem = make_problem(limit=0.9, metric=TIME)
     trials: list[Trial] = []
     while len(trials) < 60:
-        proposal = CmaEs().propose(problem, trials)
+        proposal = CmaEs().propose(problem, History(trials))
         if proposal is None:
             break
         macs = float(problem.costs.macs([proposal.widths])[0])
