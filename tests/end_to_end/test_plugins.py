@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+
+from tests.end_to_end.pages import anchors
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ROOT / "tests" / "plugins"
@@ -123,3 +126,15 @@ def test_a_name_that_is_taken_stays_with_whom_it_was(
     assert done.returncode == 0
     (warning,) = [line for line in done.stderr.splitlines() if "toy-faults" in line]
     assert "'bocr', a name that compressor has" in warning
+
+
+def test_contributing_shows_what_is_installed_here() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = PACKAGES / "methods"
+    for name in ("ladder.py", "peak.py"):
+        assert f"```python\n{(package / 'toy_methods' / name).read_text()}```\n" in page
+    project = (package / "pyproject.toml").read_text()
+    for block in re.findall(r"```toml\n(.*?)```", page, re.S):
+        assert block in project
+    for link, anchor in re.findall(r"\]\(([^)#]+)#([^)]+)\)", page):
+        assert anchor in anchors(ROOT / link)
