@@ -101,9 +101,9 @@ STRATEGIES = Registry(
     built_in={
         "bocr": "compressor.search.bocr:Bocr",
         "bo": "compressor.search.bocr:PlainBo",
-        "random": "compressor.search.rivals:RandomSearch",
-        "tpe": "compressor.search.rivals:Tpe",
-        "cma-es": "compressor.search.rivals:CmaEs",
+        "random": "compressor.search.baselines:RandomSearch",
+        "tpe": "compressor.search.baselines:Tpe",
+        "cma-es": "compressor.search.baselines:CmaEs",
         "genetic": "compressor.search.genetic:Genetic",
         "swarm": "compressor.search.swarm:Swarm",
     },

@@ -21,7 +21,7 @@ Where we deviate, and why:
   (`greedy`), the next ones are made by hand and by the table (`warm_start`). After so good a start
   the rollback may come at once, where `patience` trials have brought nothing.
 * The accuracy's process lies around a line in the harm that those first measurements let expect
-  (`harm`), and accuracies are steadied by losses (`surrogate`).
+  (`harm`), and accuracies are denoised by losses (`surrogate`).
 * What was tried and did not help at equal cost: looking at the harm of several candidates before
   one gets a trial; exchanges of one variable for another as neighbours; damages summed over alike
   layers as columns of the process.
@@ -57,21 +57,21 @@ from compressor.search.objective import (
 )
 from compressor.search.schedule import Schedule
 from compressor.search.space import Ratios, SearchSpace, Widths
-from compressor.search.surrogate import Features, Promise, one_thread
+from compressor.search.surrogate import Features, LogConstrainedEI, one_thread
 from compressor.search.warm_start import (
     Knapsack,
+    clipped_to_limit,
     damages,
     limits_of,
     meets,
     scaled_to,
-    walled,
     warm_starts,
 )
 from compressor.values import Trial
 
 N_ALTERED = 40  # around each of the best plans
 N_RANDOM = 256  # random plans at the limit that the acquisition is read at
-N_WALLED = 128
+N_CLIPPED = 128
 N_KNAPSACKS = 24  # with damages as they might be
 HARM_ERROR = 0.7  # of the logarithm of a damage, in those
 BRANCH_HARM = (-0.7, 2.0)  # logarithm of what branches harm more than one by one
@@ -163,7 +163,7 @@ class Bocr:
         if not limits:
             return problem.space.snap(ratios)
         if self.fit_to_limit == WALL:
-            return walled(problem, table, limits, ratios[:N_WALLED])
+            return clipped_to_limit(problem, table, limits, ratios[:N_CLIPPED])
         return scaled_to(problem, table, limits, ratios)
 
     def labels(self, problem: Problem, n_clusters: int) -> IntArray:
@@ -302,14 +302,16 @@ class _Maximiser:
             return None
         problem, informed = self.problem, self.strategy.is_informed
         features = Features(problem.space, self.table, self.labels, problem.harm_model)
-        promise = Promise(problem, self.trials, features, informed=informed, seed=self.seed)
-        ranked = sorted(zip(promise(pool), pool, strict=True), reverse=True)
+        acquisition = LogConstrainedEI(
+            problem, self.trials, features, informed=informed, seed=self.seed
+        )
+        ranked = sorted(zip(acquisition(pool), pool, strict=True), reverse=True)
         if not self.is_free:
             return ranked[0][1]  # few dimensions: the pool is dense
         climbers = ranked[:N_ASCENTS]
         for _ in range(N_CLIMBS):
             near = self._allowed([p for _, plan in climbers for p in self._neighbours(plan)])
-            tops = [*climbers, *zip(promise(near), near, strict=True)]
+            tops = [*climbers, *zip(acquisition(near), near, strict=True)]
             higher = sorted(set(tops), reverse=True)[:N_ASCENTS]
             if higher == climbers:
                 break

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.config import Config
+from compressor.search.baselines import untried
 from compressor.search.objective import FEATURES, History, Problem, Proposal, best_first
-from compressor.search.rivals import untried
 from compressor.search.space import Ratios
 from compressor.values import GroupFeatures, Trial
 

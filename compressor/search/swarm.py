@@ -27,8 +27,8 @@ from typing import ClassVar, Self
 import numpy as np
 
 from compressor.config import Config
+from compressor.search.baselines import untried, worth
 from compressor.search.objective import FEATURES, TIME, History, Problem, Proposal
-from compressor.search.rivals import untried, worth
 from compressor.search.space import Ratios
 
 N_CYCLES = 8  # of the inertia's fall; it stays at its last value

@@ -6,8 +6,8 @@ from typing import ClassVar, Self
 import numpy as np
 
 from compressor.config import Config
+from compressor.search.baselines import untried
 from compressor.search.objective import History, Problem, Proposal
-from compressor.search.rivals import untried
 
 N_RUNGS = 20
 
