@@ -33,7 +33,7 @@ def is_one_line(err: str) -> bool:
 RUN = "--target host-cpu --speedup 2 --data images"
 
 
-@pytest.mark.fault("command line on a machine in a bad state", n=15)
+@pytest.mark.fault("command line on a machine in a bad state")
 @pytest.mark.parametrize(
     ("script", "code", "said"),
     [
