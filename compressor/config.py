@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from compressor.errors import ConfigError, unknown_name
-from compressor.files import parsed_toml, read_text
+from compressor.files import read_toml
 from compressor.goals import (
     ASK_FOR_FEATURES,
     MACS,
@@ -348,7 +348,7 @@ def _meanings(docstring: str) -> dict[str, str]:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        content = parsed_toml(read_text(path))
+        content = read_toml(path)
     except (ValueError, OSError) as err:
         raise ConfigError(f"{path} cannot be read: {err}.") from err
     settings: dict[str, object] = {key.replace("-", "_"): v for key, v in content.items()}

@@ -603,6 +603,8 @@ def serve(make_backend: Callable[[], Any], arguments: Optional[List[str]] = None
 
     try:
         kept = _locked(given.lock) if given.lock else None
+        if given.lock:
+            _take_temporary_folder(given.lock)
         if given.memory_mib is not None:
             _limit_memory(given.memory_mib or describe()["memory_mib"])
         backend = make_backend()
@@ -692,6 +694,20 @@ def _locked(path: str) -> "IO[str]":
     file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
     return file
+
+
+def _take_temporary_folder(lock: str) -> None:
+    """From now on temporary files lie beside the lock; what runners that were killed left goes.
+
+    Whoever has the lock is the only one that has such files there.
+    """
+    folder = os.path.abspath(lock) + ".tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.mkdir(folder, 0o700)
+    except OSError:
+        return  # a link in its place, or a full disk: the system's own folder serves too
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
 
 
 def _limit_memory(mib: int) -> None:
