@@ -274,7 +274,7 @@ def load_config(model: Path, flags: Mapping[str, object]) -> Config:
     """
     settings: dict[str, object] = {}
     found = [
-        p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if os.path.isfile(p)
+        p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if os.path.lexists(p)
     ]  # (which is False too for names that no file can have)
     if found:
         settings = _read(found[0])

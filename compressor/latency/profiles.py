@@ -51,8 +51,9 @@ def profile_text(name: str) -> tuple[str, str, str]:
             f"too, and so does a file in {user_profiles()}."
         )
     found = known[name]
-    text = _text(found) if isinstance(found, Path) else found.read_text(encoding="utf-8")
-    return text, name, name
+    if isinstance(found, Path) and found.parent == user_profiles():
+        return _text(found), name, str(found)
+    return found.read_text(encoding="utf-8"), name, name
 
 
 def _profiles() -> dict[str, Traversable]:
