@@ -33,6 +33,17 @@ MAX_TOML_BYTES = 256 * 2**10  # the longest profile has 3 KiB
 _DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?:[eE][+-]?\d+)?(?![\w.])")
 
 
+def home() -> Path:
+    """The user's folder; where there is none, a place at which nothing is and nothing can be.
+
+    A process in a container may have neither HOME nor an entry in the list of users.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)
+
+
 def opened(path: Path) -> IO[bytes]:
     """The file at `path`, to be read; never a pipe or a device, which might wait for ever.
 

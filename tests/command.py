@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import compressor.cli.commands
 from compressor.cli import main
 
 import compressor

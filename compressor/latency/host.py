@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from compressor.errors import ProtocolError, TimeLimitError
+from compressor.files import home
 from compressor.scratch import Scratch
 
 THIS_MACHINE = "this machine"
@@ -86,7 +87,7 @@ class Host(Protocol):
 
 def local_cache() -> Path:
     """Where this machine keeps engines, timing caches and probes; follows XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "compressor"
 
 
 class LocalHost:

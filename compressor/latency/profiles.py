@@ -10,14 +10,14 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from compressor import files
 from compressor.errors import ConfigError, unknown_name
-from compressor.files import MAX_TOML_BYTES, read_text
 
 
 def user_profiles() -> Path:
     """Where users keep profiles of their own."""
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(home) / "compressor" / "profiles"
+    place = os.environ.get("XDG_CONFIG_HOME") or files.home() / ".config"
+    return Path(place) / "compressor" / "profiles"
 
 
 def target_names() -> tuple[str, ...]:
@@ -70,6 +70,6 @@ def _profiles() -> dict[str, Traversable]:
 
 def _text(path: Path) -> str:
     try:
-        return read_text(path, MAX_TOML_BYTES)
+        return files.read_text(path, files.MAX_TOML_BYTES)
     except (OSError, ValueError) as err:
         raise ConfigError(f"Profile {path} cannot be read: {err}.") from err

@@ -309,6 +309,7 @@ class OnnxRuntime:
     """ONNX Runtime as a backend: what `serve` needs to know of a runtime."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it tells of the models it runs
         try:
             import numpy
             import onnxruntime

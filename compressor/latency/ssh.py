@@ -121,7 +121,10 @@ def find_device(device: str) -> Address:
                 f"{path}: [{device}] {key} = {value!r}; expected text under {', '.join(keys)}."
             )
     address = parse_address(entry["address"])
-    config = Path(entry["ssh_config"]).expanduser() if entry.get("ssh_config") else None
+    try:
+        config = Path(entry["ssh_config"]).expanduser() if entry.get("ssh_config") else None
+    except RuntimeError as err:  # of a user who is not there
+        raise ConfigError(f"{path}: [{device}] ssh_config: {err}") from err
     if config is not None and not config.exists():
         raise ConfigError(f"{path}: [{device}] ssh_config: there is no file {config}.")
     return Address(
