@@ -22,6 +22,7 @@ CODES = (
     "name, a path, a file's kind, a setting; 3 the limit is not met; 128 and a signal's "
     "number where it stopped the work: 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal."
 )
+NO_MEMORY = "This process may have no more memory"
 MAX_UNEXPECTED = 400  # characters of an error that nobody worded for people
 
 
@@ -94,6 +95,9 @@ def ended_by(err: BaseException, *, as_json: bool = False) -> int:
     elif isinstance(err, typer.TyperException):  # words that typer cannot take
         code = EXIT_USAGE
         _tell("error", f"{err.format_message()} See --help.", code, as_json=as_json)
+    elif isinstance(err, MemoryError):
+        code = EXIT_ERROR
+        _tell("error", f"{NO_MEMORY}. {one_line(err)}".strip(), code, as_json=as_json)
     else:
         code = EXIT_ERROR
         _tell("error", _unexpected(err), code, as_json=as_json)

@@ -315,7 +315,8 @@ def make_config(settings: Mapping[str, object], read_from: Path | None = None) -
 def commented_toml() -> str:
     """A `compress.toml` in which every setting stands with its meaning and default, commented out.
 
-    What has no default shows an example of what it takes.
+    What has no default shows an example of what it takes. Meanings are those of the docstring,
+    which `python -OO` leaves out.
     """
     meanings = _meanings(inspect.getdoc(Config) or "")
     lines = ["# Any flag of `compress` may stand here under its own name; a flag on the command",
@@ -325,17 +326,17 @@ def commented_toml() -> str:
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             one_of = f" One of {', '.join(choices)}." if choices else ""
             lines += _commented(
-                name, EXAMPLES.get(name, field.default), f"{meanings[name]}{one_of}"
+                name, EXAMPLES.get(name, field.default), f"{meanings.get(name, '')}{one_of}"
             )
     for name in TABLES:  # a table ends the settings above it
-        lines += _commented(name, EXAMPLES[name], meanings[name])
+        lines += _commented(name, EXAMPLES[name], meanings.get(name, ""))
     return "\n".join([*lines, ""])
 
 
 def _commented(name: str, value: object, meaning: str) -> list[str]:
     written = tomli_w.dumps({name.replace("_", "-"): value}).strip()
     text = re.sub(r"\[\n\s+(.*?),\n\]", r"[\1]", written.replace(",\n    ", ", "))  # one line
-    wrapped = textwrap.wrap(f"{meaning[0].upper()}{meaning[1:]}", 86)
+    wrapped = textwrap.wrap(f"{meaning[:1].upper()}{meaning[1:]}", 86)
     return ["", *(f"# {line}" for line in [*wrapped, *text.splitlines()])]
 
 
