@@ -127,7 +127,7 @@ def _tell(event: str, message: str, code: int, *, as_json: bool) -> None:
     if as_json:
         text = json.dumps({"event": event, "message": printable(message), "exit_code": code})
     else:
-        text = f"error: {message}" if event == "error" else f"\n{message}"
+        text = f"error: {one_line(message)}" if event == "error" else f"\n{message}"
     tell(text)
 
 

@@ -92,9 +92,16 @@ def check_no_classes_beside(source: Path, splits: Sequence[Path]) -> None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in and below `folder`, by folder and name."""
+    """The image files in and below `folder`, by folder and name.
+
+    Raises:
+        DataError: Folders below it cannot be read.
+    """
     found: list[tuple[str, list[Path]]] = []
-    n_hidden = _walk(folder, (), found)
+    try:
+        n_hidden = _walk(folder, (), found)
+    except (OSError, RecursionError) as err:  # a link to where nobody may look, or very deep
+        raise DataError(f"What lies in {folder} cannot be read: {err}.") from err
     if n_hidden:
         logger.warning("%s: %d hidden files or folders are left out", folder, n_hidden)
     return [path for _, paths in sorted(found) for path in paths]
