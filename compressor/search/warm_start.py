@@ -147,7 +147,7 @@ def scaled_to(
     return plans_at(strongest)
 
 
-def walled(
+def clipped_to_limit(
     problem: Problem, table: LatencyTable, limits: dict[str, float], ratios: Ratios
 ) -> list[Widths]:
     """The action wall of the released code, one variable after the other [he2018, fan2022].
