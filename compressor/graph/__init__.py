@@ -28,7 +28,7 @@ from compressor.errors import GraphError
 from compressor.graph.record import Record, record
 from compressor.graph.rules import outcome
 from compressor.rows import nothing_in
-from compressor.running import cloned, in_training
+from compressor.running import buffers_kept, cloned, in_training
 from compressor.values import (
     FORWARD_FAILURES,
     WRAPPERS,
@@ -61,7 +61,8 @@ def channel_groups(model: nn.Module, example_input: Example) -> tuple[ChannelGro
     if fault is not None:
         raise GraphError(f"{type(model).__name__} cannot be recorded: {fault}.")
     try:
-        seen = record(model, example_input, outcome)
+        with torch.no_grad(), buffers_kept(model):
+            seen = record(model, example_input, outcome)
     except FORWARD_FAILURES as err:
         raise _not_taken(model, example_input, err) from err
     groups = seen.labels.groups(seen.locked_tensors)
@@ -76,7 +77,7 @@ def outputs(model: nn.Module, example_input: Example) -> Any:
         GraphError: It does not take that input.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(model):
             return call(model, cloned(example_input))
     except FORWARD_FAILURES as err:
         raise _not_taken(model, example_input, err) from err
@@ -92,7 +93,7 @@ def cost(module: nn.Module, example_input: Example) -> Cost:
         example_input: One example.
     """
     counter, copied = FlopCounterMode(display=False), cloned(example_input)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), buffers_kept(module), counter:
         call(module, copied)
     return Cost(
         macs=counter.get_total_flops() // 2,
