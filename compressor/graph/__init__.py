@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import GraphError
@@ -130,6 +131,11 @@ def _not_taken(model: nn.Module, example: Example, err: BaseException) -> GraphE
         return GraphError(
             f"{type(model).__name__} needs more memory than there is for an input of shape "
             f"{example_shapes(example)}: {_told(err)}."
+        )
+    if any(map(is_lazy, model.parameters())):
+        return GraphError(
+            f"{type(model).__name__} has lazy layers whose weights do not exist yet; load its "
+            f"trained weights first, or call it once on an input that it takes."
         )
     advice = (
         "Give the shape that it was trained with (--input-shape C,H,W; image files are read as "

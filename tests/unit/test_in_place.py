@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressor.api import prune
+from compressor.errors import GraphError
 from compressor.export import export_onnx
 from compressor.graph.branches import traced
 from compressor.graph.in_place import functional, writing_nodes
@@ -386,3 +387,10 @@ def test_constants_of_any_shape_are_no_hindrance(tmp_path: Path) -> None:
     other = torch.rand(1, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(predictor(file)(other), network(other), rtol=0, atol=1e-4)
+
+
+@pytest.mark.bad_input("lazy layers without weights")
+def test_lazy_layers_without_weights_are_a_sentence() -> None:
+    network = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()).eval()
+    with pytest.raises(GraphError, match=r"lazy layers whose weights do not exist yet; load"):
+        make_prunable(network, torch.rand(1, 3, 8, 8))
