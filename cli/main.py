@@ -8,13 +8,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from compressor.cli import looks, runs
 from compressor.cli.outcome import CODES, end_on_sigterm, ended_by, open_streams
 from typer.core import TyperGroup
 
+from compressor import __version__
 from compressor.errors import unknown_name
 from compressor.printable import PrintableFormatter
 
@@ -44,6 +45,8 @@ compress report RUN         the result of a run, or what an unfinished one has
 
 compress dashboard RUN      its trials in a browser, also while it runs
 
+compress --version          which one this is
+
 compress --install-completion      TAB then knows commands, options and targets
 """
 
@@ -72,6 +75,23 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"compressor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command(epilog=EPILOG)(runs.run)
 for _command in (
     looks.inspect, looks.explain, looks.measure, looks.targets, looks.probe, looks.init,

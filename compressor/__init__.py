@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from compressor.run_folder import read_result, to_json
     from compressor.values import Plan, Progress, Result, Trial, Verdict
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CompressorError",
     "Config",

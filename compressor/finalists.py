@@ -222,7 +222,7 @@ class Winner:
 
     Attributes:
         plan: What is left out.
-        network: Repaired, and trained a little where there were rivals; None where it has to be
+        network: Repaired, and trained a little where there were others; None where it has to be
             made first.
         n_steps_left: Of the budget of steps.
         scores: Of every finalist, after each of its short trainings.

@@ -14,8 +14,6 @@ PARAMS = "params"
 
 MAX_SPEEDUP = 1000.0  # that can be asked for
 
-ASK_FOR_FEATURES = frozenset({"genetic", "swarm"})  # searches that look at images by class
-
 
 @dataclass(frozen=True)
 class Constraint:

@@ -28,7 +28,8 @@ from compressor.job import Job, prepare
 from compressor.latency.device import Device, open_device
 from compressor.run import Run
 from compressor.run_folder import RunFolder
-from compressor.search.objective import corrected
+from compressor.search.objective import History, corrected
+from compressor.search.proposals import proposed
 from compressor.search.study import Study, read_corrections, read_trials
 from compressor.shipping import build, write_result
 from compressor.summary import trial_shipped
@@ -39,9 +40,7 @@ from compressor.trials import (
     informed,
     pose,
     posed_before,
-    proposed,
     search,
-    strategy_of,
 )
 from compressor.values import (
     MEASURING_ORIGINAL,
@@ -169,12 +168,12 @@ def replay(
     environment = describe_environment(job.target, job.loaded, job.data)
     folder.check(environment, force=False)
     trials, corrections = read_trials(folder.study), read_corrections(folder.study)
-    problem, strategy = posed_before(job, folder.study), strategy_of(config)
+    problem = posed_before(job, folder.study)
     differs_at = None
     for n, trial in enumerate(trials):
         on_progress(Progress("Searching again", n, len(trials)))
         known = corrected(trials[:n], [each for each in corrections if each.n_trials <= n])
-        proposal = proposed(strategy, problem, known)
+        proposal = proposed(config.search, job.strategy, problem, History(known))
         if proposal is None or job.space.by_name(proposal.widths) != trial.widths:
             differs_at = n
             break

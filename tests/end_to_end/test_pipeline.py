@@ -50,8 +50,7 @@ from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, FINALIST, TRIAL, Effort
 from compressor.report import text_report
-from compressor.search import STRATEGIES
-from compressor.search.objective import TIME, Objective, Problem, corrected
+from compressor.search.objective import TIME, History, Objective, Problem, corrected
 from compressor.search.space import make_space
 from compressor.search.study import Study, read_before, read_corrections, read_trials
 from compressor.shipping import judge
@@ -249,7 +248,7 @@ def test_the_same_trials_follow_from_what_is_kept(make_config: Make, tmp_path: P
     taught = read_corrections(study)
     for n, trial in enumerate(trials):
         known = corrected(trials[:n], [each for each in taught if each.n_trials <= n])
-        proposal = STRATEGIES["bocr"].propose(problem, known)
+        proposal = job.strategy.propose(problem, History(known))
         assert proposal is not None
         assert problem.space.by_name(proposal.widths) == trial.widths
         assert proposal.phase == trial.phase
