@@ -300,6 +300,7 @@ class Accuracy:
             it tells the better one from fewer images than `value` does.
         metric: The task's own figure; None for classification, where it is `value`.
         spread: Standard error of `value` where it is not that of yes-no answers.
+        name: What `value` is called: "accuracy", "agreement", or "mAP kept" of a task's metric.
     """
 
     value: float
@@ -307,6 +308,7 @@ class Accuracy:
     loss: float | None = None
     metric: float | None = None
     spread: float | None = None
+    name: str = "accuracy"
 
     @property
     def standard_error(self) -> float:
