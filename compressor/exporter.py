@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from compressor.containers import answers_in, leaves_in, map_tensors, tensors_in
 from compressor.errors import ExportError, GraphError
 from compressor.running import cloned
-from compressor.second_exporter import OUTPUT, by_second, lacks
+from compressor.second_exporter import OUTPUT, by_second
 from compressor.symbolics import register
 from compressor.values import FORWARD_FAILURES, Example, call
 
@@ -106,8 +106,6 @@ def ways(limits: Limits, refusals: list[ExportError]) -> Iterator[Way]:
     yield Way(limits.opset)
     first = refusals[0]
     needs = first.needs if isinstance(first, UnwritableError) else None
-    if isinstance(first, UnwritableError) and needs is None and lacks(first.operation):
-        return  # the second exporter says so too, after seconds a hundred layers
     if needs is not None and limits.opset < needs <= limits.max_opset:
         yield Way(needs)
     second = min(max(limits.opset, SECOND_WRITES), limits.max_opset)

@@ -1,10 +1,5 @@
-"""torch's second ONNX exporter: its file, and what it is known to lack before it is asked.
+"""torch's second ONNX exporter, which follows torch.export."""
 
-It follows torch.export: the network is captured, decomposed and translated, a CPU second or more a
-hundred layers, before it says that it has no word for an operation.
-"""
-
-from functools import cache
 from typing import Any
 
 import onnx.inliner
@@ -12,37 +7,6 @@ import torch
 from torch import nn
 
 OUTPUT = "output"  # what the file calls it, of one
-
-
-def lacks(operation: str) -> bool:
-    """Whether it surely cannot write an operation, as `aten::histc`.
-
-    It has no function for it, torch no decomposition, and it is not made of other operations.
-    What is not known to torch by that name may be written under another one.
-    """
-    namespace, _, name = operation.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None) if name else None
-    known = _known()
-    if packet is None or not known:
-        return False
-    kinds = [getattr(packet, overload) for overload in packet.overloads()]
-    return not any(kind.name() in known or kind._can_decompose() for kind in kinds)
-
-
-@cache
-def _known() -> frozenset[str]:
-    """Operations that it has a function for, or that are decomposed first; empty if not told."""
-    try:  # not public; and it takes a second to import
-        from torch.onnx._internal.exporter import _decomp, _registration
-    except ImportError:
-        return frozenset()
-    registry = _registration.ONNXRegistry.from_torchlib()
-    decomposed = _decomp.create_onnx_friendly_decomposition_table(set())
-    return frozenset(
-        each if isinstance(each, str) else each.name()
-        for each in (*registry.functions, *decomposed)
-        if isinstance(each, (str, torch._ops.OpOverload))
-    )
 
 
 def by_second(

@@ -18,7 +18,6 @@ from compressor.errors import ExportError
 from compressor.export import candidate_writer, check_exportable, export_onnx
 from compressor.exporter import UnwritableError, Way, written
 from compressor.latency.targets import load_target
-from compressor.second_exporter import lacks
 from compressor.surgery import remove_channels
 from compressor.template import make_template
 from tests.conftest import random_plan, randomised
@@ -188,46 +187,6 @@ def test_what_opset_13_lacks_is_written_in_a_newer_one(name: str, tmp_path: Path
     assert file.ir_version <= {16: 8, 17: 8, 18: 8, 20: 9}[taken]
     assert not any(tensor.external_data for tensor in file.graph.initializer)
     assert sorted(each.name for each in tmp_path.glob("x*")) == ["x.onnx"]
-
-
-def test_an_operation_that_nobody_writes_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second exporter is not asked: it takes seconds to say so of a deep network."""
-
-    asked: list[Any] = []
-
-    def second(*given: Any) -> bytes:
-        asked.append(given)
-        raise RuntimeError("asked")
-
-    monkeypatch.setattr("compressor.exporter.by_second", second)
-    network = Used(lambda x: x + torch.histc(x, 4).sum()).eval()
-    with pytest.raises(ExportError, match=r"writes histc \(test_operations.py, line \d+\)"):
-        export_onnx(network, torch.rand(1, 3), tmp_path / "x.onnx")
-    assert not asked
-    with pytest.raises(ExportError, match="linalg_inv"):
-        export_onnx(Used(torch.linalg.inv).eval(), torch.eye(3)[None], tmp_path / "x.onnx")
-    assert asked
-
-
-def test_what_the_second_exporter_lacks_is_told_only_where_it_is_sure() -> None:
-    for operation in ("aten::histc", "aten::histc_"):
-        assert lacks(operation), operation
-    for operation in (  # a function; decomposed; made of others; of others; unknown; no name
-        "aten::relu", "aten::relu_", "aten::max_unpool2d", "aten::linalg_inv", "torchvision::nms",
-        "aten::no_such_thing", "nobody::knows", "onnx::If", "prim::If", "histc", "",
-    ):  # fmt: skip
-        assert not lacks(operation), operation
-
-
-@pytest.mark.slow
-def test_the_second_exporter_lacks_what_is_said(tmp_path: Path) -> None:
-    x = torch.rand(1, 3)
-    network = Used(lambda x: x + torch.histc(x, 4).sum()).eval()
-    with pytest.raises(UnwritableError) as told:
-        written(network, x, network(x), Way(18, is_second=True), fold=True)
-    assert "histc" in told.value.operation
 
 
 def test_a_failure_within_the_exporter_names_the_operation() -> None:
