@@ -98,17 +98,26 @@ def image_files(folder: Path) -> list[Path]:
         DataError: Folders below it cannot be read.
     """
     found: list[tuple[str, list[Path]]] = []
+    no_files: list[Path] = []
     try:
-        n_hidden = _walk(folder, (), found)
+        n_hidden = _walk(folder, (), found, no_files)
     except (OSError, RecursionError) as err:  # a link to where nobody may look, or very deep
         raise DataError(f"What lies in {folder} cannot be read: {err}.") from err
     if n_hidden:
         logger.warning("%s: %d hidden files or folders are left out", folder, n_hidden)
+    if no_files:
+        text = "%s is no file (a link to nothing, or a pipe); %d such are left out"
+        logger.warning(text, no_files[0], len(no_files))
     return [path for _, paths in sorted(found) for path in paths]
 
 
-def _walk(folder: Path, around: tuple[Path, ...], found: list[tuple[str, list[Path]]]) -> int:
-    """Adds what is in `folder` to `found`; how much in it is hidden."""
+def _walk(
+    folder: Path,
+    around: tuple[Path, ...],
+    found: list[tuple[str, list[Path]]],
+    no_files: list[Path],
+) -> int:
+    """Adds what is in `folder` to `found` and `no_files`; how much in it is hidden."""
     real = folder.resolve()
     if real in around:  # a link to a folder that it lies in
         return 0
@@ -118,8 +127,8 @@ def _walk(folder: Path, around: tuple[Path, ...], found: list[tuple[str, list[Pa
         if path.name.startswith("."):
             n_hidden += path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
         elif path.is_dir():
-            n_hidden += _walk(path, (*around, real), found)
-        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():  # no pipe
-            files.append(path)
+            n_hidden += _walk(path, (*around, real), found, no_files)
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            (files if path.is_file() else no_files).append(path)
     found.append((str(folder), files))
     return n_hidden
