@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from compressor.errors import ConfigError, unknown_name
-from compressor.files import parsed_toml, read_text
+from compressor.files import read_toml
 from compressor.goals import (
     MACS,
     MAX_DROP,
@@ -272,7 +272,7 @@ def load_config(model: Path, flags: Mapping[str, object]) -> Config:
     """
     settings: dict[str, object] = {}
     found = [
-        p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if os.path.isfile(p)
+        p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if os.path.lexists(p)
     ]  # (which is False too for names that no file can have)
     if found:
         settings = _read(found[0])
@@ -313,7 +313,8 @@ def make_config(settings: Mapping[str, object], read_from: Path | None = None) -
 def commented_toml() -> str:
     """A `compress.toml` in which every setting stands with its meaning and default, commented out.
 
-    What has no default shows an example of what it takes.
+    What has no default shows an example of what it takes. Meanings are those of the docstring,
+    which `python -OO` leaves out.
     """
     meanings = _meanings(inspect.getdoc(Config) or "")
     lines = ["# Any flag of `compress` may stand here under its own name; a flag on the command",
@@ -323,10 +324,10 @@ def commented_toml() -> str:
             choices = _choices(field)
             one_of = f" One of {', '.join(choices)}." if choices else ""
             lines += _commented(
-                name, EXAMPLES.get(name, field.default), f"{meanings[name]}{one_of}"
+                name, EXAMPLES.get(name, field.default), f"{meanings.get(name, '')}{one_of}"
             )
     for name in TABLES:  # a table ends the settings above it
-        lines += _commented(name, EXAMPLES[name], meanings[name])
+        lines += _commented(name, EXAMPLES[name], meanings.get(name, ""))
     return "\n".join([*lines, ""])
 
 
@@ -342,7 +343,7 @@ def _choices(field: FieldInfo) -> tuple[str, ...]:
 def _commented(name: str, value: object, meaning: str) -> list[str]:
     written = tomli_w.dumps({name.replace("_", "-"): value}).strip()
     text = re.sub(r"\[\n\s+(.*?),\n\]", r"[\1]", written.replace(",\n    ", ", "))  # one line
-    wrapped = textwrap.wrap(f"{meaning[0].upper()}{meaning[1:]}", 86)
+    wrapped = textwrap.wrap(f"{meaning[:1].upper()}{meaning[1:]}", 86)
     return ["", *(f"# {line}" for line in [*wrapped, *text.splitlines()])]
 
 
@@ -355,7 +356,7 @@ def _meanings(docstring: str) -> dict[str, str]:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        content = parsed_toml(read_text(path))
+        content = read_toml(path)
     except (ValueError, OSError) as err:
         raise ConfigError(f"{path} cannot be read: {err}.") from err
     settings: dict[str, object] = {key.replace("-", "_"): v for key, v in content.items()}

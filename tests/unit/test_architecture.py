@@ -19,6 +19,7 @@ STEPS = {
     "chance", "config", "model_io", "datasets", "graph", "program", "importance", "features",
     "surgery", "recovery", "least_squares", "training", "export", "exporter", "evaluate",
     "latency", "search", "run_folder", "report", "symbolics", "template", "computed",
+    "second_exporter",
 }  # fmt: skip
 MAY_IMPORT = {
     "errors": set(),
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     **{step: BASE for step in STEPS},
     "search": BASE | {"config"},
     "export": BASE | {"exporter", "latency", "template"},  # what was written is run
-    "exporter": BASE | {"symbolics"},
+    "exporter": BASE | {"symbolics", "second_exporter"},
     "program": BASE | {"computed"},
     "template": BASE | {"exporter"},
     "border": BASE | STEPS,

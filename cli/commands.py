@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from compressor.cli import looks, runs
-from compressor.cli.outcome import CODES, end_on_sigterm, ended_by, open_streams
+from compressor.cli.outcome import CODES, ended_by, open_streams
 from typer.core import TyperGroup
 
 from compressor import __version__
@@ -101,7 +101,7 @@ for _command in (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the `compress` command."""
+    """Runs the command that `args`, or those of the process, say, and ends the process."""
     open_streams()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what libraries tell each other; ours are errors or logs
@@ -109,7 +109,6 @@ def main(args: Sequence[str] | None = None) -> None:
         logging.lastResort.setFormatter(PrintableFormatter())
     words = list(sys.argv[1:] if args is None else args)
     try:
-        end_on_sigterm()
         code = app(args=words, prog_name="compress", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001  the last line of defence
         code = ended_by(err, as_json="--json-progress" in words)
