@@ -262,7 +262,7 @@ def test_modules_are_switched_off_in_the_graph_alone() -> None:
     made = functional(graph, IMAGE)
     assert [m.inplace for m in made.modules() if hasattr(m, "inplace")] == [False, False]
     assert relu.inplace
-    assert made.get_submodule("0") is net[0]
+    assert made.get_submodule("0") is graph.get_submodule("0")
     assert torch.equal(made(IMAGE), net(IMAGE))
 
 
@@ -333,6 +333,9 @@ def test_a_pruned_program_with_slices_is_exported_rightly(tmp_path: Path) -> Non
 
 class Keeping(nn.Module):
     """Keeps what it sees, as `forward` of users do: in a buffer, an attribute, a list."""
+
+    n_seen: Tensor
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
