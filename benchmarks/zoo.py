@@ -69,7 +69,7 @@ from compressor.export import candidate_writer, export_onnx
 from compressor.exporter import DEFAULT_OPSET, Way, inputs_in
 from compressor.graph import channel_groups, outputs
 from compressor.latency.onnxruntime import answers_of
-from compressor.prunable import Prunable, make_prunable
+from compressor.prunable import PROGRAM, Prunable, in_form, make_prunable
 from compressor.surgery import masked, prune_with_nni, remove_channels
 from compressor.surgery.nni_engine import layers_for_nni, losses
 from compressor.template import OnnxTemplate, make_template
@@ -144,13 +144,12 @@ def stages(name: str, n_pixels: int | None = None) -> Iterator[Row]:
     """What is known after each of the three questions; the last row has everything."""
     with _listening() as heard:
         model, example, n_pixels = build(name, n_pixels)
-        row = _pruned_against_masked(Row(name, n_pixels), copy.deepcopy(model), example)
+        proven, row = _pruned_against_masked(Row(name, n_pixels), copy.deepcopy(model), example)
         row = replace(row, notes=_unique(heard))
         yield row
-        single = make_prunable(model, example)
-        if (_form(single), _n_free(single)) != (row.form, row.n_free):
-            fault = f"in float32: {_form(single)}, {_n_free(single)} free"
-            row = replace(row, faults=[*row.faults, fault])
+        single = _in_float32(proven, model, example)
+        if _what_is_free(single) != _what_is_free(proven):
+            row = replace(row, faults=[*row.faults, f"in float32: {_n_free(single)} free"])
         yield replace(row, notes=_unique(heard))
         row = _with_onnx(row, single, example)
         yield replace(row, notes=_unique([*row.notes, *heard]))
@@ -185,7 +184,22 @@ def _stop(*_: object) -> None:
     raise TooSlowError(f"too slow: not done within {NNI_LIMIT_S} s of CPU time")
 
 
-def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> Row:
+def _in_float32(proven: Prunable, model: nn.Module, example: Example) -> Prunable:
+    """What is proven of a network in float64, of `model` in float32; no second proof."""
+    module = in_form(model, PROGRAM, example) if proven.form == PROGRAM else model
+    reasons = {group.name: group.locked_because for group in proven.groups}
+    groups = tuple(
+        replace(group, locked_because=group.locked_because or reasons.get(group.name))
+        for group in channel_groups(module, example)
+    )
+    return replace(proven, module=module, groups=groups)
+
+
+def _what_is_free(prunable: Prunable) -> list[tuple[str, int, bool]]:
+    return [(g.name, g.n_channels, g.locked_because is None) for g in prunable.groups]
+
+
+def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> tuple[Prunable, Row]:
     example = map_tensors(lambda t: t.double() if t.is_floating_point() else t, example)
     prunable = make_prunable(model.double(), example)
     started = time.perf_counter()
@@ -208,7 +222,7 @@ def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> Row:
             faults.append(f"wrong: pruned and masked differ by {error:.1e}")
         if plan.kept and effect <= BLIND:
             faults.append(f"blind: masked and whole differ by {effect:.1e}")
-    return replace(
+    return prunable, replace(
         row, n_groups=len(prunable.groups), n_free=_n_free(prunable), form=_form(prunable),
         params_kept_ratio=n_parameters(pruned) / n_parameters(model), error=float(np.max(errors)),
         groups_s=analysed - started, surgery_s=cut - analysed, faults=faults,
