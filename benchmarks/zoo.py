@@ -37,7 +37,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -529,7 +529,7 @@ def _short(error: float | None) -> str:
 
 
 def main() -> None:
-    """Prints the table, and writes it where --out is given."""
+    """Prints the table, and writes it after every network where --out is given."""
     parser = argparse.ArgumentParser(description="Does pruning stay exact?")
     parser.add_argument("names", nargs="+", help=f"{', '.join(SETS)}, or SOURCE:ARCHITECTURE")
     parser.add_argument("--out", type=Path)
@@ -553,11 +553,21 @@ def main() -> None:
         if given.rows:
             with given.rows.open("a") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
-    command = " ".join(["python -m benchmarks.zoo", *given.names])
-    text = f"`{command}`\n\n{report([known[n] for n in names])}"
+        if given.out:
+            given.out.write_text(_page(given.names, names, known))
+    text = _page(given.names, names, known)
     if given.out:
         given.out.write_text(text)
     print(text)
+
+
+def _page(asked: Sequence[str], names: Sequence[str], known: Mapping[str, Row]) -> str:
+    """The command, the report, and which networks have not been asked yet."""
+    missing = [name for name in names if name not in known]
+    text = f"`python -m benchmarks.zoo {' '.join(asked)}`\n\n"
+    if missing:
+        text += f"Stopped; {len(missing)} not asked yet: {', '.join(missing)}.\n\n"
+    return text + report([known[name] for name in names if name in known])
 
 
 SETS = {
