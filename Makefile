@@ -24,9 +24,10 @@ lowest:
 		-e '.[samples,test,tensorrt-check]'
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile
 
-# What is generated under docs/: the Python reference, the pictures, the tables of peers.
+# What is generated under docs/ (pictures, the tables of peers), and the site, in site/.
 docs: .venv/installed
 	$(BIN)/python -m docs.build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Style and types.
 check: .venv/installed
@@ -42,5 +43,5 @@ check: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest build dist *.egg-info samples/*/model.pt samples/*/data.npz \
+	rm -rf .venv .venv-lowest build dist site *.egg-info samples/*/model.pt samples/*/data.npz \
 		samples/resnet18/compress.toml samples/cifar10/download

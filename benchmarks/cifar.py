@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from compressor.importance import IMPORTANCES
+from compressor.importance import scores_by
 from compressor.prunable import Prunable, make_prunable, with_branches
 from compressor.search.space import SearchSpace, make_space
 from compressor.values import Data, LabelledImages
@@ -73,9 +73,9 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 def searched_resnet56(path: Path, example: Tensor, step: int) -> tuple[Prunable, SearchSpace]:
     """The network of `load_resnet56` with its branches, and what searches choose from."""
     prunable = with_branches(make_prunable(load_resnet56(path), example), example)
-    scores = IMPORTANCES["l1"].scores(prunable.module, prunable.groups, None)
+    scores = scores_by("l1", prunable.module, prunable.groups, None)
     space = make_space(
-        prunable.groups, {n: s.numpy() for n, s in scores.items()},
+        prunable.groups, scores,
         step=step, min_keep_ratio=0.1, branches=prunable.branches,
     )  # fmt: skip
     return prunable, space

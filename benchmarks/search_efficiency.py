@@ -36,15 +36,18 @@ from compressor.bench import (
     Bench,
     timed,
 )
+from compressor.config import Config
 from compressor.environment import cpu_name
-from compressor.goals import ASK_FOR_FEATURES, MACS
+from compressor.goals import MACS
 from compressor.graph.costs import layer_costs
 from compressor.recovery import Recovery
 from compressor.rows import one_tensor
-from compressor.search import STRATEGIES
+from compressor.search import make_strategy
 from compressor.search.bocr import Bocr
 from compressor.search.objective import (
+    FEATURES,
     TIME,
+    History,
     Objective,
     Problem,
     Strategy,
@@ -118,7 +121,7 @@ def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, 
             problem = replace(problem, timed=bench.timed_plans(problem.seed, at_most=24))
         if not name.endswith("-no-damages"):
             problem = with_harm(problem, bench.harm, lambda _progress: None)
-    if name in ASK_FOR_FEATURES:
+    if FEATURES in strategy.needs:
         some = few(bench.data.fit, N_FEATURE_IMAGES)
         problem = replace(problem, features=features(bench.prunable, some))
     before = time.perf_counter() - began
@@ -129,7 +132,7 @@ def run(name: str, problem: Problem, bench: Bench, task: str) -> list[dict[str, 
         seconds: dict[str, float] = {}
         with timed(seconds, "all"):
             with timed(seconds, "proposal"):
-                proposal = strategy.propose(problem, trials)
+                proposal = strategy.propose(problem, History(trials))
             assert proposal is not None
             trial = measure(problem, bench, proposal.widths, len(trials), seconds, task)
         trial = replace(trial, phase=proposal.phase, seconds=seconds)
@@ -198,7 +201,9 @@ def strategy_of(name: str) -> Strategy:
         "bocr-gradual": Bocr(rollback="gradual"),
         "bocr-no-clusters": Bocr(clusters=False),
     }
-    return variants.get(name) or STRATEGIES[name]
+    if name in variants:
+        return variants[name]
+    return make_strategy(Config(model=Path("resnet56.pt"), target="host-cpu", search=name))
 
 
 Curve = list[tuple[int, float]]  # trial, best so far

@@ -5,21 +5,22 @@ help and TAB know of it before anything heavy is imported.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from compressor.plugins import IMPORTANCES, STRATEGIES
+
 WANTED, DEVICE, MODEL = "What is wanted", "The device", "Model and images"
 SEARCH, TRAINING, OUTPUT = "Search", "Training at the end", "What comes out"
 
-SEARCHES = ("bocr", "bo", "random", "tpe", "cma-es", "genetic", "swarm")
 CLUSTERINGS = ("eu", "js", "st")
 LABELS = ("auto", "none")
 ROLLBACKS = ("none", "direct", "gradual")
 BOUNDS = ("global", "per-dimension")
 FITS = ("scale", "wall")
-IMPORTANCES = ("l1", "l2", "geometric-median", "bn-scale", "taylor", "cpmc", "random")
 PRECISIONS = ("fp32", "fp16")
 AUGMENTATIONS = ("auto", "none", "flip", "crop", "jitter", "erase", "flip,crop")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -32,10 +33,10 @@ def targets() -> list[str]:
     return list(compressor.target_names())
 
 
-def _option(panel: str, text: str, *, one_of: tuple[str, ...] = (), **more: Any) -> Any:
+def _option(panel: str, text: str, *, one_of: Iterable[str] = (), **more: Any) -> Any:
     """An option in its group of the help; `one_of` are its names, for help and TAB."""
-    if one_of:
-        more["autocompletion"] = lambda: list(one_of)
+    if names := list(one_of):
+        more["autocompletion"] = lambda: names
     return typer.Option(help=text, rich_help_panel=panel, **more)
 
 
@@ -167,9 +168,7 @@ TimeBudget = Annotated[
 ]  # fmt: skip
 Search = Annotated[
     str | None,
-    _option(
-        SEARCH, "bocr, bo, random, tpe, cma-es, genetic or swarm. Default bocr.", one_of=SEARCHES
-    ),
+    _option(SEARCH, f"{', '.join(STRATEGIES)}. Default bocr.", one_of=STRATEGIES),
 ]
 Clusters = Annotated[int | None, _option(SEARCH, "Clusters channel groups start in. Default 3.")]
 Clustering = Annotated[
@@ -219,8 +218,7 @@ Importance = Annotated[
     str | None,
     _option(
         SEARCH,
-        "How channels are ranked: l1, l2, geometric-median, bn-scale, taylor, cpmc, random. "
-        "Default l1.",
+        f"How channels are ranked: {', '.join(IMPORTANCES)}. Default l1.",
         one_of=IMPORTANCES,
     ),
 ]

@@ -10,31 +10,43 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import typer
+from compressor.cli import ENDING
 
 from compressor.errors import CompressorError, ConfigError, InterruptedRunError
 from compressor.printable import one_line, printable
 
-EXIT_ERROR, EXIT_USAGE, EXIT_NOT_MET, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
+EXIT_ERROR, EXIT_USAGE, EXIT_NOT_MET, EXIT_BY_SIGNAL = 1, 2, 3, 128
 CODES = (
     "Exit codes: 0 done, and a limit that was asked for is met; 1 what was given was taken, and "
     "the work failed (of replay: another plan follows); 2 what was given is refused: an option, a "
-    "name, a path, a file's kind, a setting; 3 the limit is not met; 130 stopped with Ctrl-C, "
-    "143 with SIGTERM."
+    "name, a path, a file's kind, a setting; 3 the limit is not met; 128 and a signal's "
+    "number where it stopped the work: 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal."
 )
+NO_MEMORY = "This process may have no more memory"
 MAX_UNEXPECTED = 400  # characters of an error that nobody worded for people
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does, but for the exit code."""
+class _Stopped(KeyboardInterrupt):
+    """A signal, which ends a run as Ctrl-C does.
+
+    Attributes:
+        number: The signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
-def _terminate(_number: int, _frame: object) -> None:
-    raise _Terminated
+def _stop(number: int, _frame: object) -> None:
+    raise _Stopped(number)
 
 
-def end_on_sigterm() -> None:
-    """From now on SIGTERM is Ctrl-C, but for the exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+def heed_signals() -> None:
+    """From now on a signal that ends stops the work, and what is there is kept."""
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
 
 
 def exit_with(work: Callable[[], int], *, as_json: bool = False) -> None:
@@ -45,6 +57,7 @@ def exit_with(work: Callable[[], int], *, as_json: bool = False) -> None:
         as_json: Faults are told as a line of JSON, like progress.
     """
     try:
+        heed_signals()
         code = work()
     except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001  the last line of defence
         code = ended_by(err, as_json=as_json)
@@ -69,11 +82,12 @@ def refusing() -> Iterator[None]:
 def ended_by(err: BaseException, *, as_json: bool = False) -> int:
     """Tells what ended a command; returns the exit code."""
     if isinstance(err, InterruptedRunError | KeyboardInterrupt):
-        for number in (signal.SIGINT, signal.SIGTERM):  # all is kept; what is left is to exit
+        for number in ENDING:  # all is kept; what is left is to exit
             signal.signal(number, signal.SIG_IGN)
         is_told = isinstance(err, InterruptedRunError)
         stopped_by = err.__cause__ if is_told else err
-        code = EXIT_TERMINATED if isinstance(stopped_by, _Terminated) else EXIT_INTERRUPTED
+        by = stopped_by.number if isinstance(stopped_by, _Stopped) else signal.SIGINT
+        code = EXIT_BY_SIGNAL + by
         _tell("stopped", str(err) if is_told else "Stopped.", code, as_json=as_json)
     elif isinstance(err, CompressorError):
         code = EXIT_USAGE if isinstance(err, ConfigError) else EXIT_ERROR
@@ -81,6 +95,9 @@ def ended_by(err: BaseException, *, as_json: bool = False) -> int:
     elif isinstance(err, typer.TyperException):  # words that typer cannot take
         code = EXIT_USAGE
         _tell("error", f"{err.format_message()} See --help.", code, as_json=as_json)
+    elif isinstance(err, MemoryError):
+        code = EXIT_ERROR
+        _tell("error", f"{NO_MEMORY}. {one_line(err)}".strip(), code, as_json=as_json)
     else:
         code = EXIT_ERROR
         _tell("error", _unexpected(err), code, as_json=as_json)
@@ -110,7 +127,7 @@ def _tell(event: str, message: str, code: int, *, as_json: bool) -> None:
     if as_json:
         text = json.dumps({"event": event, "message": printable(message), "exit_code": code})
     else:
-        text = f"error: {message}" if event == "error" else f"\n{message}"
+        text = f"error: {one_line(message)}" if event == "error" else f"\n{message}"
     tell(text)
 
 

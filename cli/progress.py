@@ -241,6 +241,7 @@ class LiveTable:
             maxlen=N_ROWS
         )  # number of the trial, cells
         self._best: Trial | None = None
+        self._measure = "accuracy"
         self._live = Live(console=console, get_renderable=self._shown, refresh_per_second=4)
         self._live.start()
 
@@ -260,6 +261,7 @@ class LiveTable:
     def on_trial(self, trial: "Trial") -> None:
         """A row of the table."""
         self._rows.append((trial.number, _cells(trial, self._left.n_trials)))
+        self._measure = _measure(trial) or self._measure
 
     def beat(self) -> None:
         """Nothing: what is shown follows the clock."""
@@ -290,8 +292,8 @@ class LiveTable:
         rows = list(self._rows)
         if rows:
             table = Table(box=None, pad_edge=False)
-            for name in ("trial", "phase", "accuracy", "speed-up", "latency"):
-                table.add_column(name, justify="left" if name == "phase" else "right")
+            for name in ("trial", "phase", printable(self._measure), "speed-up", "latency"):
+                table.add_column(_text(name), justify="left" if name == "phase" else "right")
             for number, cells in rows:
                 is_best = self._best is not None and number == self._best.number
                 table.add_row(*map(_text, cells), style="bold" if is_best else "")
@@ -326,6 +328,7 @@ def trial_json(trial: "Trial") -> dict[str, object]:
     return {
         "number": trial.number, "phase": trial.phase,
         "accuracy": None if trial.accuracy is None else trial.accuracy.value,
+        "measure": _measure(trial) or None,
         "speedup": trial.speedup, "latency_ms": trial.latency_ms,
         "failed_because": trial.failed_because, "widths": dict(trial.widths),
     }  # fmt: skip
@@ -336,8 +339,13 @@ def in_words(trial: "Trial", n_total: int = 0) -> str:
     number, phase, *measured = _cells(trial, n_total)
     if len(measured) < 3:
         return f"trial {number}  {phase}"
-    accuracy, speedup, latency = measured
-    return f"trial {number}  {phase:<8}  accuracy {accuracy:>7}  {speedup:>6}  {latency}"
+    value, speedup, latency = measured
+    return f"trial {number}  {phase:<8}  {_measure(trial)} {value:>7}  {speedup:>6}  {latency}"
+
+
+def _measure(trial: "Trial") -> str:
+    """What plans are ranked by: "accuracy", "agreement", or a task's metric."""
+    return "" if trial.accuracy is None else one_line(trial.accuracy.name)
 
 
 def _cells(trial: "Trial", n_total: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -79,13 +80,16 @@ def run(
     def work() -> int:
         from compressor import border
 
+        began = time.monotonic()  # loading torch counts, too
         with refusing():
             config = compressor.load_config(model, flags)
             border.check_run(config)
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             work_on = compressor.compress_front if config.pareto else compressor.compress
-            found = work_on(config, on_trial=display.on_trial, on_progress=display.on_progress)
+            found = work_on(
+                config, since=began, on_trial=display.on_trial, on_progress=display.on_progress
+            )
         return _print_found(found, as_json)
 
     exit_with(work, as_json=json_progress)
@@ -112,12 +116,13 @@ def resume(
     def work() -> int:
         from compressor import border
 
+        began = time.monotonic()
         with refusing():
             border.check_resumed(run_folder, trust=bool(trust))
         with ProgressDisplay(as_json=json_progress) as display:
             display.begins(LOADING)
             found = compressor.resume(
-                run_folder, force=force, trust=bool(trust),
+                run_folder, force=force, trust=bool(trust), since=began,
                 on_trial=display.on_trial, on_progress=display.on_progress,
             )  # fmt: skip
         return _print_found(found, as_json)

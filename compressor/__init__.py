@@ -6,8 +6,13 @@
 Names are imported when they are first used, so that `compress --help` does not wait for torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+# ONNX Runtime from 1.29 on tells its makers names and hashes of the models that it runs, unless
+# this is set before it is imported. What is compressed here is nobody's business.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from compressor.api import (
@@ -46,6 +51,8 @@ if TYPE_CHECKING:
     from compressor.report.explained import explain_json, explain_report
     from compressor.run_folder import read_result, to_json
     from compressor.values import Plan, Progress, Result, Trial, Verdict
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CompressorError",

@@ -28,7 +28,7 @@ from compressor.exporter import whole_inputs
 from compressor.graph import channel_groups
 from compressor.graph.branches import residual_branches
 from compressor.graph.costs import ran
-from compressor.importance import IMPORTANCES
+from compressor.importance import scores_by
 from compressor.job import read_model, read_part, read_task
 from compressor.latency.device import OPENING, TIMING_BOTH, open_device
 from compressor.latency.layers import Profiled, layer_rows, profiled
@@ -38,6 +38,7 @@ from compressor.latency.timing import FINAL
 from compressor.model_io import read_checkpoint
 from compressor.model_io.architectures import build
 from compressor.model_io.weights import load_weights
+from compressor.plugins import IMPORTANCES
 from compressor.prunable import (
     PROGRAM,
     TRACED,
@@ -98,7 +99,7 @@ def prune(
         plan_or_keep_ratio: Which channels and residual branches stay; or the share in (0, 1] that
             every group keeps. `compress inspect` lists the names of both; so does the error for
             an unknown one.
-        importance: Which channels stay where a ratio is given: a key of `IMPORTANCES`.
+        importance: Which channels stay where a ratio is given: one of `plugins.IMPORTANCES`.
         step: Widths become multiples of it where a ratio is given.
         batches: Called for `(images, labels)` pairs by criteria that look at gradients.
 
@@ -140,11 +141,10 @@ def _plan(
         for images, labels in batches():
             yield F.cross_entropy(call(network, images), labels)
 
-    scores = IMPORTANCES[importance].scores(
-        prunable.module, prunable.groups, None if batches is None else losses
+    scores = scores_by(
+        importance, prunable.module, prunable.groups, None if batches is None else losses
     )
-    arrays = {name: score.numpy() for name, score in scores.items()}
-    space = make_space(prunable.groups, arrays, step=step, min_keep_ratio=0.0)
+    space = make_space(prunable.groups, scores, step=step, min_keep_ratio=0.0)
     (widths,) = space.snap(np.full((1, len(space.groups)), keep_ratio))
     return space.plan(widths)
 
@@ -242,9 +242,9 @@ def explain(
     )
     loaded, prunable = inspect_model(config, on_progress=on_progress)
     example, groups = loaded.example_input, prunable.groups
-    scores = IMPORTANCES["l1"].scores(prunable.module, groups, lambda _network: iter(()))
+    scores = scores_by("l1", prunable.module, groups, None)
     space = make_space(
-        groups, {name: score.numpy() for name, score in scores.items()},
+        groups, scores,
         step=target.step, min_keep_ratio=config.min_keep_ratio, branches=prunable.branches,
     )  # fmt: skip
     narrow = prunable.without(space.plan(space.narrowest))

@@ -208,7 +208,7 @@ class Bench:
             assert self._fitted is not None
             with timed(seconds, REPAIR):
                 kept = self.prunable.kept_positions(plan)
-                self._fitted.repair(pruned, self.prunable.module, kept)
+                self._fitted.repair(pruned, kept)
 
     def _recalibrated(self, pruned: nn.Module, seconds: dict[str, float]) -> nn.Module:
         n_images = self.recovery.n_recalibration_images

@@ -65,6 +65,7 @@ class Budget:
         total_s: float | None,
         *,
         file: Path | None = None,
+        since: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begins to count.
@@ -72,6 +73,7 @@ class Budget:
         Args:
             total_s: None for no limit.
             file: Where what was spent is kept; what an earlier process wrote there counts.
+            since: When this process began to work on the run, by `clock`; None for now.
             clock: Monotonic, in seconds.
         """
         self.total_s = math.inf if total_s is None else total_s
@@ -79,7 +81,7 @@ class Budget:
         self._clock, self._file = clock, file
         self._before_s, cut_short = _kept_in(file)
         self.cut_short |= dict.fromkeys(cut_short)
-        self._began = clock()
+        self._began = clock() if since is None else since
         self._kept = self._began
         self._until: dict[str, float] = {}
 

@@ -14,17 +14,18 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from compressor.errors import ConfigError, unknown_name
-from compressor.files import parsed_toml, read_text
+from compressor.files import read_toml
 from compressor.goals import (
-    ASK_FOR_FEATURES,
     MACS,
     MAX_DROP,
     MAX_LATENCY,
@@ -33,8 +34,9 @@ from compressor.goals import (
     SPEEDUP,
     Constraint,
 )
+from compressor.plugins import IMPORTANCES, STRATEGIES
 from compressor.printable import checked_text
-from compressor.ranges import InputShape, Mean, Milliseconds, Seconds, Std, Whole
+from compressor.ranges import InputShape, Mean, Milliseconds, OneOf, Seconds, Std, Whole
 
 AUTO: Literal["auto"] = "auto"
 NO_LABELS: Literal["none"] = "none"
@@ -93,7 +95,7 @@ class Config(BaseModel):
         trials: Plans to measure.
         time_budget: Seconds that the whole run may take: what is measured before the first trial,
             trials, training and the last measurement.
-        search: Strategy.
+        search: Strategy; installed packages may bring more.
         clusters: Clusters that channel groups start in.
         clustering: What makes groups alike: the distance of their importances' densities
             ("eu", "js"), or their structure ("st").
@@ -103,7 +105,7 @@ class Config(BaseModel):
         depth: Whether residual branches may be left out whole.
         least_squares: Whether layers that read fewer channels are refitted.
         recalibration_images: Whose batch-norm statistics every trial takes; 0 for none.
-        importance: How channels are ranked.
+        importance: How channels are ranked; installed packages may bring more.
         min_keep_ratio: No group goes below this share of its channels.
         fine_tune_epochs: Passes over the fit split at the end.
         learning_rate: Peak rate of fine-tuning, after a tenth of the steps.
@@ -157,7 +159,7 @@ class Config(BaseModel):
     pareto: bool = False
     trials: int = Field(default=60, ge=1, le=100_000)
     time_budget: Seconds | None = None
-    search: Literal["bocr", "bo", "random", "tpe", "cma-es", "genetic", "swarm"] = "bocr"
+    search: Annotated[str, AfterValidator(OneOf(STRATEGIES))] = "bocr"
     clusters: int = Field(default=3, ge=1, le=100_000)
     clustering: Literal["eu", "js", "st"] = "eu"
     rollback: Literal["none", "direct", "gradual"] = "direct"
@@ -166,9 +168,7 @@ class Config(BaseModel):
     depth: bool = True
     least_squares: bool = True
     recalibration_images: int = Field(default=256, ge=0, le=10_000_000)
-    importance: Literal["l1", "l2", "geometric-median", "bn-scale", "taylor", "cpmc", "random"] = (
-        "l1"
-    )
+    importance: Annotated[str, AfterValidator(OneOf(IMPORTANCES))] = "l1"
     min_keep_ratio: float = Field(default=0.1, ge=1e-6, le=1)
     fine_tune_epochs: int = Field(default=10, ge=0, le=100_000)
     learning_rate: float = Field(default=0.02, gt=0, le=1e30)  # if too high, training stops
@@ -225,8 +225,6 @@ class Config(BaseModel):
         given += [k for k in ("augment", "labels") if getattr(self, k) not in (AUTO, ())]
         if given:
             raise ValueError(f"a task brings its own data; leave {', '.join(given)} away")
-        if self.search in ASK_FOR_FEATURES:
-            raise ValueError(f"--search {self.search} looks at classes; a task has none")
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -274,7 +272,7 @@ def load_config(model: Path, flags: Mapping[str, object]) -> Config:
     """
     settings: dict[str, object] = {}
     found = [
-        p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if os.path.isfile(p)
+        p for p in (model.parent / CONFIG_FILE, Path(CONFIG_FILE)) if os.path.lexists(p)
     ]  # (which is False too for names that no file can have)
     if found:
         settings = _read(found[0])
@@ -315,27 +313,37 @@ def make_config(settings: Mapping[str, object], read_from: Path | None = None) -
 def commented_toml() -> str:
     """A `compress.toml` in which every setting stands with its meaning and default, commented out.
 
-    What has no default shows an example of what it takes.
+    What has no default shows an example of what it takes. Meanings are those of the docstring,
+    which `python -OO` leaves out.
     """
     meanings = _meanings(inspect.getdoc(Config) or "")
     lines = ["# Any flag of `compress` may stand here under its own name; a flag on the command",
              "# line wins. Paths are relative to this file."]  # fmt: skip
     for name, field in Config.model_fields.items():
         if name not in (MODEL, TRUST, *TABLES):
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            choices = _choices(field)
             one_of = f" One of {', '.join(choices)}." if choices else ""
             lines += _commented(
-                name, EXAMPLES.get(name, field.default), f"{meanings[name]}{one_of}"
+                name, EXAMPLES.get(name, field.default), f"{meanings.get(name, '')}{one_of}"
             )
     for name in TABLES:  # a table ends the settings above it
-        lines += _commented(name, EXAMPLES[name], meanings[name])
+        lines += _commented(name, EXAMPLES[name], meanings.get(name, ""))
     return "\n".join([*lines, ""])
+
+
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    """The names that a setting takes; none where it takes others."""
+    validators = (m.func for m in field.metadata if isinstance(m, AfterValidator))
+    for one_of in validators:
+        if isinstance(one_of, OneOf):
+            return tuple(one_of.registry)
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
 def _commented(name: str, value: object, meaning: str) -> list[str]:
     written = tomli_w.dumps({name.replace("_", "-"): value}).strip()
     text = re.sub(r"\[\n\s+(.*?),\n\]", r"[\1]", written.replace(",\n    ", ", "))  # one line
-    wrapped = textwrap.wrap(f"{meaning[0].upper()}{meaning[1:]}", 86)
+    wrapped = textwrap.wrap(f"{meaning[:1].upper()}{meaning[1:]}", 86)
     return ["", *(f"# {line}" for line in [*wrapped, *text.splitlines()])]
 
 
@@ -348,7 +356,7 @@ def _meanings(docstring: str) -> dict[str, str]:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        content = parsed_toml(read_text(path))
+        content = read_toml(path)
     except (ValueError, OSError) as err:
         raise ConfigError(f"{path} cannot be read: {err}.") from err
     settings: dict[str, object] = {key.replace("-", "_"): v for key, v in content.items()}
@@ -371,9 +379,10 @@ def _fault(fault: dict[str, object]) -> str:
     if not location:
         return message
     flag = str(location[0]).replace("_", "-")
-    if fault["type"] == "literal_error":
-        assert isinstance(fault["ctx"], dict)
-        names = re.findall(r"'([^']+)'", str(fault["ctx"]["expected"]))
+    if fault["type"] in ("literal_error", "not_known"):
+        ctx = fault["ctx"]
+        assert isinstance(ctx, dict)
+        names = ctx.get("known") or re.findall(r"'([^']+)'", str(ctx["expected"]))
         return unknown_name(f"--{flag}", str(fault["input"]), names).removesuffix(".")
     return f"--{flag}: {message} (got {_shown(fault['input'])})"
 

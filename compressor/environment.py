@@ -6,9 +6,10 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from compressor import __version__
 from compressor.values import Data, LoadedModel, Target
 
-VERSION = metadata.version("compressor")
+VERSION = __version__
 
 
 def describe_environment(target: Target, loaded: LoadedModel, data: Data) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
     CompressorError
     |-- ConfigError             a flag, compress.toml or a profile says something impossible
+    |   `-- PluginError             a package that brings what was asked for cannot be used
     |-- ModelError              the model file or its architecture cannot be used
     |   `-- UntrustedModelError     reading the file would run code from it
     |-- DataError               images or labels cannot be used
@@ -44,6 +45,10 @@ class CompressorError(Exception):
 
 class ConfigError(CompressorError):
     """A flag, `compress.toml` or a profile says something impossible."""
+
+
+class PluginError(ConfigError):
+    """A package that brings what was asked for cannot be used."""
 
 
 class ModelError(CompressorError):

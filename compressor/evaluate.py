@@ -56,7 +56,8 @@ def accuracy(
     judged = judgements(predict, split, batch_size=batch_size, criterion=criterion)
     value = criterion.metric(judged)
     if criterion.is_share:
-        return Accuracy(value, len(split), sum(loss for _, loss in judged) / len(split))
+        loss = sum(loss for _, loss in judged) / len(split)
+        return Accuracy(value, len(split), loss, name=criterion.name)
     whole = value if original is None else original
     if whole <= 0:
         raise TaskError(
@@ -65,7 +66,8 @@ def accuracy(
         )
     parts = [_share(each, whole, criterion) for each in _without_parts(judged, criterion)]
     spread = _jackknife_error(parts)
-    return Accuracy(_share(value, whole, criterion), len(split), None, value, spread)
+    kept = _share(value, whole, criterion)
+    return Accuracy(kept, len(split), None, value, spread, f"{criterion.name} kept")
 
 
 def judgements(

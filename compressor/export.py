@@ -27,7 +27,7 @@ from compressor.exporter import (
 from compressor.files import write_whole
 from compressor.latency.onnxruntime import answers_of
 from compressor.rows import nothing_in, told_kind
-from compressor.running import cloned, reads
+from compressor.running import buffers_kept, cloned, reads
 from compressor.template import make_template
 from compressor.values import FORWARD_FAILURES, Branch, Example, Target, call
 
@@ -128,7 +128,8 @@ def export_onnx(
             its place), or what came out has another opset, a newer IR, or tensors in a second
             file, or answers unlike the network; or `target` does not read `opset`.
     """
-    content, _ = _file(model, example_input, _limits(opset, max_ir, target))
+    with buffers_kept(model):
+        content, _ = _file(model, example_input, _limits(opset, max_ir, target))
     return write_whole(path, content)
 
 
@@ -138,7 +139,8 @@ def check_exportable(model: nn.Module, example_input: Example, target: Target) -
     Raises:
         ExportError: As `export_onnx`.
     """
-    return _file(model, example_input, _limits(None, None, target))[1].opset
+    with buffers_kept(model):
+        return _file(model, example_input, _limits(None, None, target))[1].opset
 
 
 def _limits(opset: int | None, max_ir: int | None, target: Target | None) -> Limits:

@@ -15,6 +15,7 @@ import os
 import re
 import string
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.inliner
 import torch
 from torch import Tensor, nn
 
 from compressor.containers import answers_in, leaves_in, map_tensors, tensors_in
 from compressor.errors import ExportError, GraphError
 from compressor.running import cloned
+from compressor.second_exporter import OUTPUT, by_second, lacks
 from compressor.symbolics import register
 from compressor.values import FORWARD_FAILURES, Example, call
 
-INPUT, OUTPUT = "input", "output"
+INPUT = "input"
 DEFAULT_OPSET, NEWEST_OPSET = 13, 20
 SECOND_WRITES, SECOND_CONVERTS = 18, 17  # opsets of the second exporter: its own, and older ones
 _CHATTY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
@@ -80,9 +81,9 @@ class UnwritableError(ExportError):
         reason: First line of what the exporter said.
     """
 
-    def __init__(self, name: str, way: Way, said: str) -> None:
+    def __init__(self, name: str, way: Way, said: str, at_work: str = "") -> None:
         found, needs = _OPERATION.search(said), _NEEDS.search(said)
-        self.operation = next(filter(None, found.groups()), "") if found else ""
+        self.operation = next(filter(None, found.groups()), "") if found else at_work
         self.needs = int(needs[1]) if needs else None
         line = next(iter(said.strip().splitlines()), "it did not say why")
         self.reason = re.split(r"\s*\[Caused by|\.? Please feel free", line)[0].strip(" .")
@@ -105,6 +106,8 @@ def ways(limits: Limits, refusals: list[ExportError]) -> Iterator[Way]:
     yield Way(limits.opset)
     first = refusals[0]
     needs = first.needs if isinstance(first, UnwritableError) else None
+    if isinstance(first, UnwritableError) and needs is None and lacks(first.operation):
+        return  # the second exporter says so too, after seconds a hundred layers
     if needs is not None and limits.opset < needs <= limits.max_opset:
         yield Way(needs)
     second = min(max(limits.opset, SECOND_WRITES), limits.max_opset)
@@ -147,13 +150,13 @@ def written(
     args, kwargs = (example_input if isinstance(example_input, tuple) else (example_input,)), None
     if isinstance(example_input, dict):
         args, kwargs = (), cloned(example_input)
-    write = _by_second if way.is_second else _by_first
+    write = by_second if way.is_second else _by_first
     try:
         with warnings.catch_warnings(), _silence(), torch.no_grad():
             warnings.simplefilter("ignore")  # they announce their own age at every call
             content = write(model, cloned(args), kwargs, names, way.opset, fold)
     except (torch.onnx.errors.OnnxExporterError, *FORWARD_FAILURES) as err:
-        raise UnwritableError(_name(model), way, str(err)) from err
+        raise UnwritableError(_name(model), way, str(err), _at_work(err)) from err
     return _small_letters(content) if b"Einsum" in content else content
 
 
@@ -200,31 +203,6 @@ def _by_first(
     return content
 
 
-def _by_second(
-    model: nn.Module, args: Any, kwargs: Any, names: list[str], opset: int, fold: bool
-) -> bytes:
-    program = torch.onnx.export(
-        model, args, kwargs=kwargs, dynamo=True, opset_version=opset, input_names=names,
-        output_names=[OUTPUT], optimize=fold, verbose=False,
-    )  # fmt: skip
-    assert program is not None
-    file = onnx.inliner.inline_local_functions(program.model_proto)
-    used = {node.domain for node in file.graph.node}
-    imports = [each for each in file.opset_import if not each.domain or each.domain in used]
-    del file.opset_import[:]
-    file.opset_import.extend(imports)
-    if [each.version for each in imports if not each.domain] != [opset]:
-        written_as = [(each.domain, each.version) for each in imports]
-        raise RuntimeError(f"torch's second exporter wrote opsets {written_as} instead")
-    for part in (file, file.graph, *file.graph.node, *file.graph.value_info):
-        del part.metadata_props[:]  # of code and paths on this machine; newer than the IR needed
-    for part in (*file.graph.input, *file.graph.output, *file.graph.initializer):
-        del part.metadata_props[:]
-    file.ir_version = onnx.helper.find_min_ir_version_for(imports)
-    content: bytes = file.SerializeToString()
-    return content
-
-
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Where an exporter fails it prints the whole graph from C++ to file descriptor 1, or logs."""
@@ -246,6 +224,14 @@ def _silence() -> Iterator[None]:
         if saved is not None:
             os.dup2(saved, 1)
             os.close(saved)
+
+
+def _at_work(err: BaseException) -> str:
+    """The operation that the first exporter was writing when it failed; "" where it was none."""
+    for frame, _ in traceback.walk_tb(err.__traceback__):
+        if frame.f_code.co_name == "_run_symbolic_function":
+            return str(frame.f_locals["node"].kind())
+    return ""
 
 
 def _name(model: nn.Module) -> str:

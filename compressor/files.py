@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import stat
 import struct
 import tokenize
@@ -27,7 +28,20 @@ PARTIAL = ".*.partial"  # what `write_whole` writes until it is whole
 MAX_BITS = 64  # of a whole number
 LEAST, MOST = 1e-30, 1e18  # of what is measured, but for 0
 MAX_DEPTH = 64  # of tables in tables; ours have six
-MAX_TEXT_BYTES = 64 * 2**20  # of JSON and TOML; a result with every raw time has about 0.1 MiB
+MAX_TEXT_BYTES = 64 * 2**20  # of JSON; a result with every raw time has about 0.1 MiB
+MAX_TOML_BYTES = 256 * 2**10  # the longest profile has 3 KiB
+_DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?:[eE][+-]?\d+)?(?![\w.])")
+
+
+def home() -> Path:
+    """The user's folder; where there is none, a place at which nothing is and nothing can be.
+
+    A process in a container may have neither HOME nor an entry in the list of users.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def opened(path: Path) -> IO[bytes]:
@@ -59,18 +73,33 @@ def read_whole(path: Path, at_most: int, *, whole: bool = True) -> bytes:
     with opened(path) as file:
         content = file.read(at_most + 1)
     if whole and len(content) > at_most:
-        raise ValueError(f"larger than {at_most // 2**20} MiB")
+        unit, name = (2**20, "MiB") if at_most >= 2**20 else (2**10, "KiB")
+        raise ValueError(f"larger than {at_most // unit} {name}")
     return content[:at_most]
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, at_most: int = MAX_TEXT_BYTES) -> str:
     """The file's content.
+
+    Args:
+        path: The file.
+        at_most: Bytes.
 
     Raises:
         OSError: It cannot be read.
         ValueError: It is no file, larger than any of ours, or not UTF-8.
     """
-    return read_whole(path, MAX_TEXT_BYTES).decode("utf-8")
+    return read_whole(path, at_most).decode("utf-8")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What the file says.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no file, larger than any of ours, or see `parsed_toml`.
+    """
+    return parsed_toml(read_text(path, MAX_TOML_BYTES))
 
 
 def check_own_file(path: Path) -> None:
@@ -224,6 +253,9 @@ def parsed_toml(text: str) -> dict[str, Any]:
     Raises:
         ValueError: It is no TOML, nested deeper than Python follows, or has numbers that are none.
     """
+    for line in text.split("\n"):  # tomllib takes time by the square of a key's parts
+        if line.count(".") > MAX_DEPTH and _DECIMAL.sub("", line).count(".") > MAX_DEPTH:
+            raise ValueError(f"a line with more than {MAX_DEPTH} dots")
     try:
         return _holdable(tomllib.loads(text, parse_float=_finite))
     except RecursionError as err:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from compressor.bench import Bench
-from compressor.budget import CAUTION, Budget
+from compressor.budget import CAUTION, TRAINING, Budget
 from compressor.errors import TrainingError
 from compressor.evaluate import drop_of
 from compressor.hints import NO_HINTS, choose_hints
@@ -213,6 +213,9 @@ def place_of(run: Run, searched: Searched, n_before: int, *, n_trainings: int = 
     n_steps = int(searched.study.number_once(key, affordable))
     if n_steps < whole:
         run.budget.cut(f"{n_steps} of {whole} training steps")
+    if not n_steps:  # nobody waits for it any more
+        expected = dict.fromkeys(TRAINING, 0.0)
+        run.on_progress(Progress(MEASURING_FINALISTS, 1, 1, expected=expected))
     return Place(run.folder, n_before, n_steps, lambda: run.budget.of_s(FINE_TUNING) > 0)
 
 
@@ -222,7 +225,7 @@ class Winner:
 
     Attributes:
         plan: What is left out.
-        network: Repaired, and trained a little where there were rivals; None where it has to be
+        network: Repaired, and trained a little where there were others; None where it has to be
             made first.
         n_steps_left: Of the budget of steps.
         scores: Of every finalist, after each of its short trainings.

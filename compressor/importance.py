@@ -16,14 +16,18 @@ them, so a group that a residual sum ties together is judged as a whole.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import ConfigError
+from compressor.errors import CompressorError, ConfigError, PluginError
+from compressor.plugins import IMPORTANCES
+from compressor.user_code import USER_CODE_FAILURES, told
 from compressor.values import BATCH_NORMS, ChannelGroup, ChannelSlice, Role
 
 Scores = dict[str, Tensor]  # group name -> (n_channels,) float64, non-negative and finite
@@ -243,12 +247,44 @@ def _tensor(model: nn.Module, where: ChannelSlice) -> Tensor:
     return value if isinstance(value, Tensor) else torch.zeros(int(value))
 
 
-IMPORTANCES: Mapping[str, Importance] = {
-    "l1": WeightNorm(p=1),
-    "l2": WeightNorm(p=2),
-    "geometric-median": GeometricMedian(),
-    "bn-scale": BatchNormScale(),
-    "taylor": Taylor(),
-    "cpmc": WeightDependency(),
-    "random": Random(),
-}
+# By their names in `plugins.IMPORTANCES`.
+L1, L2 = WeightNorm(p=1), WeightNorm(p=2)
+GEOMETRIC_MEDIAN, BN_SCALE = GeometricMedian(), BatchNormScale()
+TAYLOR, CPMC, RANDOM = Taylor(), WeightDependency(), Random()
+
+
+def scores_by(
+    name: str, model: nn.Module, groups: Sequence[ChannelGroup], losses: Losses | None
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Group name -> `(n_channels,)` what the importance of that name says, checked.
+
+    Args:
+        name: In `plugins.IMPORTANCES`.
+        model: In eval mode; not changed.
+        groups: From `channel_groups(model, ...)`.
+        losses: For criteria that look at gradients; None where there are no images.
+
+    Raises:
+        ConfigError: The criterion needs losses and there are none.
+        PluginError: It is of a package that cannot be used, or gives no scores.
+    """
+    importance = cast(Importance, IMPORTANCES.load(name))
+    try:
+        found = importance.scores(model, groups, losses)
+        return {group.name: _checked(found[group.name], group) for group in groups}
+    except CompressorError:
+        raise
+    except USER_CODE_FAILURES as err:
+        if name in IMPORTANCES.built_in:
+            raise
+        package = IMPORTANCES.package_of(name)
+        raise PluginError(f"--importance {name} of the package {package}: {told(err)}.") from err
+
+
+def _checked(scores: Tensor, group: ChannelGroup) -> npt.NDArray[np.float64]:
+    array = np.asarray(scores.detach().cpu().double())
+    if array.shape != (group.n_channels,):
+        raise ValueError(f"{group.name} has {group.n_channels} channels, scores {array.shape}")
+    if not (np.isfinite(array).all() and (array >= 0).all()):
+        raise ValueError(f"the scores of {group.name} must be finite and not below 0")
+    return array

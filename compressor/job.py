@@ -19,12 +19,14 @@ from compressor.datasets import load_data
 from compressor.errors import ConfigError, TrainingError
 from compressor.evaluate import memory_format, posed
 from compressor.hints import NO_HINTS, choose_hints
-from compressor.importance import IMPORTANCES
+from compressor.importance import scores_by
 from compressor.latency.targets import load_target
 from compressor.matching import check_outputs, check_whole_numbers
 from compressor.prunable import Prunable, load_model, make_prunable, with_branches
 from compressor.recovery import Recovery
 from compressor.rows import example_of, images_at_once, is_images
+from compressor.search import make_strategy
+from compressor.search.objective import FEATURES, Strategy
 from compressor.search.space import SearchSpace, make_space
 from compressor.tasks import (
     AGREEMENT,
@@ -70,6 +72,7 @@ class Job:
     data: Data
     prunable: Prunable
     space: SearchSpace
+    strategy: Strategy
 
     @property
     def model(self) -> nn.Module:
@@ -162,6 +165,9 @@ def prepare(
 
     tell(0, "images")
     border.check_run(config, is_new=is_new)
+    strategy = make_strategy(config)
+    if FEATURES in strategy.needs and config.task is not None:
+        raise ConfigError(f"--search {config.search} looks at classes; a task has none.")
     target = load_target(
         config.target,
         device=config.device,
@@ -184,17 +190,16 @@ def prepare(
     groups = prunable.groups
     tell(4, "which channels matter")
     some = posed_part(data.fit, N_RANKING_IMAGES, prunable.module, criterion)
-    scores = IMPORTANCES[config.importance].scores(
-        prunable.module, groups, partial(_ranking_losses, some, criterion)
-    )
+    losses = partial(_ranking_losses, some, criterion)
+    scores = scores_by(config.importance, prunable.module, groups, losses)
     space = make_space(
         groups,
-        {name: score.numpy() for name, score in scores.items()},
+        scores,
         step=target.step,
         min_keep_ratio=config.min_keep_ratio,
         branches=prunable.branches,
     )
-    job = Job(config, target, loaded, criterion, data, prunable, space)
+    job = Job(config, target, loaded, criterion, data, prunable, space, strategy)
     _ = config.augment == AUTO or job.augmentations
     tell(5, "whether the narrowest network answers rightly")
     check_surgery(prunable, space.plan(space.narrowest), data)

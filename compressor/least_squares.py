@@ -10,10 +10,11 @@ released code solves that from 30,000 rows of X for every candidate. But with G 
 once, the minimiser is W_S' = inv(G_SS) G_S: W', a small solve, and X is not needed any more.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,41 +25,72 @@ from compressor.watching import watched
 N_POSITIONS = 10  # of every batch, the same ones for all its images, as in the released code
 RIDGE = 1e-9  # of the mean diagonal; channels that are always 0 need some
 MAX_FEATURES = 6000  # a Gram matrix of 288 MB; wider layers keep their weights
+MAX_SOLVED_BYTES = 2**28
 
 
-@dataclass(frozen=True, eq=False)
 class LeastSquares:
-    """What the layers of a network read, as Gram matrices.
+    """What the layers of a network read, as Gram matrices, and what was solved with them.
+
+    A search asks for the same inputs of the same layer again and again: the demo's 330 solves are
+    85 different ones. What was solved last is kept, in `MAX_SOLVED_BYTES`.
 
     Attributes:
         grams: Module -> `(n_features, n_features)` float64; features are input channels times
             taps, as in the weight.
     """
 
-    grams: Mapping[str, Tensor]
+    def __init__(self, grams: Mapping[str, Tensor], network: nn.Module) -> None:
+        """Keeps the weights of `network` beside what they read.
 
-    def repair(self, pruned: nn.Module, original: nn.Module, kept: Kept) -> None:
+        Args:
+            grams: Of the layers of `network`.
+            network: Its weights must not change.
+        """
+        self.grams = grams
+        self._weights: dict[str, Tensor] = {}
+        for name in grams:
+            weight = network.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            self._weights[name] = weight.detach()
+        self._answers: dict[str, Tensor] = {}  # (n_features, n_out), all inputs with the outputs
+        self._solved: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
+        self._n_bytes = 0
+
+    def repair(self, pruned: nn.Module, kept: Kept) -> None:
         """Refits the layers of `pruned` that read fewer channels, in place.
 
         Args:
-            pruned: `original` with fewer channels.
-            original: The network that the Gram matrices are of.
+            pruned: The network with fewer channels.
             kept: (tensor, dimension) -> which positions of the original's tensor are left.
         """
         left = dict(pruned.named_modules())
-        for name, gram in self.grams.items():
+        for name in self.grams:
             layer, inputs = left.get(name), kept.get((f"{name}.weight", 1))
             if layer is None or inputs is None:
                 continue
-            whole, weight = original.get_submodule(name).weight, layer.weight
-            assert isinstance(whole, Tensor)
+            weight = layer.weight
             assert isinstance(weight, Tensor)
-            outputs = kept.get((f"{name}.weight", 0), np.ones(len(whole), dtype=np.bool_))
-            features = np.repeat(inputs, whole[0, 0].numel())
-            rows, columns = map(torch.from_numpy, map(np.flatnonzero, (outputs, features)))
+            refitted, outputs = self._refitted(name, inputs), kept.get((f"{name}.weight", 0))
+            rows = slice(None) if outputs is None else torch.from_numpy(outputs)
             with torch.no_grad():
-                refitted = refit(gram, whole[rows].flatten(1), columns)
-                weight.copy_(refitted.reshape(weight.shape))
+                weight.copy_(refitted[rows].reshape(weight.shape))
+
+    def _refitted(self, name: str, inputs: npt.NDArray[np.bool_]) -> Tensor:
+        """`(n_out, n_kept)`: the weights of all outputs of a layer on the kept inputs."""
+        key = name, inputs.tobytes()
+        if key not in self._solved:
+            gram, weight = self.grams[name], self._weights[name]
+            if name not in self._answers:
+                self._answers[name] = gram @ weight.flatten(1).double().T
+            features = np.repeat(inputs, weight[0, 0].numel())
+            columns = torch.from_numpy(np.flatnonzero(features))
+            solved = refit(gram, self._answers[name], columns).to(weight.dtype)
+            self._solved[key] = solved
+            self._n_bytes += solved.nbytes
+            while self._n_bytes > MAX_SOLVED_BYTES and len(self._solved) > 1:
+                self._n_bytes -= self._solved.popitem(last=False)[1].nbytes
+        self._solved.move_to_end(key)
+        return self._solved[key]
 
 
 def gather(
@@ -99,7 +131,7 @@ def gather(
     with watched(model, layers, add), torch.inference_mode():
         for batch in batches:
             call(model, batch)
-    return LeastSquares(grams)
+    return LeastSquares(grams, model)
 
 
 def sampled_rows(layer: nn.Module, read: Tensor, generator: torch.Generator) -> Tensor:
@@ -128,19 +160,18 @@ def sampled_rows(layer: nn.Module, read: Tensor, generator: torch.Generator) -> 
     return torch.cat(rows)
 
 
-def refit(gram: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+def refit(gram: Tensor, answers: Tensor, keep: Tensor) -> Tensor:
     """`(n_out, n_kept)` float64: the least-squares weights on the features in `keep`.
 
     Args:
-        gram: `(n_features, n_features)`.
-        weight: `(n_out, n_features)`, the whole layer's.
+        gram: `(n_features, n_features)`, X'X.
+        answers: `(n_features, n_out)`, X'Y with Y what the whole layer answers, without its bias.
         keep: `(n_kept,)` indices.
     """
     inner = gram[keep][:, keep]
     ridge = RIDGE * inner.diagonal().mean().clamp_min(1e-30)
     factor = torch.linalg.cholesky(inner + ridge * torch.eye(len(keep), dtype=inner.dtype))
-    right = gram[keep] @ weight.double().T
-    solved: Tensor = torch.cholesky_solve(right, factor).T
+    solved: Tensor = torch.cholesky_solve(answers[keep], factor).T
     return solved
 
 

@@ -25,10 +25,11 @@ from compressor.finalists import (
 )
 from compressor.forecast import forecast
 from compressor.job import Job, prepare
-from compressor.latency.device import Device, open_device
-from compressor.run import Run
+from compressor.latency.device import open_device
+from compressor.run import Run, measured_before
 from compressor.run_folder import RunFolder
-from compressor.search.objective import corrected
+from compressor.search.objective import History, corrected
+from compressor.search.proposals import proposed
 from compressor.search.study import Study, read_corrections, read_trials
 from compressor.shipping import build, write_result
 from compressor.summary import trial_shipped
@@ -39,23 +40,17 @@ from compressor.trials import (
     informed,
     pose,
     posed_before,
-    proposed,
     search,
-    strategy_of,
 )
 from compressor.values import (
     MEASURING_ORIGINAL,
     READING,
     SEARCHING,
-    Original,
     Progress,
     ProgressCallback,
     Replayed,
     Result,
 )
-
-# Of what a machine says of itself; where they are the same, what it measured stays true.
-MACHINE_KEYS = ("host", "machine", "model", "instruction_set", "n_cores", "runtime", "version")
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +58,7 @@ logger = logging.getLogger(__name__)
 def compress(
     config: Config,
     *,
+    since: float | None = None,
     on_trial: TrialCallback = lambda _trial: None,
     on_progress: ProgressCallback = lambda _progress: None,
 ) -> Result:
@@ -70,6 +66,8 @@ def compress(
 
     Args:
         config: What is asked for; see `load_config`.
+        since: When the run began for whoever waits for it, by `time.monotonic`; its time budget
+            counts from there. None for now.
         on_trial: Told of every trial as it ends.
         on_progress: Told how far long work has come.
 
@@ -79,13 +77,14 @@ def compress(
     Raises:
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
-    with searched_in(config, on_trial, on_progress) as run:
+    with searched_in(config, on_trial, on_progress, since=since) as run:
         return finish_one(*run)
 
 
 def compress_front(
     config: Config,
     *,
+    since: float | None = None,
     on_trial: TrialCallback = lambda _trial: None,
     on_progress: ProgressCallback = lambda _progress: None,
 ) -> tuple[Result, ...]:
@@ -93,6 +92,7 @@ def compress_front(
 
     Args:
         config: With `pareto`, or any other goal.
+        since: See `compress`.
         on_trial: Told of every trial as it ends.
         on_progress: Told how far long work has come.
 
@@ -103,7 +103,7 @@ def compress_front(
     Raises:
         CompressorError: See `compressor.errors`; bad input is found before anything is written.
     """
-    with searched_in(config, on_trial, on_progress) as run:
+    with searched_in(config, on_trial, on_progress, since=since) as run:
         return finish_front(*run)
 
 
@@ -112,6 +112,7 @@ def resume(
     *,
     force: bool = False,
     trust: bool = False,
+    since: float | None = None,
     on_trial: TrialCallback = lambda _trial: None,
     on_progress: ProgressCallback = lambda _progress: None,
 ) -> Result | tuple[Result, ...]:
@@ -124,6 +125,7 @@ def resume(
         path: The run folder.
         force: Go on although the model, the data or `config.toml` is another one now.
         trust: Read pickles in the model file, as it was said to when the run was begun.
+        since: When going on began, as for `compress`.
         on_trial: Told of every new trial as it ends.
         on_progress: Told how far long work has come.
 
@@ -140,7 +142,7 @@ def resume(
         return run_folder.read_result(path)
     if config.pareto and folder.is_finished_front:
         return in_order(run_folder.read_result(point.parent) for point in folder.points)
-    with searched_in(config, on_trial, on_progress, folder, force=force) as run:
+    with searched_in(config, on_trial, on_progress, folder, force=force, since=since) as run:
         return (finish_front if config.pareto else finish_one)(*run)
 
 
@@ -169,12 +171,12 @@ def replay(
     environment = describe_environment(job.target, job.loaded, job.data)
     folder.check(environment, force=False)
     trials, corrections = read_trials(folder.study), read_corrections(folder.study)
-    problem, strategy = posed_before(job, folder.study), strategy_of(config)
+    problem = posed_before(job, folder.study)
     differs_at = None
     for n, trial in enumerate(trials):
         on_progress(Progress("Searching again", n, len(trials)))
         known = corrected(trials[:n], [each for each in corrections if each.n_trials <= n])
-        proposal = proposed(strategy, problem, known)
+        proposal = proposed(config.search, job.strategy, problem, History(known))
         if proposal is None or job.space.by_name(proposal.widths) != trial.widths:
             differs_at = n
             break
@@ -195,6 +197,7 @@ def searched_in(
     stopped: RunFolder | None = None,
     *,
     force: bool = False,
+    since: float | None = None,
 ) -> Iterator[tuple[Run, Searched]]:
     """What all ways to end a run begin with; the device stays open meanwhile.
 
@@ -204,13 +207,14 @@ def searched_in(
         on_progress: Told how far it has come.
         stopped: Of a run that goes on.
         force: See `resume`.
+        since: See `compress`.
     """
     on_progress(Progress(READING, 0, 1))
     with ExitStack() as stack:
         stack.enter_context(threads.restored())
         if stopped is not None:
             stack.enter_context(_worked_in(stopped))
-        budget = Budget(config.time_budget, file=stopped.spent if stopped else None)
+        budget = Budget(config.time_budget, file=stopped.spent if stopped else None, since=since)
         on_progress = budget.watching(on_progress, is_new=stopped is None)
         job = prepare(config, is_new=stopped is None, on_progress=on_progress)
         environment = describe_environment(job.target, job.loaded, job.data)
@@ -222,7 +226,7 @@ def searched_in(
         bench = Bench(
             job.prunable, job.space, job.data, job.target, device,
             recovery=job.recovery, on_progress=on_progress, criterion=job.criterion,
-            measured=_measured_before(stopped, study, device) if stopped and study else None,
+            measured=measured_before(stopped, study, device) if stopped and study else None,
         )  # fmt: skip
         if stopped is not None and begun:
             folder, problem = stopped, posed_before(job, stopped.study)
@@ -247,16 +251,6 @@ def searched_in(
             study.keep(problem)
         run = Run(job, bench, folder, budget, expected.step_s, on_trial, on_progress)
         yield run, search(job, problem, bench, study, budget, on_trial, on_progress)
-
-
-def _measured_before(folder: RunFolder, study: Study, device: Device) -> Original | None:
-    """What was measured of the original, where that was on the machine that is here now."""
-    then = folder.read_manifest().get("device")
-    now = device.describe()
-    if not isinstance(then, dict) or any(then.get(key) != now.get(key) for key in MACHINE_KEYS):
-        logger.warning("the run goes on on another machine; the original is measured again")
-        return None
-    return study.original()
 
 
 def finish_one(run: Run, searched: Searched) -> Result:

@@ -22,7 +22,7 @@ from torch._export.verifier import SpecViolationError
 
 from compressor.computed import compute_weights, tensor_of
 from compressor.errors import GraphError, ModelError
-from compressor.running import cloned
+from compressor.running import buffers_kept, cloned
 from compressor.values import FORWARD_FAILURES, Example, call
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def _with_limit(model: nn.Module, limit_s: float) -> None:
 
 def _takes(model: nn.Module, example: Example) -> bool:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(model):
             call(model, cloned(example))
     except FORWARD_FAILURES:
         return False
@@ -205,7 +205,7 @@ def _without_batch(program: fx.GraphModule, n_static: int) -> fx.GraphModule:
 def _same_answer(program: nn.Module, model: nn.Module, example: Example) -> bool:
     """Whether both give the same tensors, to rounding."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(model):
             return _alike(_leaves(call(program, example)), _leaves(call(model, example)))
     except FORWARD_FAILURES:
         return False

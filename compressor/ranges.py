@@ -1,10 +1,14 @@
-"""Numbers of settings: what they may be, and how they are written."""
+"""Settings: what they may be, and how they are written."""
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from compressor.plugins import Registry
 
 MAX_INPUT = 2**28  # numbers of one image
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s|min|m|h)")
@@ -37,3 +41,20 @@ Std = Annotated[float, Field(ge=1e-6, le=1e6)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=1e8)]
 Milliseconds = Annotated[float, BeforeValidator(_milliseconds), Field(ge=1e-6, le=3.6e6)]
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # all that TOML promises to hold
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Takes the names in a registry and no others."""
+
+    registry: Registry
+
+    def __call__(self, name: str) -> str:
+        """`name`.
+
+        Raises:
+            PydanticCustomError: It is not known.
+        """
+        if name not in self.registry:
+            raise PydanticCustomError("not_known", "not known", {"known": list(self.registry)})
+        return name

@@ -278,7 +278,7 @@ def read_settings(path: Path) -> dict[str, object]:
     """
     file = path / CONFIG
     try:
-        content = files.parsed_toml(files.read_text(file))
+        content = files.read_toml(file)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise RunFolderError(f"{path} has no {CONFIG}: no run was begun there.") from err
     except (OSError, ValueError) as err:

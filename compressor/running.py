@@ -220,6 +220,29 @@ def frozen_norms(network: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """What a network counts or keeps in its buffers while it runs is afterwards as before.
+
+    An fx graph keeps tensors that its network makes anew at every call. Those can be of any shape,
+    or look at one number several times, and are written to again only where they have changed.
+    """
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in network.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            if buffer.shape != value.shape:
+                buffer.data = value
+            elif not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+@contextmanager
 def in_small_steps(network: nn.Module) -> Iterator[None]:
     """Fused attention and LSTM layers of `network` run as the operations they are made of.
 

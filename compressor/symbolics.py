@@ -5,6 +5,7 @@ an image: a `Gather` with constant indices, or a `MatMul` with a constant matrix
 which matrix, torch itself says: its operation is run on numbered positions, or on the identity.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.onnx import symbolic_helper, symbolic_opset9, symbolic_opset14, utils
 
-ATTENTION_OPSET, AXES_AS_INPUT_OPSET = 14, 18
+CEIL_MODE_OPSET, AXES_AS_INPUT_OPSET = 10, 18
 Symbolic = Callable[..., Any]
 aten = torch.ops.aten
 MAX_POOLS: dict[int, Symbolic] = {
@@ -28,12 +29,6 @@ def register(opset: int) -> None:
     """Makes torch's first exporter write what this file has into files of `opset`."""
     for name, symbolic in SYMBOLICS.items():
         utils.register_custom_op_symbolic(f"aten::{name}", symbolic, opset)
-    if opset < ATTENTION_OPSET:  # torch writes it with operations that older opsets have too
-        utils.register_custom_op_symbolic(
-            "aten::scaled_dot_product_attention",
-            symbolic_opset14.scaled_dot_product_attention,
-            opset,
-        )
 
 
 def _adaptive_avg_pool(n_dims: int, g: Any, images: Any, _output_size: Any) -> Any:
@@ -95,6 +90,42 @@ def _antialiased(
         for n, m, scale in zip(before, after, _per_axis(scales, 2), strict=True)
     ]
     return _weighted(g, images, matrices)
+
+
+def _attention(g: Any, *given: Any) -> Any:
+    """As torch writes it, in any opset from 13 on; a causal mask is a constant.
+
+    Keys and values that several queries share are repeated.
+    """
+    query, key, value, mask, dropout, is_causal, scale, shares = given
+    for each, seen in zip((query, key, value), g.original_node.inputs(), strict=False):
+        each.setType(seen.type())
+    (n_queries, n_rows, _), (n_keys, n_columns, _) = _sizes(query, 3), _sizes(key, 3)
+    if any(_numbers(shares)):
+        heads = [head for head in range(n_keys) for _ in range(n_queries // n_keys)]
+        key, value = (_picked(g, each, heads, -3) for each in (key, value))
+    if any(_numbers(is_causal)):
+        hidden = torch.full((n_rows, n_columns), -torch.inf, dtype=query.type().dtype())
+        mask = _constant(g, hidden.triu(1))
+    write = symbolic_opset14.scaled_dot_product_attention
+    return write(g, query, key, value, mask, dropout, False, scale, False)
+
+
+def _avg_pool(n_dims: int, g: Any, images: Any, *given: Any) -> Any:
+    """Means of windows; sums by a divisor of the code are means with padding, multiplied."""
+    window, strides, padding = ([int(n) for n in _numbers(each)] for each in given[:3])
+    ceil_mode, counts_padding, divisor = (_numbers(each) for each in given[3:])
+    window, padding = ([*n, *n * (n_dims - len(n))] for n in (window, padding))
+    kwargs = {"ceil_mode_i": int(ceil_mode[0])} if g.opset >= CEIL_MODE_OPSET else {}
+    means = g.op(
+        "AveragePool", images, kernel_shape_i=window, pads_i=padding * 2,
+        strides_i=[*strides, *strides * (n_dims - len(strides))] or window,
+        count_include_pad_i=int(bool(divisor) or counts_padding[0]), **kwargs,
+    )  # fmt: skip
+    if not divisor:
+        return means
+    factor = torch.tensor(math.prod(window) / divisor[0], dtype=images.type().dtype())
+    return g.op("Mul", means, _constant(g, factor))
 
 
 def _rms_norm(g: Any, rows: Any, over: Any, weight: Any, eps: Any) -> Any:
@@ -190,7 +221,9 @@ SYMBOLICS: dict[str, Symbolic] = {
     **{f"_adaptive_avg_pool{n}d": partial(_adaptive_avg_pool, n) for n in (2, 3)},
     **{f"adaptive_max_pool{n}d": partial(_adaptive_max_pool, n) for n in (1, 2, 3)},
     **{f"_upsample_nearest_exact{n}d": partial(_nearest_exact, n) for n in (1, 2, 3)},
+    **{f"avg_pool{n}d": partial(_avg_pool, n) for n in (2, 3)},
     "rms_norm": _rms_norm,
+    "scaled_dot_product_attention": _attention,
     "squeeze": _squeeze,
     "_upsample_bilinear2d_aa": partial(_antialiased, aten._upsample_bilinear2d_aa),
     "_upsample_bicubic2d_aa": partial(_antialiased, aten._upsample_bicubic2d_aa),

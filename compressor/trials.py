@@ -24,28 +24,27 @@ from compressor.bench import (
 )
 from compressor.budget import Budget
 from compressor.chance import check_answers_differ, check_better_than_chance
-from compressor.config import Config
 from compressor.errors import ConfigError, MeasurementError, SearchError
 from compressor.features import channel_maps
-from compressor.goals import ASK_FOR_FEATURES, MACS, MAX_DROP, PARAMS
+from compressor.goals import MACS, MAX_DROP, PARAMS
 from compressor.graph.costs import layer_costs
 from compressor.job import Job, posed_part
 from compressor.prunable import Prunable
 from compressor.rows import images_at_once
-from compressor.search import make_strategy
 from compressor.search.clustering import n_distinct
 from compressor.search.greedy import lazy_greedy
 from compressor.search.objective import (
-    START,
+    FEATURES,
     TIME,
     Harmed,
+    History,
     Objective,
     Problem,
     Proposal,
-    Strategy,
     best_first,
     is_hopeless,
 )
+from compressor.search.proposals import proposed
 from compressor.search.space import Widths
 from compressor.search.study import Study, read_before
 from compressor.tasks import Agreement, Classification
@@ -154,7 +153,7 @@ def informed(
     problem = replace(problem, timed=timed_plans)
     if not is_looked_into(problem):
         return problem
-    if job.config.search in ASK_FOR_FEATURES:
+    if FEATURES in job.strategy.needs:
         return _with_features(job, problem)
 
     def harm(widths: Widths) -> float:
@@ -168,7 +167,7 @@ def posed_before(job: Job, study: Path) -> Problem:
     before = read_before(study, _wanted(job, Accuracy(0.0, 1), {}))
     posed = _wanted(job, before.original_accuracy, before.objective.limits)
     problem = replace(before, objective=posed.objective)
-    asks = job.config.search in ASK_FOR_FEATURES and is_looked_into(problem)
+    asks = FEATURES in job.strategy.needs and is_looked_into(problem)
     return _with_features(job, problem) if asks else problem
 
 
@@ -300,7 +299,6 @@ def search(
 
     The trials that `study` holds already count.
     """
-    strategy = strategy_of(job.config)
     before = sum(sum(trial.seconds.values()) for trial in study.trials)
     started = time.perf_counter() - before
     n_trials = n_trials_wanted(problem, study)
@@ -316,7 +314,7 @@ def search(
         tell()
         seconds: dict[str, float] = {}
         with timed(seconds, PROPOSAL):
-            proposal = proposed(strategy, problem, study.known)
+            proposal = proposed(job.config.search, job.strategy, problem, History(study.known))
         if proposal is None:
             logger.info("every plan of the space was tried")
             break
@@ -336,24 +334,6 @@ def _typical_seconds(trials: Sequence[Trial]) -> float:
     """Of one trial, by the latest ones."""
     latest = [sum(trial.seconds.values()) for trial in trials[-N_TYPICAL:]]
     return statistics.fmean(latest)
-
-
-def proposed(strategy: Strategy, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
-    """The next plan: the fastest one where none can meet the limit; None where none is left."""
-    if is_hopeless(problem):
-        return Proposal(problem.space.narrowest, START)
-    return strategy.propose(problem, trials)
-
-
-def strategy_of(config: Config) -> Strategy:
-    """The strategy that was asked for; only BOCR has options."""
-    return make_strategy(
-        config.search,
-        distance=config.clustering,
-        rollback=config.rollback,
-        bounds=config.bounds,
-        fit_to_limit=config.fit_to_limit,
-    )
 
 
 def _run_trial(

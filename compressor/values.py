@@ -7,6 +7,7 @@ original / candidate for speed (larger is faster) and kept / original for widths
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NotRequired, Protocol, final
@@ -14,7 +15,7 @@ from typing import Any, NotRequired, Protocol, final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import TypedDict
 
@@ -42,6 +43,8 @@ Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
 def call(model: Callable[..., Any], example: Example) -> Any:
     """What `model` returns for `example`."""
+    if isinstance(model, fx.GraphModule):  # whose own call prints a traceback of what fails
+        model = partial(nn.Module.__call__, model)
     if isinstance(example, dict):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
@@ -297,6 +300,7 @@ class Accuracy:
             it tells the better one from fewer images than `value` does.
         metric: The task's own figure; None for classification, where it is `value`.
         spread: Standard error of `value` where it is not that of yes-no answers.
+        name: What `value` is called: "accuracy", "agreement", or "mAP kept" of a task's metric.
     """
 
     value: float
@@ -304,6 +308,7 @@ class Accuracy:
     loss: float | None = None
     metric: float | None = None
     spread: float | None = None
+    name: str = "accuracy"
 
     @property
     def standard_error(self) -> float:
@@ -321,6 +326,9 @@ class Latency:
     median_ms: float
     p90_ms: float
     n: int
+
+
+MAX_UNSURE = 0.03  # of a ratio, that its interval may reach to either side; beyond is doubtful
 
 
 class Clock(StrEnum):
@@ -394,6 +402,17 @@ class PairedLatency:
     def ranking_ci95(self) -> tuple[float, float]:
         """The interval among plans of one search: an estimate's error is the same for all."""
         return self.ci95 if self.basis is Basis.MEASURED else (self.ratio, self.ratio)
+
+    @property
+    def half_width(self) -> float:
+        """How far the interval reaches from the ratio, as a share of it; 0 of an estimate."""
+        low, high = self.ranking_ci95
+        return max(high / self.ratio, self.ratio / low) - 1
+
+    @property
+    def reached(self) -> float:
+        """The ratio that noise alone does not reach: where that is unsure, the interval's end."""
+        return self.ratio if self.half_width <= MAX_UNSURE else self.ranking_ci95[0]
 
     @property
     def is_valid(self) -> bool:

@@ -1,7 +1,7 @@
-"""Makes what is generated under `docs/`: `api.md`, the pictures, figures inside of pages.
+"""Makes what is generated under `docs/`: the pictures, figures inside of pages.
 
 python -m docs.build
-python -m docs.build api comparison
+python -m docs.build pictures comparison
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks" / "results"
-API, PICTURES = DOCS / "api.md", DOCS / "pictures"
+PICTURES = DOCS / "pictures"
 QUICK_START, COMPARISON = DOCS / "quick_start.md", DOCS / "comparison.md"
 README = ROOT / "README.md"
 MARKERS = {  # of what is made inside a page: where it begins and ends
@@ -23,13 +23,6 @@ MARKERS = {  # of what is made inside a page: where it begins and ends
     COMPARISON: ("<!-- made by `python -m benchmarks.peers report` -->", "<!-- end of it -->"),
     README: ("<!-- made by `python -m benchmarks.peers summary` -->", "<!-- end of it -->"),
 }
-
-
-def make_api() -> None:
-    """`api.md` from the docstrings."""
-    from docs.api_reference import api_page
-
-    API.write_text(api_page(), encoding="utf-8")
 
 
 def make_pictures() -> None:
@@ -94,7 +87,7 @@ def cut(page: Path) -> tuple[str, str, str]:
 
 
 MAKERS: dict[str, Callable[[], None]] = {
-    "api": make_api, "pictures": make_pictures, "demo": make_demo, "comparison": make_comparison,
+    "pictures": make_pictures, "demo": make_demo, "comparison": make_comparison,
 }  # fmt: skip
 
 

@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import compressor.cli.commands
 from compressor.cli import main
 
 import compressor
@@ -37,6 +38,7 @@ def compress(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     stdout: Path | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """What `compress ARGS` prints in the folder `cwd`, and its exit code.
 
@@ -45,12 +47,13 @@ def compress(
         cwd: Where it is started.
         env: On top of this process's.
         stdout: Where its result goes; it comes back where this is not given.
+        prepare: Is called in the process before the command begins.
     """
     words = list(map(str, args))
     with tempfile.TemporaryDirectory() as folder:
         told = [stdout or Path(folder, "stdout"), Path(folder, "stderr")]
         process = fork_server().Process(
-            target=_run, args=(words, cwd, dict(os.environ) | dict(env or {}), told)
+            target=_run, args=(words, cwd, dict(os.environ) | dict(env or {}), told, prepare)
         )
         process.start()
         process.join(LIMIT_S)
@@ -62,7 +65,13 @@ def compress(
         return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
 
-def _run(words: list[str], cwd: Path, env: dict[str, str], told: list[Path]) -> None:
+def _run(
+    words: list[str],
+    cwd: Path,
+    env: dict[str, str],
+    told: list[Path],
+    prepare: Callable[[], None] | None,
+) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -73,6 +82,8 @@ def _run(words: list[str], cwd: Path, env: dict[str, str], told: list[Path]) -> 
     sys.stdout = os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = os.fdopen(2, "w", encoding="utf-8")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if prepare is not None:
+        prepare()
     try:
         main(words)
     except SystemExit as end:

@@ -12,7 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.errors import DataError
+from compressor.files import read_text
 from compressor.inputs import IMAGE_SUFFIXES, folders, loose_images
+
+MAX_NAMES_BYTES = 2**20  # of class folders; those of ImageNet have 30 KiB
+MAX_SHOWN = 60  # characters of a name
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +51,14 @@ def class_order(file: Path, names: Sequence[str], folder: Path) -> tuple[str, ..
         DataError: A name is missing, unknown or there twice, or the file cannot be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as err:
+        lines = read_text(file, MAX_NAMES_BYTES).removeprefix("\ufeff").split("\n")
+    except (OSError, ValueError) as err:
         raise DataError(f"--classes {file} cannot be read as text: {err}.") from err
     order = tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())
     twice = sorted(name for name, n in Counter(order).items() if n > 1)
     unknown, missing = sorted(set(order) - set(names)), sorted(set(names) - set(order))
     faults = [
-        f"{what}: {', '.join(which[:5])}"
+        f"{what}: {', '.join(name[:MAX_SHOWN] for name in which[:5])}"
         for what, which in (
             ("there twice", twice),
             ("no class folder", unknown),
@@ -88,16 +92,32 @@ def check_no_classes_beside(source: Path, splits: Sequence[Path]) -> None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in and below `folder`, by folder and name."""
+    """The image files in and below `folder`, by folder and name.
+
+    Raises:
+        DataError: Folders below it cannot be read.
+    """
     found: list[tuple[str, list[Path]]] = []
-    n_hidden = _walk(folder, (), found)
+    no_files: list[Path] = []
+    try:
+        n_hidden = _walk(folder, (), found, no_files)
+    except (OSError, RecursionError) as err:  # a link to where nobody may look, or very deep
+        raise DataError(f"What lies in {folder} cannot be read: {err}.") from err
     if n_hidden:
         logger.warning("%s: %d hidden files or folders are left out", folder, n_hidden)
+    if no_files:
+        text = "%s is no file (a link to nothing, or a pipe); %d such are left out"
+        logger.warning(text, no_files[0], len(no_files))
     return [path for _, paths in sorted(found) for path in paths]
 
 
-def _walk(folder: Path, around: tuple[Path, ...], found: list[tuple[str, list[Path]]]) -> int:
-    """Adds what is in `folder` to `found`; how much in it is hidden."""
+def _walk(
+    folder: Path,
+    around: tuple[Path, ...],
+    found: list[tuple[str, list[Path]]],
+    no_files: list[Path],
+) -> int:
+    """Adds what is in `folder` to `found` and `no_files`; how much in it is hidden."""
     real = folder.resolve()
     if real in around:  # a link to a folder that it lies in
         return 0
@@ -107,8 +127,8 @@ def _walk(folder: Path, around: tuple[Path, ...], found: list[tuple[str, list[Pa
         if path.name.startswith("."):
             n_hidden += path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
         elif path.is_dir():
-            n_hidden += _walk(path, (*around, real), found)
-        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():  # no pipe
-            files.append(path)
+            n_hidden += _walk(path, (*around, real), found, no_files)
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            (files if path.is_file() else no_files).append(path)
     found.append((str(folder), files))
     return n_hidden

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import GraphError
 from compressor.graph.record import Record, record
 from compressor.graph.rules import outcome
 from compressor.rows import nothing_in
-from compressor.running import cloned, in_training
+from compressor.running import buffers_kept, cloned, in_training
 from compressor.values import (
     FORWARD_FAILURES,
     WRAPPERS,
@@ -61,7 +62,8 @@ def channel_groups(model: nn.Module, example_input: Example) -> tuple[ChannelGro
     if fault is not None:
         raise GraphError(f"{type(model).__name__} cannot be recorded: {fault}.")
     try:
-        seen = record(model, example_input, outcome)
+        with torch.no_grad(), buffers_kept(model):
+            seen = record(model, example_input, outcome)
     except FORWARD_FAILURES as err:
         raise _not_taken(model, example_input, err) from err
     groups = seen.labels.groups(seen.locked_tensors)
@@ -76,7 +78,7 @@ def outputs(model: nn.Module, example_input: Example) -> Any:
         GraphError: It does not take that input.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(model):
             return call(model, cloned(example_input))
     except FORWARD_FAILURES as err:
         raise _not_taken(model, example_input, err) from err
@@ -92,7 +94,7 @@ def cost(module: nn.Module, example_input: Example) -> Cost:
         example_input: One example.
     """
     counter, copied = FlopCounterMode(display=False), cloned(example_input)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), buffers_kept(module), counter:
         call(module, copied)
     return Cost(
         macs=counter.get_total_flops() // 2,
@@ -129,6 +131,11 @@ def _not_taken(model: nn.Module, example: Example, err: BaseException) -> GraphE
         return GraphError(
             f"{type(model).__name__} needs more memory than there is for an input of shape "
             f"{example_shapes(example)}: {_told(err)}."
+        )
+    if any(map(is_lazy, model.parameters())):
+        return GraphError(
+            f"{type(model).__name__} has lazy layers whose weights do not exist yet; load its "
+            f"trained weights first, or call it once on an input that it takes."
         )
     advice = (
         "Give the shape that it was trained with (--input-shape C,H,W; image files are read as "

@@ -1,13 +1,10 @@
 """Whether two networks answer alike, each asked with tensors of its own."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from compressor.containers import map_tensors, tensors_in
-from compressor.running import cloned, unfused_attention
+from compressor.running import buffers_kept, cloned, unfused_attention
 from compressor.values import FORWARD_FAILURES, Example, call
 
 TOLERANCE = 1e-6  # of the largest output; nothing but another order of additions may differ
@@ -41,17 +38,6 @@ def _alike(network: nn.Module, other: nn.Module, example: Example) -> bool:
         if w.is_floating_point() and w.numel() else torch.equal(h, w)
         for w, h in pairs
     )  # fmt: skip
-
-
-@contextmanager
-def buffers_kept(network: nn.Module) -> Iterator[None]:
-    """What a network counts while it runs is afterwards as before."""
-    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
 
 
 def _answers(network: nn.Module, example: Example) -> list[Tensor]:

@@ -5,6 +5,7 @@ tensor: what is left is the shortcut. Seen in an fx graph, because leaving a par
 of the graph; `traced` makes one of a network's own code, in which its modules stay what they are.
 """
 
+import copy
 import itertools
 import operator
 from collections import Counter
@@ -30,7 +31,9 @@ Nodes = frozenset[fx.Node]
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
-    """`model` as an fx graph of its own modules, with the same names in the state_dict.
+    """`model` as an fx graph of copies of its modules, with the same names in the state_dict.
+
+    The code runs on a copy: what it keeps in attributes while it is traced is no tensor.
 
     Raises:
         GraphError: torch.fx cannot follow its code.
@@ -39,7 +42,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
         return model
     tracer = _Tracer()
     try:
-        graph = tracer.trace(model)
+        graph = tracer.trace(copy.deepcopy(model))
         return fx.GraphModule(tracer.root, graph, type(model).__name__).eval()
     except (fx.proxy.TraceError, *FORWARD_FAILURES) as err:
         raise GraphError(f"{type(model).__name__} cannot be traced by torch.fx: {err}") from err

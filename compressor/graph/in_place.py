@@ -23,10 +23,11 @@ from torch import Tensor, fx, nn
 
 from compressor.containers import tensors_in
 from compressor.graph import lenses
-from compressor.graph.alike import answers_alike, buffers_kept
+from compressor.graph.alike import answers_alike
 from compressor.graph.lenses import Spelling, name_of
 from compressor.graph.memory import Cell, Run, cell_of, works_in_place
 from compressor.graph.plain import make_plain
+from compressor.running import buffers_kept
 from compressor.values import FORWARD_FAILURES, Example
 
 # Written over with what was given, not with what is computed from what was there.
@@ -41,8 +42,7 @@ def functional(network: fx.GraphModule, example: Example) -> fx.GraphModule:
     """`network` in a form that writes over no tensor, as far as that can be done exactly.
 
     Args:
-        network: In eval mode; not changed. Modules that do not work in place are shared with what
-            comes back.
+        network: In eval mode; not changed. Modules that work on copies are shared with the answer.
         example: As the network takes it.
 
     Returns:

@@ -16,8 +16,9 @@ and what runtimes compute inside the layer before it takes no time.
 multicore architectures. Communications of the ACM 52(4), 2009.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -93,7 +94,9 @@ def estimate_ms(model: bytes, target: Target) -> float:
         raise ConfigError(
             f"Profile {target.name} has no figures to estimate from; measure on the device."
         )
-    works = _works(_read(model, target.step))
+    graph = _read(model, target.step)
+    with _fitting():
+        works = _works(graph)
     on_cpu = target.provider in CPU_PROVIDERS
     start_ms = CPU_START_MS if on_cpu else GPU_START_MS
     total_ms = sum(max(start_ms, _ms(*work, roofline)) for work in works)
@@ -194,11 +197,20 @@ def macs_by_node(model: bytes) -> dict[str, int]:
         MeasurementError: See `estimate_ms`.
     """
     graph = _read(model, step=1)
-    return {
-        node.output[0]: (_product if node.op_type in PRODUCTS else _convolution)(node, graph)[0]
-        for node in graph.nodes
-        if node.op_type in CONVOLUTIONS + PRODUCTS
-    }
+    nodes = [node for node in graph.nodes if node.op_type in CONVOLUTIONS + PRODUCTS]
+    with _fitting():
+        return {node.output[0]: _work(node, graph)[0] for node in nodes}
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    """Raises `MeasurementError` where shapes do not fit the operators: a group of 0, say."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, ValueError) as err:
+        raise MeasurementError(
+            f"The shapes of the model do not fit its operators ({err}); no runtime can take it."
+        ) from err
 
 
 def _works(graph: _Graph) -> list[tuple[int, int]]:
@@ -213,11 +225,15 @@ def _works(graph: _Graph) -> list[tuple[int, int]]:
             inside |= set(node.output)
         elif node.op_type in CONVOLUTIONS + PRODUCTS:
             inside |= set(node.output)
-            works.append((_product if node.op_type in PRODUCTS else _convolution)(node, graph))
+            works.append(_work(node, graph))
         elif node.op_type not in FREE:
             names = filter(None, (*node.input, *node.output))
             works.append((0, sum(graph.volume(name) for name in names)))
     return works
+
+
+def _work(node: onnx.NodeProto, graph: _Graph) -> tuple[int, int]:
+    return (_product if node.op_type in PRODUCTS else _convolution)(node, graph)
 
 
 def _convolution(node: onnx.NodeProto, graph: _Graph) -> tuple[int, int]:

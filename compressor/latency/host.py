@@ -3,18 +3,23 @@
 import contextlib
 import hashlib
 import os
+import select
+import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
-from compressor.errors import TimeLimitError
+from compressor.errors import ProtocolError, TimeLimitError
+from compressor.files import home
 from compressor.scratch import Scratch
 
 THIS_MACHINE = "this machine"
+MAX_ANSWER_BYTES = 128 * 2**20  # of one command; trtexec's times of a long run have about 10 MiB
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Host(Protocol):
 
 def local_cache() -> Path:
     """Where this machine keeps engines, timing caches and probes; follows XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "compressor"
 
 
 class LocalHost:
@@ -101,9 +106,8 @@ class LocalHost:
             start_new_session=True,
         )  # fmt: skip
         try:
-            stdout, stderr = process.communicate(stdin, timeout=limit_s)
+            stdout, stderr = answer_of(process, self.label, stdin, limit_s=limit_s)
         except subprocess.TimeoutExpired as err:
-            end_group(process)
             raise TimeLimitError(
                 f"{command[0]} did not end in {limit_s:.0f} s on {self.label}."
             ) from err
@@ -141,6 +145,72 @@ class LocalHost:
         self._work.cleanup()
 
 
+def answer_of(
+    process: "subprocess.Popen[bytes]", label: str, stdin: bytes = b"", *, limit_s: float
+) -> tuple[bytes, bytes]:
+    """What `process`, which has ended then, has written to its pipes: stdout and stderr.
+
+    As `communicate`, which would keep whatever a machine sends.
+
+    Args:
+        process: With pipes, unbuffered or not yet used; it ends with whatever is raised here.
+        label: What to call its machine in messages.
+        stdin: What it is given.
+        limit_s: Seconds it may take.
+
+    Raises:
+        subprocess.TimeoutExpired: It took longer.
+        ProtocolError: It wrote more than `MAX_ANSWER_BYTES`.
+    """
+    until = time.monotonic() + limit_s
+    told = bytearray(), bytearray()
+    left = memoryview(stdin)
+    try:
+        with selectors.DefaultSelector() as waiting:
+            if process.stdin is not None:
+                waiting.register(process.stdin, selectors.EVENT_WRITE, process.stdin)
+            for pipe in filter(None, (process.stdout, process.stderr)):
+                waiting.register(pipe, selectors.EVENT_READ, pipe)
+            while waiting.get_map():
+                ready = waiting.select(max(0.0, until - time.monotonic()))
+                if not ready and time.monotonic() >= until:
+                    raise subprocess.TimeoutExpired(process.args, limit_s)
+                for key, _ in ready:
+                    if key.data is process.stdin:
+                        left = _after_writing(key.fd, left)
+                        is_open = bool(left)
+                    else:
+                        is_open = _read(key.fd, told[key.data is process.stderr], label)
+                    if not is_open:
+                        waiting.unregister(key.fd)
+                        _close(key.data)
+        process.wait(max(0.0, until - time.monotonic()))
+    except BaseException:
+        end_group(process)
+        raise
+    return bytes(told[0]), bytes(told[1])
+
+
+def _after_writing(descriptor: int, content: memoryview) -> memoryview:
+    """What of `content` a pipe that has room has not taken; nothing where nobody reads it."""
+    try:
+        return content[os.write(descriptor, content[: select.PIPE_BUF]) :]
+    except BrokenPipeError:
+        return content[:0]
+
+
+def _read(descriptor: int, told: bytearray, label: str) -> bool:
+    """Whether a pipe that was read had something, or has not ended."""
+    part = os.read(descriptor, 2**16)
+    told += part
+    if len(told) > MAX_ANSWER_BYTES:
+        raise ProtocolError(
+            f"{label} sent more than {MAX_ANSWER_BYTES // 2**20} MiB, which is no answer: "
+            f"{bytes(told[:120])!r}..."
+        )
+    return bool(part)
+
+
 def end_group(process: "subprocess.Popen[bytes]") -> None:
     """Kills the process and its children, and waits for it."""
     try:
@@ -150,5 +220,9 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):  # a request that nobody will read
-                pipe.close()
+            _close(pipe)
+
+
+def _close(pipe: IO[bytes]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # a request that nobody will read
+        pipe.close()

@@ -3,23 +3,30 @@
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from compressor.errors import MeasurementError, UnreachableError, UnsupportedModelError
-from compressor.files import check_size
+from compressor.files import check_size, read_whole
 from compressor.latency import runner
 from compressor.latency.host import Host, LocalHost
 from compressor.latency.schema import TENSORRT
 from compressor.values import Target
 
 Model = bytes | Path
+_T = TypeVar("_T", bound=Message)
 MAX_ONNX_BYTES = 2 * 2**30  # of one message of protobuf
-EXTERNAL_KEY = b"location"  # of a tensor that lies in another file
+# Domains of operators that ONNX Runtime and TensorRT have built in.
+DOMAINS = frozenset(
+    {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc",
+     "trt.plugins"}
+)  # fmt: skip
+# Of them, what loads another file, or a function of Python.
+LOADING = frozenset({"EPContext", "PythonOp", "PythonOpGrad"})
 
 logger = logging.getLogger(__name__)
 
@@ -92,19 +99,21 @@ def mismatch(
 def content_of(model: Model) -> bytes:
     """The ONNX file's content, with the tensors that lie in files beside it.
 
-    As ONNX Runtime does, onnx reads such files from the model's own folder only.
+    As ONNX Runtime does, onnx reads such files from the model's own folder only. Nothing in what
+    comes back makes a runtime load another file.
 
     Raises:
+        UnsupportedModelError: A node would load a file or a library.
         MeasurementError: It cannot be read, or it is too large for one file.
     """
     if isinstance(model, bytes):
         return model
     try:
         check_size(model, MAX_ONNX_BYTES)
-        content = model.read_bytes()
-        if EXTERNAL_KEY not in content:
-            return content
-        names = _files_beside(content)
+        content = read_whole(model, MAX_ONNX_BYTES)
+        read = onnx.load_from_string(content)
+        _check_loads_nothing(model, read)
+        names = {_location(tensor) for tensor in _tensors_elsewhere(read)}
         if not names:
             return content
         n_bytes = len(content) + sum((model.parent / name).stat().st_size for name in names)
@@ -113,23 +122,56 @@ def content_of(model: Model) -> bytes:
                 f"{model} and {', '.join(sorted(names))} have {n_bytes / 2**30:.1f} GiB; models "
                 f"are measured from one file of at most {MAX_ONNX_BYTES / 2**30:.0f} GiB."
             )
-        whole: bytes = onnx.load(model).SerializeToString()
+        onnx.load_external_data_for_model(read, str(model.parent))
+        for tensor in _tensors_elsewhere(read):  # where onnx looks for none
+            raise MeasurementError(
+                f"{model} has the tensor {tensor.name!r:.60} in {_location(tensor)!r:.60}, and in "
+                f"a place where no exporter writes one."
+            )
+        whole: bytes = read.SerializeToString()
         return whole
     except (OSError, ValueError, DecodeError, onnx.checker.ValidationError) as err:
         said = str(err).splitlines()[0]
         raise MeasurementError(f"{model} cannot be read: {said.rstrip('.')}.") from err
 
 
-def _files_beside(content: bytes) -> set[str]:
-    """Names of the files that hold tensors of an ONNX file."""
-    graph = onnx.load_from_string(content)
-    return {
-        entry.value
-        for tensor in onnx.external_data_helper._get_all_tensors(graph)
-        if onnx.external_data_helper.uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+def _check_loads_nothing(path: Path, model: onnx.ModelProto) -> None:
+    """Raises `UnsupportedModelError` where a node is not one of plain operators."""
+    own = {function.domain for function in model.functions}
+    for node in _parts(model, onnx.NodeProto):
+        name = f"{node.domain}.{node.op_type}".lstrip(".")
+        if node.op_type in LOADING:
+            raise UnsupportedModelError(
+                f"{path} has a node of {name:.60}, which makes the runtime load another file. "
+                f"Give the network itself, not what was compiled of it."
+            )
+        if node.domain not in DOMAINS | own:
+            raise UnsupportedModelError(
+                f"{path} has a node of {name:.60}, which no runtime has built in: it would take a "
+                f"library of its own. Known domains: {', '.join(sorted(DOMAINS - {''}))}."
+            )
+
+
+def _tensors_elsewhere(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Tensors whose numbers lie in another file."""
+    for tensor in _parts(model, onnx.TensorProto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            yield tensor
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    """File that holds a tensor's numbers."""
+    return next((each.value for each in tensor.external_data if each.key == "location"), "")
+
+
+def _parts(message: Message, kind: type[_T]) -> Iterator[_T]:
+    """Every message of that kind in `message`, wherever it may stand."""
+    if isinstance(message, kind):
+        yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for each in value if isinstance(value, Sequence) else (value,):
+                yield from _parts(each, kind)
 
 
 def check_same_inputs(original: bytes, candidate: bytes) -> None:

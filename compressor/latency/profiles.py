@@ -7,16 +7,17 @@ which asks for their names, cannot wait for torch.
 
 import os
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from compressor import files
 from compressor.errors import ConfigError, unknown_name
-from compressor.files import read_text
 
 
 def user_profiles() -> Path:
     """Where users keep profiles of their own."""
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(home) / "compressor" / "profiles"
+    place = os.environ.get("XDG_CONFIG_HOME") or files.home() / ".config"
+    return Path(place) / "compressor" / "profiles"
 
 
 def target_names() -> tuple[str, ...]:
@@ -40,7 +41,7 @@ def profile_text(name: str) -> tuple[str, str, str]:
     """
     if is_path(name):
         path = Path(name)
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ConfigError(f"No device profile at {path}.")
         return _text(path), path.stem, str(path)
     known = _profiles()
@@ -49,23 +50,26 @@ def profile_text(name: str) -> tuple[str, str, str]:
             f"{unknown_name('target', name, known)} A path to your own profile (.toml) works "
             f"too, and so does a file in {user_profiles()}."
         )
-    return known[name], name, name
+    found = known[name]
+    if isinstance(found, Path) and found.parent == user_profiles():
+        return _text(found), name, str(found)
+    return found.read_text(encoding="utf-8"), name, name
 
 
-def _profiles() -> dict[str, str]:
-    """Name -> text of every profile that has a name; the user's own win."""
-    texts = {}
+def _profiles() -> dict[str, Traversable]:
+    """Name -> file of every profile that has a name; the user's own win."""
+    found: dict[str, Traversable] = {}
     for file in resources.files("compressor.hardware_profiles").iterdir():
         if file.name.endswith(".toml"):
-            texts[file.name.removesuffix(".toml")] = file.read_text(encoding="utf-8")
+            found[file.name.removesuffix(".toml")] = file
     folder = user_profiles()
     if folder.is_dir():
-        texts |= {path.stem: _text(path) for path in folder.glob("*.toml")}
-    return texts
+        found |= {path.stem: path for path in folder.glob("*.toml")}
+    return found
 
 
 def _text(path: Path) -> str:
     try:
-        return read_text(path)
+        return files.read_text(path, files.MAX_TOML_BYTES)
     except (OSError, ValueError) as err:
         raise ConfigError(f"Profile {path} cannot be read: {err}.") from err

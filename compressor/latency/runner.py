@@ -18,7 +18,8 @@ Options may name an .npz file with "inputs", arrays under the names of the model
 a table must lie in it. What is not there is drawn.
 
 CPU times are those of the thread that runs the model, where one thread does; interruptions are
-the context switches that the process did not ask for. What a system cannot tell is missing.
+the context switches that the process did not ask for, and 1 where a run took longer than its CPU
+time without any. What a system cannot tell is missing.
 
 While it measures, the runner wants to be left alone: it asks the system for precedence over other
 work (which root gets on Linux) and for long slices of time (which anybody gets from Linux 6.12
@@ -76,6 +77,8 @@ PRECEDENCE_VARIABLE = "COMPRESSOR_NICENESS"  # another niceness, of machines tha
 SLICE_MS = 20  # a run of 10 ms is interrupted half as often as with the usual 3
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "arm64": 274}  # number of the system call
 MIN_WARMUP = 1  # runs of each, beside the one that a session is opened with
+MAX_WAIT, COARSE_MS = 0.1, 0.05  # of a run, and ms: that it may take beside its CPU time
+MAX_OTHERS = 0.1  # of one thread's CPU time, that others may take while it does all the work
 MAX_RETAKEN = 3  # times the seconds asked for, while rounds are interrupted and taken again
 LOCK_WAIT_S = 3.0  # a runner whose host gave it up needs a second to end
 
@@ -131,6 +134,10 @@ class Meter:
             return 0
         return int(time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID) * 1e9)
 
+    def others_ns(self) -> int:
+        """CPU time of all other threads of this process in nanoseconds."""
+        return int(time.process_time() * 1e9) - self.cpu_ns()
+
     def n_interruptions(self) -> Optional[int]:
         """Context switches that this process did not ask for; None where nobody counts them."""
         return None if self._usage is None else int(self._usage().ru_nivcsw)
@@ -164,6 +171,19 @@ class Samples:
             return True
         self.interruptions.append(after - before)
         return bool(after == before)
+
+    def settle(self, has_all: bool) -> None:
+        """Forgets CPU times that miss what other threads did; else counts what nobody counted.
+
+        A process that is stopped (SIGSTOP, a frozen container), or waits for memory, was not
+        switched off: its run takes longer than its CPU time.
+        """
+        if not has_all:
+            self.cpu_ms = []
+        elif self.interruptions:
+            for i, ms in enumerate(self.ms):
+                if ms - self.cpu_ms[i] > MAX_WAIT * ms + COARSE_MS:
+                    self.interruptions[i] = max(1, self.interruptions[i])
 
 
 def time_pair(
@@ -239,6 +259,7 @@ def _take_rounds(
     samples = [each for _, each in runs]
     n_rounds, n_clean, clean_ms = 0, 0, 0.0  # clean: nothing interrupted them
     started = meter.cpu_ns()
+    others = meter.others_ns() if meter.has_thread_clock else 0
     while n_rounds < max_rounds:
         if meter.has_thread_clock:
             n_done, spent_s, most_s = n_rounds, (meter.cpu_ns() - started) / 1e9, limit_s
@@ -253,6 +274,10 @@ def _take_rounds(
         n_rounds += 1
         if all([each.take(run, meter) for run, each in runs]):  # both are run in any case
             n_clean, clean_ms = n_clean + 1, clean_ms + sum(each.ms[-1] for each in samples)
+    if meter.has_thread_clock:
+        spent_ns, others_ns = meter.cpu_ns() - started, meter.others_ns() - others
+        for each in samples:
+            each.settle(has_all=others_ns <= MAX_OTHERS * spent_ns)
 
 
 def precedence() -> Dict[str, Any]:
@@ -309,6 +334,7 @@ class OnnxRuntime:
     """ONNX Runtime as a backend: what `serve` needs to know of a runtime."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it tells of the models it runs
         try:
             import numpy
             import onnxruntime
@@ -603,6 +629,8 @@ def serve(make_backend: Callable[[], Any], arguments: Optional[List[str]] = None
 
     try:
         kept = _locked(given.lock) if given.lock else None
+        if given.lock:
+            _take_temporary_folder(given.lock)
         if given.memory_mib is not None:
             _limit_memory(given.memory_mib or describe()["memory_mib"])
         backend = make_backend()
@@ -692,6 +720,20 @@ def _locked(path: str) -> "IO[str]":
     file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
     return file
+
+
+def _take_temporary_folder(lock: str) -> None:
+    """From now on temporary files lie beside the lock; what runners that were killed left goes.
+
+    Whoever has the lock is the only one that has such files there.
+    """
+    folder = os.path.abspath(lock) + ".tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.mkdir(folder, 0o700)
+    except OSError:
+        return  # a link in its place, or a full disk: the system's own folder serves too
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
 
 
 def _limit_memory(mib: int) -> None:

@@ -8,6 +8,7 @@ shared (ControlMaster). Every argument is quoted for the shell at the other end.
 import hashlib
 import logging
 import math
+import os
 import re
 import shlex
 import shutil
@@ -28,8 +29,8 @@ from compressor.errors import (
     UnreachableError,
     unknown_name,
 )
-from compressor.files import parsed_toml, read_text
-from compressor.latency.host import Done, end_group
+from compressor.files import read_toml
+from compressor.latency.host import Done, answer_of
 from compressor.latency.profiles import user_profiles
 from compressor.scratch import SHORT, Scratch
 
@@ -42,6 +43,13 @@ SHELL = ("sh", "-c", '"$@"; exit $?', "sh")
 # A server that dies may have told the exit status already, and not yet all that was printed.
 END = b"\x04end\n"
 SHELL_TO_THE_END = ("sh", "-c", '"$@"; code=$?; printf "\\004end\\n"; exit $code', "sh")
+KEPT_DAYS = 7  # what was uploaded, since it was last asked for
+# Where files are kept there; those that nobody has asked for in days were left by a host that was
+# killed, or belong to a search that has ended.
+FIND_CACHE = f"""cache="${{XDG_CACHE_HOME:-$HOME/.cache}}"; echo "$cache"
+exec >/dev/null 2>&1; cd "$cache/compressor" || exit 0
+find work written-* -type f -mtime +{KEPT_DAYS} -exec rm -f {{}} +
+exit 0"""
 CONNECT_LIMIT_S = 20.0
 UPLOAD_BYTES_PER_S = 250e3  # slower than any network that a search over it makes sense on
 
@@ -95,7 +103,7 @@ def find_device(device: str) -> Address:
         return parse_address(device)
     path = devices_file()
     try:
-        table = parsed_toml(read_text(path)) if path.is_file() else {}
+        table = read_toml(path) if os.path.lexists(path) else {}
     except (OSError, ValueError) as err:
         raise ConfigError(f"{path} cannot be read: {err}.") from err
     if device not in table:
@@ -113,7 +121,10 @@ def find_device(device: str) -> Address:
                 f"{path}: [{device}] {key} = {value!r}; expected text under {', '.join(keys)}."
             )
     address = parse_address(entry["address"])
-    config = Path(entry["ssh_config"]).expanduser() if entry.get("ssh_config") else None
+    try:
+        config = Path(entry["ssh_config"]).expanduser() if entry.get("ssh_config") else None
+    except RuntimeError as err:  # of a user who is not there
+        raise ConfigError(f"{path}: [{device}] ssh_config: {err}") from err
     if config is not None and not config.exists():
         raise ConfigError(f"{path}: [{device}] ssh_config: there is no file {config}.")
     return Address(
@@ -171,16 +182,14 @@ class SshHost:
         # The connection stays behind and holds its stderr, so that is a file and no pipe.
         with self._errors.open("wb") as errors:
             master = ("-o", "ControlMaster=auto", "-o", "ControlPersist=60")
-            home = 'echo "${XDG_CACHE_HOME:-$HOME/.cache}"'
             process = subprocess.Popen(
-                self._ssh(["sh", "-c", home], master),
+                self._ssh(["sh", "-c", FIND_CACHE], master),
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip
             try:
-                stdout, _ = process.communicate(timeout=3 * CONNECT_LIMIT_S)
+                stdout, _ = answer_of(process, self.label, limit_s=3 * CONNECT_LIMIT_S)
             except subprocess.TimeoutExpired as err:
-                end_group(process)
                 raise UnreachableError(
                     f"{self.label} did not answer in {3 * CONNECT_LIMIT_S:.0f} s; is it on, and "
                     f"does `ssh {self.label}` work in a terminal?"
@@ -207,15 +216,13 @@ class SshHost:
             stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         try:
-            stdout, stderr = process.communicate(stdin, timeout=limit_s + CONNECT_LIMIT_S)
+            stdout, stderr = answer_of(
+                process, self.label, stdin, limit_s=limit_s + CONNECT_LIMIT_S
+            )
         except subprocess.TimeoutExpired as err:
-            end_group(process)
             raise DeviceLostError(
                 f"{self.label} gave no answer in {limit_s + CONNECT_LIMIT_S:.0f} s."
             ) from err
-        except BaseException:
-            end_group(process)
-            raise
         if process.returncode == CONNECTION_FAILED:
             lost = self.refusal(process.returncode, stderr.decode("utf-8", "replace"))
             assert lost is not None
@@ -243,7 +250,8 @@ class SshHost:
     def put(self, content: bytes, name: str) -> str:
         """See `Host.put`; whole or not at all, because a connection may break half-way."""
         path = f"{self.cache}/work/{hashlib.sha256(content).hexdigest()[:32]}-{name}"
-        if self.run(["test", "-f", path], limit_s=CONNECT_LIMIT_S).code == 0:
+        reuse = 'test -f "$1" && touch -c "$1"'
+        if self.run(["sh", "-c", reuse, "sh", path], limit_s=CONNECT_LIMIT_S).code == 0:
             return path
         script = (
             'mkdir -p "$(dirname "$1")" && cat > "$1.$$" && [ "$(wc -c < "$1.$$")" -eq "$2" ] '

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from compressor.errors import UnstableClockError
-from compressor.values import Clock, Latency, PairedLatency, SessionPair
+from compressor.values import MAX_UNSURE, Clock, Latency, PairedLatency, SessionPair
 
 FloatArray = npt.NDArray[np.float64]
 TimePair = Callable[[int], SessionPair]  # from a seed for the order inside rounds
@@ -39,7 +39,7 @@ MAX_SPREAD = (
 MAX_CLOCK_SHIFT = 0.05
 MAX_STOLEN = 0.05  # of a virtual machine's busy time, taken by its host
 MAX_INTERRUPTED = 0.05  # of the runs; by medians of the wall's times, so few do no harm
-MAX_CPU_SHARE, MIN_CPU_SHARE = 1.1, 0.9  # of the wall's time, that a thread at work has a core
+MAX_CPU_SHARE = 1.1  # of the wall's time, that a thread has a core
 COARSE_MS = 0.05  # by which two sound clocks may differ
 MIN_CLEAN = 4  # rounds that nothing interrupted, from which a pair is judged by these alone
 LOCKING_GOVERNORS = ("performance", "userspace")  # the others move clocks on purpose
@@ -123,7 +123,7 @@ def compare(
         is_sure = max(high / ratio, ratio / low) - 1 <= wanted
         if is_sure or is_late or len(pairs) >= effort.max_pairs:
             break
-    return PairedLatency(
+    found = PairedLatency(
         ratio=ratio,
         ci95=(low, high),
         original=summary([ms for pair in pairs for ms in counted(pair, clock)[0]]),
@@ -133,6 +133,7 @@ def compare(
         clock=clock,
         interrupted=interrupted,
     )
+    return with_conditions(found, unsure(found))
 
 
 def decided_by(pairs: Sequence[SessionPair]) -> tuple[Clock, float | None]:
@@ -148,21 +149,16 @@ def decided_by(pairs: Sequence[SessionPair]) -> tuple[Clock, float | None]:
 def has_thread_clock(pair: SessionPair) -> bool:
     """Whether the thread's own times can stand for those of the wall.
 
-    They cannot where they are too coarse, larger than the wall's, or, in `MIN_CLEAN` runs that
-    nothing interrupted, smaller: then other threads did part of the work.
+    They cannot where they are too coarse, larger than the wall's, or missing: the runner leaves
+    them out where other threads did part of the work.
     """
-    for wall, cpu, counts in (
-        (pair.original_ms, pair.original_cpu_ms, pair.original_interruptions),
-        (pair.candidate_ms, pair.candidate_cpu_ms, pair.candidate_interruptions),
-    ):
+    for wall, cpu in (
+        (pair.original_ms, pair.original_cpu_ms), (pair.candidate_ms, pair.candidate_cpu_ms),
+    ):  # fmt: skip
         if len(cpu) != len(wall) or not all(ms > 0 for ms in cpu):
             return False
         wall_ms, cpu_ms = np.array(wall), np.array(cpu)
         if np.median(cpu_ms - MAX_CPU_SHARE * wall_ms) > COARSE_MS:
-            return False
-        alone = np.array(counts) == 0
-        missing_ms = (MIN_CPU_SHARE * wall_ms - cpu_ms)[alone]
-        if len(missing_ms) >= MIN_CLEAN and np.median(missing_ms) > COARSE_MS:
             return False
     return True
 
@@ -268,6 +264,17 @@ def unsteady(pairs: Sequence[SessionPair], clock: Clock = Clock.WALL) -> tuple[s
                 f"its clocks"
             )
     return tuple(found)
+
+
+def unsure(pair: PairedLatency) -> tuple[str, ...]:
+    """What the interval says against the ratio."""
+    if pair.half_width <= MAX_UNSURE:
+        return ()
+    return (
+        f"unsure: the 95 % interval reaches {pair.half_width:.1%} from the ratio (more than "
+        f"{MAX_UNSURE:.0%}) after {len(pair.session_pairs)} pairs of sessions; stop other work on "
+        f"the device, and measure again",
+    )
 
 
 def with_conditions(pair: PairedLatency, conditions: Sequence[str]) -> PairedLatency:

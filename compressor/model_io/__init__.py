@@ -11,6 +11,7 @@ would unpickle unasked.
 import argparse
 import hashlib
 import logging
+import math
 import pickle
 import re
 import zipfile
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, UntrustedModelError
-from compressor.files import UNREADABLE, check_size
+from compressor.files import UNREADABLE, check_size, memory_bytes
 from compressor.inputs import (
     LIBRARIES,
     PROGRAM_SUFFIX,
@@ -98,6 +99,12 @@ def load_model(
     if input_shape is None and example is None and own is None:
         input_shape = own_input_shape(module, arch)
     if input_shape is not None:
+        n_bytes = 4 * math.prod(input_shape)
+        if n_bytes > memory_bytes():
+            raise ModelError(
+                f"One input of --input-shape {','.join(map(str, input_shape))} has "
+                f"{n_bytes / 2**30:.0f} GiB, and this machine {memory_bytes() / 2**30:.0f}."
+            )
         own = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
     example = own if example is None else example
     if example is None:

@@ -12,6 +12,12 @@ from compressor.errors import ModelError
 from compressor.inputs import LIBRARIES, check_arch
 from compressor.user_code import USER_CODE_FAILURES, find, importable, told
 
+# Arguments of a library's networks that download, or unpickle another file.
+LOADING = (
+    "weights", "weights_backbone", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "pretrained_strict", "checkpoint_path", "cache_dir",
+)  # fmt: skip
+
 
 def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Module:
     """What the factory `arch`, "package.module:factory", returns for `arch_args`.
@@ -67,6 +73,12 @@ def _build_from_library(library: str, name: str, arch_args: Mapping[str, object]
         close = difflib.get_close_matches(name, known, n=3)
         hint = f" Did you mean {', '.join(close)}?" if close else ""
         raise ModelError(f"{library} has no network {name!r}.{hint}")
+    loading = [key for key in arch_args if key in LOADING and arch_args[key]]
+    if loading:
+        raise ModelError(
+            f"--arch {library}:{name} with --arch-arg {loading[0]} would load other weights than "
+            f"those of the model's file; leave it away."
+        )
     try:
         module = factory(name, **{**fixed, **arch_args})
     except USER_CODE_FAILURES as err:

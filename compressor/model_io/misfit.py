@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 from compressor.inputs import LIBRARIES
 
+# What torch puts into the names of tensors in wrapped parts: DataParallel, torch.compile, FSDP,
+# checkpointing of activations.
+WRAPPED = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module"}
+)
 COUNTERS = "num_batches_tracked"  # of batch-norms; old code has none, and torch does not mind
 
 
@@ -28,6 +33,28 @@ def without_prefix(tensors: Mapping[str, Any], prefix: str) -> "OrderedDict[str,
         }
         own._metadata = OrderedDict(kept)  # type: ignore[attr-defined]
     return own
+
+
+def without_wrappers(
+    tensors: Mapping[str, Any], expected: Mapping[str, Any]
+) -> "OrderedDict[str, Any]":
+    """`tensors` without what torch adds to the names of parts that were wrapped one by one.
+
+    `layers._orig_mod.0.weight` of a compiled part is `layers.0.weight`, if the network that has
+    the names `expected` uses no such part in a name of its own. Empty where two names become one.
+    """
+    own = {part for name in expected for part in name.split(".")}
+    foreign = WRAPPED - own
+
+    def bare(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in foreign)
+
+    renamed = OrderedDict((bare(name), value) for name, value in tensors.items())
+    versions = getattr(tensors, "_metadata", None)
+    if isinstance(versions, Mapping):
+        kept = {bare(str(name)): version for name, version in versions.items()}
+        renamed._metadata = OrderedDict(kept)  # type: ignore[attr-defined]
+    return renamed if len(renamed) == len(tensors) else OrderedDict()
 
 
 def strange(own: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,9 @@
 """`.pt2` files: torch.export programs, read without running code from them."""
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from compressor.files import UNREADABLE, check_size
 from compressor.model_io.archives import checked_archive
 from compressor.values import Example
 
+LOUD = "torch.export"  # prints tracebacks of what it then raises
+
 
 def read_program(path: Path, *, trust: bool) -> tuple[nn.Module, Example]:
     """A torch.export program as a module, and an example of its input.
@@ -24,13 +29,18 @@ def read_program(path: Path, *, trust: bool) -> tuple[nn.Module, Example]:
     try:
         check_size(path)
         source = path if trust else checked_archive(path)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent(LOUD):
             warnings.simplefilter("ignore")
             program = torch.export.load(source)
+            return program.module(check_guards=False), _example(program)
     except SpecViolationError as err:
         raise ModelError(f"{path} calls something that is no operation on tensors.") from err
     except UNREADABLE as err:
         raise ModelError(f"{path} is not a program that torch.export.save wrote: {err}.") from err
+
+
+def _example(program: torch.export.ExportedProgram) -> Example:
+    """What a program takes, one of a batch."""
     args: tuple[Any, ...]
     args, kwargs = program.example_inputs or ((), {})
     if not args and not kwargs:
@@ -45,4 +55,15 @@ def read_program(path: Path, *, trust: bool) -> tuple[nn.Module, Example]:
         kwargs if kwargs else args,
     )
     is_one_tensor = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
-    return program.module(check_guards=False), single[0] if is_one_tensor else single
+    return single[0] if is_one_tensor else single
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """What a logger of that name says meanwhile is lost: an error tells it."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

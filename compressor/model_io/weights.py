@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, unknown_name
-from compressor.model_io.misfit import COUNTERS, misfit, strange, without_prefix
+from compressor.model_io.misfit import COUNTERS, misfit, strange, without_prefix, without_wrappers
 from compressor.values import FORWARD_FAILURES, WRAPPERS
 
 OWN_OF_WRAPPERS = ("n_averaged",)  # tensors of theirs that are no network's
@@ -201,7 +201,14 @@ def _is_state_dict(content: Mapping[Any, Any]) -> bool:
     )
 
 
-def _fits(
+def _fits(module: nn.Module, way: tuple[str, ...], tensors: Mapping[str, Any]) -> list[Weights]:
+    """The parts of a state_dict that are the network's, its own names before unwrapped ones."""
+    fits = list(_under_prefixes(module, way, tensors))
+    bare = OrderedDict[str, Any]() if fits else without_wrappers(tensors, module.state_dict())
+    return list(_under_prefixes(module, way, bare)) if bare else fits
+
+
+def _under_prefixes(
     module: nn.Module, way: tuple[str, ...], tensors: Mapping[str, Any]
 ) -> Iterator[Weights]:
     """The parts of a state_dict that are the network's, by the prefixes of its names."""

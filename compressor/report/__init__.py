@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from compressor.report.clock import clock_of, went_on
-from compressor.report.words import NO_LABELS, is_agreement
-from compressor.tasks import AGREEMENT, CLASSIFICATION
+from compressor.report.words import NO_LABELS, is_agreement, measure
+from compressor.tasks import CLASSIFICATION
 from compressor.values import (
     Basis,
     Branch,
@@ -109,7 +109,7 @@ def _training(result: Result) -> list[str]:
 def front_report(results: Sequence[Result]) -> str:
     """A row for every model of a front, slowest first; a model that another one beats says so."""
     is_labelled = not any(map(is_agreement, results))
-    figure = CLASSIFICATION.name if is_labelled else AGREEMENT.name
+    figure = measure(results[0]) if results else CLASSIFICATION.name
     heads = "model", "speed-up", "95 % interval", "latency", figure, "change", "MACs", "params"
     rows: list[tuple[str, ...]] = [(*heads, "")]
     for result in results:
@@ -187,9 +187,10 @@ def replay_report(path: Path, found: Replayed) -> str:
 
 
 def trials_report(folder: Path, trials: Sequence[Trial]) -> str:
-    """The trials of a run that has no result yet, best accuracy first."""
+    """The trials of a run that has no result yet, the best of its measure first."""
     done = [t for t in trials if t.accuracy is not None]
-    rows = [("trial", "phase", "accuracy", "speed-up", "latency")]
+    name = next((t.accuracy.name for t in done if t.accuracy is not None), CLASSIFICATION.name)
+    rows = [("trial", "phase", name, "speed-up", "latency")]
     rows += [
         (str(t.number + 1), t.phase, f"{t.accuracy.value:.2%}", f"{t.speedup:.2f}x",
          f"{t.latency_ms:.3f} ms")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.cluster.hierarchy import dendrogram, is_valid_linkage
 
-from compressor.report.words import percent
+from compressor.report.words import measure, percent
 from compressor.values import Result, Trial
 
 ORIGINAL, COMPRESSED, MUTED, ACCENT = "#8a8f98", "#0b6bcb", "#c9cdd3", "#c2410c"
@@ -69,7 +69,7 @@ def pareto(result: Result, trials: Sequence[Trial]) -> Figure | None:
     shapes = [_line(x=limit)] if limit else []
     return Figure(
         "pareto", "Every trial",
-        "Accuracy on the search split before training, and measured speed-up. "
+        f"The {measure(result)} on the search split before training, and measured speed-up. "
         + ("Right of the line the limit is met." if shapes else ""),
         traces, {"xaxis": {"title": _text("times as fast"), "type": "log"},
                  "yaxis": {"title": _text(percent(result))}, "shapes": shapes},
@@ -98,8 +98,9 @@ def convergence(result: Result, trials: Sequence[Trial]) -> Figure | None:
     ][:8]
     return Figure(
         "convergence", "How the search went on",
-        "Best accuracy so far among trials within the limit. Dotted lines: a new phase of the "
-        "search; at a rollback clusters give way to finer ones, then to single layers.",
+        f"The best {measure(result)} so far among trials within the limit. Dotted lines: a new "
+        "phase of the search; at a rollback clusters give way to finer ones, then to single "
+        "layers.",
         [{"type": "scatter", "mode": "lines", "x": numbers, "y": values, "name": "best so far",
           "line": {"shape": "hv", "color": COMPRESSED, "width": 3}}],
         {"xaxis": {"title": _text("trial")}, "yaxis": {"title": _text(percent(result))},

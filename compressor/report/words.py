@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from compressor.tasks import AGREEMENT
+from compressor.tasks import AGREEMENT, CLASSIFICATION
 from compressor.values import Basis, LayerRow, Result, Verdict
 
 FOLLOWS = 1.15  # time falls with MACs where its share is at most so many times theirs
@@ -23,9 +23,15 @@ def is_agreement(result: Result) -> bool:
     return result.search.get("task") == AGREEMENT.name
 
 
+def measure(result: Result) -> str:
+    """What plans are ranked by: "accuracy", "agreement", or "mAP kept" of a task's metric."""
+    name = str(result.search.get("task") or CLASSIFICATION.name)
+    return name if result.original.metric is None else f"{name} kept"
+
+
 def percent(result: Result) -> str:
-    """What accuracy is, for the axis of a figure."""
-    return f"{'agreement with the original' if is_agreement(result) else 'accuracy'}, %"
+    """The measure, for the axis of a figure."""
+    return f"{'agreement with the original' if is_agreement(result) else measure(result)}, %"
 
 
 def verdict_in_words(result: Result) -> str:
@@ -42,6 +48,8 @@ def verdict_in_words(result: Result) -> str:
     change = f"{what} {abs(drop):.2f} points of accuracy" if drop else "keeps its accuracy"
     if is_agreement(result):
         change = f"answers as it does to {result.compressed.accuracy:.2%} of the test images"
+    elif result.original.metric is not None:
+        change = f"keeps {result.compressed.accuracy:.2%} of its {result.search.get('task')}"
     measured = "by the profile's figures, not measured," if result.basis is Basis.ESTIMATE else ""
     meets = "meets" if result.verdict is Verdict.MET else "misses"
     return (

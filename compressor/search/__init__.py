@@ -1,25 +1,19 @@
-"""Searching: one file per strategy; only this package knows BoTorch and Optuna."""
+"""Searching: one file per strategy; only this package knows BoTorch and Optuna.
 
-from collections.abc import Mapping
-from typing import Any
+`plugins.STRATEGIES` has their names; a package may bring more.
+"""
 
-from compressor.search.bocr import Bocr
-from compressor.search.genetic import Genetic
+from typing import cast
+
+from compressor.config import Config
+from compressor.plugins import STRATEGIES
 from compressor.search.objective import Strategy
-from compressor.search.rivals import CmaEs, RandomSearch, Tpe
-from compressor.search.swarm import Swarm
-
-STRATEGIES: Mapping[str, Strategy] = {
-    "bocr": Bocr(),
-    "bo": Bocr(clusters=False, is_informed=False),
-    "random": RandomSearch(),
-    "tpe": Tpe(),
-    "cma-es": CmaEs(),
-    "genetic": Genetic(),
-    "swarm": Swarm(),
-}
 
 
-def make_strategy(name: str, **options: Any) -> Strategy:
-    """The strategy of that name; `options` are BOCR's, and others ignore them."""
-    return Bocr(**options) if name == "bocr" else STRATEGIES[name]
+def make_strategy(config: Config) -> Strategy:
+    """The strategy that is asked for.
+
+    Raises:
+        PluginError: It is of a package that cannot be used.
+    """
+    return cast(type[Strategy], STRATEGIES.load(config.search)).from_config(config)

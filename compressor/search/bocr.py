@@ -21,7 +21,7 @@ Where we deviate, and why:
   (`greedy`), the next ones are made by hand and by the table (`warm_start`). After so good a start
   the rollback may come at once, where `patience` trials have brought nothing.
 * The accuracy's process lies around a line in the harm that those first measurements let expect
-  (`harm`), and accuracies are steadied by losses (`surrogate`).
+  (`harm`), and accuracies are denoised by losses (`surrogate`).
 * What was tried and did not help at equal cost: looking at the harm of several candidates before
   one gets a trial; exchanges of one variable for another as neighbours; damages summed over alike
   layers as columns of the process.
@@ -35,12 +35,12 @@ Where we deviate, and why:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from scipy.stats import qmc
 
-from compressor.search import warm_start
+from compressor.config import Config
 from compressor.search.clustering import EU, IntArray, cluster_labels
 from compressor.search.costs import LatencyTable
 from compressor.search.objective import (
@@ -48,20 +48,30 @@ from compressor.search.objective import (
     LAYERS,
     START,
     TIME,
+    History,
     Objective,
     Problem,
     Proposal,
     best_first,
     feasible_first,
 )
+from compressor.search.schedule import Schedule
 from compressor.search.space import Ratios, SearchSpace, Widths
-from compressor.search.surrogate import Features, Promise, one_thread
-from compressor.search.warm_start import damages, limits_of, meets, scaled_to, walled, warm_starts
+from compressor.search.surrogate import Features, LogConstrainedEI, one_thread
+from compressor.search.warm_start import (
+    Knapsack,
+    clipped_to_limit,
+    damages,
+    limits_of,
+    meets,
+    scaled_to,
+    warm_starts,
+)
 from compressor.values import Trial
 
 N_ALTERED = 40  # around each of the best plans
 N_RANDOM = 256  # random plans at the limit that the acquisition is read at
-N_WALLED = 128
+N_CLIPPED = 128
 N_KNAPSACKS = 24  # with damages as they might be
 HARM_ERROR = 0.7  # of the logarithm of a damage, in those
 BRANCH_HARM = (-0.7, 2.0)  # logarithm of what branches harm more than one by one
@@ -73,39 +83,6 @@ BRIDGE = 1 / 3  # of the variables, in the middle stage of a gradual rollback
 NONE, DIRECT, GRADUAL = "none", "direct", "gradual"
 GLOBAL, PER_DIMENSION = "global", "per-dimension"
 SCALE, WALL = "scale", "wall"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When a search of `n_trials` changes phase; the paper's numbers at 200 trials.
-
-    Attributes:
-        n_start: Trials of the start design; at least 5.
-        earliest: Trial from which a rollback may happen.
-        latest: Trial at which it happens at the latest.
-        patience: Trials without improvement that bring it about in between.
-        second_earliest: The same for the second rollback of a gradual one.
-        second_latest: The same for the second rollback of a gradual one.
-    """
-
-    n_start: int
-    earliest: int
-    latest: int
-    patience: int
-    second_earliest: int
-    second_latest: int
-
-    @classmethod
-    def scaled(cls, n_trials: int) -> Self:
-        """The paper's schedule (10, 80, 100, 20, 130, 150 of 200) scaled to `n_trials`."""
-        return cls(
-            n_start=min(n_trials, max(5, n_trials // 20)),
-            earliest=round(0.4 * n_trials),
-            latest=round(0.5 * n_trials),
-            patience=max(3, round(0.1 * n_trials)),
-            second_earliest=round(0.65 * n_trials),
-            second_latest=round(0.75 * n_trials),
-        )
 
 
 @dataclass(frozen=True)
@@ -129,29 +106,39 @@ class Bocr:
     fit_to_limit: str = SCALE
     clusters: bool = True
     is_informed: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset()
 
-    def propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
-        """A plan that was not tried yet; None where none is left."""
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """See `Strategy`."""
+        return cls(
+            distance=config.clustering,
+            rollback=config.rollback,
+            bounds=config.bounds,
+            fit_to_limit=config.fit_to_limit,
+        )
+
+    def propose(self, problem: Problem, history: History) -> Proposal | None:
+        """See `Strategy.propose`."""
         with one_thread():
-            return self._propose(problem, trials)
+            return self._propose(problem, history)
 
-    def _propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
+    def _propose(self, problem: Problem, history: History) -> Proposal | None:
         if not self.is_informed:
             problem = replace(problem, timed=(), damages={}, harmed=(), path=())
-        space = problem.space
-        tried = {space.from_names(trial.widths) for trial in trials}
-        tried.add(space.original)
+        trials, n_proposed = history.trials, history.n_proposed
+        tried = history.proposed(problem.space)
         schedule = Schedule.scaled(problem.n_trials)
-        if len(trials) < max(schedule.n_start, problem.n_trials // 4):
+        if n_proposed < max(schedule.n_start, problem.n_trials // 4):
             by_hand = self._warm_starts(problem, trials)
             n_start = min(max(schedule.n_start, len(by_hand)), problem.n_trials)
-            if len(trials) < n_start:
+            if n_proposed < n_start:
                 for start in [*by_hand, *self._sobol(problem)]:
                     if start not in tried:
                         return Proposal(start, START)
-        problem = _at_this_time(problem, len(trials))
+        problem = _at_this_time(problem, n_proposed)
         table = problem.table(trials)
-        seed = problem.seed + len(trials)
+        seed = problem.seed + n_proposed
         stage = self._stage(problem, trials)
         for labels, phase, own_space in self._stages(problem, trials, stage):
             maximiser = _Maximiser(self, problem, trials, table, labels, own_space, tried, seed)
@@ -176,7 +163,7 @@ class Bocr:
         if not limits:
             return problem.space.snap(ratios)
         if self.fit_to_limit == WALL:
-            return walled(problem, table, limits, ratios[:N_WALLED])
+            return clipped_to_limit(problem, table, limits, ratios[:N_CLIPPED])
         return scaled_to(problem, table, limits, ratios)
 
     def labels(self, problem: Problem, n_clusters: int) -> IntArray:
@@ -253,6 +240,14 @@ class Bocr:
         return replace(space, choices=tuple(choices))
 
 
+@dataclass(frozen=True)
+class PlainBo(Bocr):
+    """Bayesian optimisation without clusters and without what was measured before the trials."""
+
+    clusters: bool = False
+    is_informed: bool = False
+
+
 def expand(problem: Problem, labels: IntArray, points: Ratios) -> Ratios:
     """`(n, n_variables)` ratios from `(n, n_clusters)` points in [0, 1].
 
@@ -273,12 +268,12 @@ def expand(problem: Problem, labels: IntArray, points: Ratios) -> Ratios:
     return ratios
 
 
-def _at_this_time(problem: Problem, n_trials: int) -> Problem:
+def _at_this_time(problem: Problem, n_proposed: int) -> Problem:
     """Where the whole front is wanted: the problem with one time of it as the limit, in turn."""
     if not problem.objective.front:
         return problem
     times = np.linspace(0.9, 0.3, 7)
-    limit = float(times[n_trials % len(times)])
+    limit = float(times[n_proposed % len(times)])
     return problem.wanting(Objective(limits={TIME: limit}))
 
 
@@ -307,14 +302,16 @@ class _Maximiser:
             return None
         problem, informed = self.problem, self.strategy.is_informed
         features = Features(problem.space, self.table, self.labels, problem.harm_model)
-        promise = Promise(problem, self.trials, features, informed=informed, seed=self.seed)
-        ranked = sorted(zip(promise(pool), pool, strict=True), reverse=True)
+        acquisition = LogConstrainedEI(
+            problem, self.trials, features, informed=informed, seed=self.seed
+        )
+        ranked = sorted(zip(acquisition(pool), pool, strict=True), reverse=True)
         if not self.is_free:
             return ranked[0][1]  # few dimensions: the pool is dense
         climbers = ranked[:N_ASCENTS]
         for _ in range(N_CLIMBS):
             near = self._allowed([p for _, plan in climbers for p in self._neighbours(plan)])
-            tops = [*climbers, *zip(promise(near), near, strict=True)]
+            tops = [*climbers, *zip(acquisition(near), near, strict=True)]
             higher = sorted(set(tops), reverse=True)[:N_ASCENTS]
             if higher == climbers:
                 break
@@ -356,14 +353,13 @@ class _Maximiser:
     def _knapsacks(self, generator: np.random.Generator) -> list[Widths]:
         """Plans at the limit, by damages as they might be."""
         problem, n_groups = self.problem, len(self.space.groups)
-        every_limit = limits_of(problem)
+        knapsacks = [Knapsack(problem, self.table, limits) for limits in limits_of(problem)]
         found = []
         for i in range(N_KNAPSACKS):
             factors = HARM_ERROR * generator.standard_normal(int(self.labels.max()) + 1)
             harm = damages(problem) * np.exp(factors[self.labels])
             harm[n_groups:] *= np.exp(generator.uniform(*BRANCH_HARM))
-            limits = every_limit[i % len(every_limit)]
-            found.append(warm_start.knapsack(problem, self.table, limits, harm))
+            found.append(knapsacks[i % len(knapsacks)].plan(harm))
         return found
 
     def _altered(self, plan: Widths, generator: np.random.Generator) -> list[Widths]:

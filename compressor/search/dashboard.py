@@ -1,5 +1,8 @@
 """A study in a browser, by optuna-dashboard, which is optional."""
 
+import contextlib
+import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ HOST = "127.0.0.1"  # a study is nobody else's business
 HOSTS = (HOST, "localhost", "[::1]")  # what this machine is called in a browser
 READING = ("GET", "HEAD")
 SILENCE_S = 10.0  # of a client, until it is left
+PATIENCE_S = 0.01  # with those that are there, until the oldest is left
+MAX_CLIENTS = 32  # at once; a browser opens six connections
 HTTP_PORT = 80  # which browsers leave out
 
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -38,10 +43,44 @@ class Dashboard:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Answers each client by itself: one that says nothing keeps nobody waiting."""
+    """Answers each client by itself: one that says nothing keeps nobody waiting.
+
+    Where there are as many as may be, the one that has been there longest is left for a new one.
+    """
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 4 * MAX_CLIENTS
+
+    def __init__(self, *args: Any) -> None:
+        self._clients: dict[socket.socket, None] = {}  # an ordered set
+        self._room = threading.BoundedSemaphore(MAX_CLIENTS)
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread for it, when there is room."""
+        while not self._room.acquire(timeout=PATIENCE_S):
+            with contextlib.suppress(OSError, StopIteration, RuntimeError):
+                oldest = next(iter(self._clients))
+                self._clients.pop(oldest, None)
+                oldest.shutdown(socket.SHUT_RDWR)  # what waits for it gets nothing
+        self._clients[request] = None
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread can be had
+            self._left(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answers it."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._left(request)
+
+    def _left(self, request: Any) -> None:
+        self._clients.pop(request, None)
+        self._room.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that go away are nobody's business either."""

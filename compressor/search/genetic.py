@@ -19,12 +19,14 @@ trials, with their worth as fitness.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from compressor.search.objective import Problem, Proposal, best_first
-from compressor.search.rivals import untried
+from compressor.config import Config
+from compressor.search.baselines import untried
+from compressor.search.objective import FEATURES, History, Problem, Proposal, best_first
 from compressor.search.space import Ratios
 from compressor.values import GroupFeatures, Trial
 
@@ -42,15 +44,23 @@ Bits = npt.NDArray[np.bool_]
 class Genetic:
     """See the module."""
 
-    def propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
+    needs: ClassVar[frozenset[str]] = frozenset({FEATURES})
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """See `Strategy`; none of the settings is its own."""
+        return cls()
+
+    def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`."""
-        generator = np.random.default_rng([problem.seed, len(trials)])
+        trials = history.trials
+        generator = np.random.default_rng([problem.seed, history.n_proposed])
         has_parents = len(best_first(trials, problem)) > 1
-        if len(trials) < problem.n_trials / 2 or not has_parents:
+        if history.n_proposed < problem.n_trials / 2 or not has_parents:
             points = self._by_wavelets(problem, trials, generator)
         else:
             points = self._bred(problem, trials, generator)
-        return untried(problem, trials, points, "genetic", generator)
+        return untried(problem, history, points, "genetic", generator)
 
     def _by_wavelets(
         self, problem: Problem, trials: Sequence[Trial], generator: np.random.Generator

@@ -13,10 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 
+from compressor.config import Config
 from compressor.goals import MACS
 from compressor.search.costs import Costs, FloatArray, LatencyTable
 from compressor.search.harm import HarmModel
@@ -26,6 +27,7 @@ from compressor.values import Accuracy, GroupFeatures, LayerCost, Trial
 START, CLUSTERS, LAYERS = "start", "clusters", "layers"
 TIME = "time"  # a cost, as MACS and PARAMS are
 ACCURACY = "accuracy"
+FEATURES = "features"  # what channels answer, by class
 
 # A trial's time is good to about 2 %; proposals aim this much below the limit.
 TIME_MARGIN = 0.98
@@ -246,11 +248,44 @@ class Proposal:
     phase: str
 
 
-class Strategy(Protocol):
-    """Decides what to measure next, from what was measured and nothing else."""
+@dataclass(frozen=True)
+class History:
+    """What a search knows of the plans it has proposed.
 
-    def propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
-        """A plan that was not tried yet; None where none is left.
+    Attributes:
+        trials: Finished and failed ones, in the order in which they arrived.
+        pending: Plans that are being measured.
+    """
+
+    trials: Sequence[Trial] = ()
+    pending: Sequence[Widths] = ()
+
+    @property
+    def n_proposed(self) -> int:
+        """Plans so far; the number of the next trial."""
+        return len(self.trials) + len(self.pending)
+
+    def proposed(self, space: SearchSpace) -> set[Widths]:
+        """Every plan that need not be proposed again; the original is one of them."""
+        tried = {space.from_names(trial.widths) for trial in self.trials}
+        return tried | set(self.pending) | {space.original}
+
+
+class Strategy(Protocol):
+    """Decides what to measure next, from what was measured and nothing else.
+
+    Attributes:
+        needs: What `Problem` is to have of what costs time to find out: `FEATURES`, or nothing.
+    """
+
+    needs: ClassVar[frozenset[str]]
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """The strategy, with the settings that are its own."""
+
+    def propose(self, problem: Problem, history: History) -> Proposal | None:
+        """A plan that was not proposed yet; None where none is left.
 
         A pure function of its arguments, so that a search can be repeated from its log.
         """

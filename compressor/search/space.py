@@ -7,6 +7,7 @@ channels and none lies the whole cost of its layers' starts, so it is a variable
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,12 +79,12 @@ class SearchSpace:
         lies = [[group.name in those for those in names] for group in self.groups]
         return np.array(lies, dtype=np.bool_).reshape(len(self.groups), len(self.branches))
 
-    @property
+    @cached_property
     def original(self) -> Widths:
         """Everything whole."""
         return tuple(choice[-1] for choice in self.choices)
 
-    @property
+    @cached_property
     def narrowest(self) -> Widths:
         """Every group at its floor and every branch left out."""
         return self.written_once([tuple(choice[0] for choice in self.choices)])[0]
@@ -129,6 +130,15 @@ class SearchSpace:
                 if 0 <= near < len(choice):
                     found.append((*widths[:i], choice[near], *widths[i + 1 :]))
         return [plan for plan in dict.fromkeys(self.written_once(found)) if plan != widths]
+
+    def wider(self, widths: Widths) -> list[Widths]:
+        """Every plan in which one variable of `widths` is a step wider."""
+        found = []
+        for i, choice in enumerate(self.choices):
+            if widths[i] < choice[-1]:
+                near = choice[bisect_right(choice, widths[i])]
+                found.append((*widths[:i], near, *widths[i + 1 :]))
+        return found
 
     def plan(self, widths: Widths) -> Plan:
         """The highest-scored channels of every group, in their old order, and the branches."""

@@ -347,12 +347,14 @@ def _accuracy_on_disk(accuracy: Accuracy) -> dict[str, object]:
         "loss": accuracy.loss,
         "metric": accuracy.metric,
         "spread": accuracy.spread,
+        "name": accuracy.name,
     }
 
 
 def _accuracy(value: float, kept: Mapping[str, Any]) -> Accuracy:
-    names = ("loss", "metric", "spread")
-    return Accuracy(value, kept["n_images"], **{name: kept.get(name) for name in names})
+    figures = {key: kept.get(key) for key in ("loss", "metric", "spread")}
+    name = str(kept.get("name", Accuracy.name))  # studies of older versions do not have it
+    return Accuracy(value, kept["n_images"], **figures, name=name)
 
 
 def _harm_on_disk(each: Harmed) -> dict[str, object]:

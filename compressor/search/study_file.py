@@ -12,11 +12,14 @@ from functools import cache
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import OptunaError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool, Pool, StaticPool
 
 from compressor import sqlite
 from compressor.errors import ForeignStudyError, RunFolderError
 from compressor.files import check_json
+from compressor.printable import one_line
 
 STUDY_NAME = "compress"
 DIRECTIONS = [("MAXIMIZE", 0), ("MAXIMIZE", 1)]
@@ -26,6 +29,11 @@ STATES = {
     ("trial_values", "value_type"): VALUES,
     ("trial_intermediate_values", "intermediate_value_type"): VALUES | {"NAN"},
 }
+# What Optuna and SQLAlchemy raise where a cell holds something else than its column is for.
+NOT_READ = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError,
+    OptunaError, SQLAlchemyError,
+)  # fmt: skip
 MAX_SHOWN = 60  # characters of what a stranger wrote
 
 Objects = dict[tuple[str, str], str]
@@ -47,6 +55,7 @@ def trusted_content(path: Path) -> bytes:
                 raise RunFolderError(f"{path} is broken: {fault.splitlines()[0]}.")
             _check_versions(path, connection)
             _check_rows(path, connection)
+        _check_is_read(path, content)
     except (sqlite3.Error, UnicodeError) as err:
         raise RunFolderError(f"{path} holds no study of compress: {err}.") from err
     return content
@@ -188,6 +197,18 @@ def _check_rows(path: Path, connection: sqlite3.Connection) -> None:
         if column.endswith("_json"):
             for (text,) in connection.execute(f'SELECT "{column}" FROM {table}'):
                 _check_text(path, f"{column} of {table}", text)
+
+
+def _check_is_read(path: Path, content: bytes) -> None:
+    """Whether Optuna takes every cell for what its column is for: no time without a number."""
+    storage = _storage(lambda: sqlite.opened(content), is_new=False)
+    try:
+        for study in storage.get_all_studies():
+            storage.get_all_trials(study._study_id)
+    except NOT_READ as err:
+        raise ForeignStudyError(
+            f"{path} has trials that Optuna cannot read: {type(err).__name__} {one_line(err):.200}"
+        ) from err
 
 
 def _columns(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:

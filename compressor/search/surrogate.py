@@ -2,7 +2,7 @@
 
 Both get the plan as shares that are kept, of clusters or of single variables. The time's process
 has the latency table as its mean. The accuracy's gets the harm that is expected (`harm`) as well,
-and accuracies that were steadied by the loss (`steadied`). Trained on 40 trials of one search of
+and accuracies that were denoised by the loss (`denoised`). Trained on 40 trials of one search of
 ResNet-56, it ranked those of three others with correlations of 0.82, 0.64 and 0.50; with damages
 added up over alike layers in place of the expected harm, 0.60, -0.38 and 0.29.
 
@@ -122,8 +122,8 @@ class _ByHarm(Mean):  # type: ignore[misc]
         return line
 
 
-class Promise:
-    """How much plans promise, by all finished trials."""
+class LogConstrainedEI:
+    """The acquisition function of plans, by all finished trials."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ def _worth_process(
         scale = whole / problem.original_accuracy.value
         noise = [(scale * a.standard_error) ** 2 for a in accuracies]
     elif informed:
-        worth, noise = steadied(accuracies)
+        worth, noise = denoised(accuracies)
         best = max(worth[1:], default=worth[0])
         worth = np.clip(worth, best - WORTH_TELLING, best + WORTH_TELLING).tolist()
     else:
@@ -236,7 +236,7 @@ def _speed_process(
     )  # fmt: skip
 
 
-def steadied(accuracies: Sequence[Accuracy]) -> tuple[list[float], list[float]]:
+def denoised(accuracies: Sequence[Accuracy]) -> tuple[list[float], list[float]]:
     """What accuracies are when their losses are looked at too: values and variances.
 
     The loss tells two networks apart from fewer images than the share of right answers does, for

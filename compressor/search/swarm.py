@@ -21,15 +21,15 @@ Where we deviate, and why:
 * A residual branch is a variable from 0 to 1 that is there from 0.5 on; particle 0 has them all.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 
-from compressor.search.objective import TIME, Problem, Proposal
-from compressor.search.rivals import untried, worth
+from compressor.config import Config
+from compressor.search.baselines import untried, worth
+from compressor.search.objective import FEATURES, TIME, History, Problem, Proposal
 from compressor.search.space import Ratios
-from compressor.values import Trial
 
 N_CYCLES = 8  # of the inertia's fall; it stays at its last value
 SPREAD = 0.05  # of particle i, times i, as a share of the range; the code's is one channel
@@ -49,9 +49,16 @@ class Swarm:
 
     n_particles: int = 10
     n_moved: int = 8
+    needs: ClassVar[frozenset[str]] = frozenset({FEATURES})
 
-    def propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """See `Strategy`; none of the settings is its own."""
+        return cls()
+
+    def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`; the swarm's way so far is gone again."""
+        trials = history.trials
         generator = np.random.default_rng(problem.seed)
         n = len(problem.space.choices)
         centre = first_particle(problem)
@@ -65,8 +72,8 @@ class Swarm:
         for cycle in range(len(trials) // self.n_particles + 1):
             done = trials[cycle * self.n_particles : (cycle + 1) * self.n_particles]
             if len(done) < self.n_particles:
-                drawn = np.random.default_rng([problem.seed, len(trials)])
-                return untried(problem, trials, places[len(done)], "swarm", drawn)
+                drawn = np.random.default_rng([problem.seed, history.n_proposed])
+                return untried(problem, history, places[len(done)], "swarm", drawn)
             for i, trial in enumerate(done):
                 if worth(trial, problem) > own_worth[i]:
                     own_best[i], own_worth[i] = places[i], worth(trial, problem)

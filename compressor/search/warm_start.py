@@ -59,10 +59,11 @@ def warm_starts(problem: Problem, table: LatencyTable) -> list[Widths]:
         if at_limit is not None:
             plans.append(widened(problem, table, limits, at_limit, damages(problem)))
         n_groups = len(space.groups)
+        knapsack = Knapsack(problem, table, limits)
         for factor in factors:
             harm = damages(problem)
             harm[n_groups:] *= factor
-            plans.append(knapsack(problem, table, limits, harm))
+            plans.append(knapsack.plan(harm))
         for family in (global_importance(problem), uniform(problem)):
             fitted_plan = fitted(problem, table, limits, family)
             if fitted_plan is not None:
@@ -146,7 +147,7 @@ def scaled_to(
     return plans_at(strongest)
 
 
-def walled(
+def clipped_to_limit(
     problem: Problem, table: LatencyTable, limits: dict[str, float], ratios: Ratios
 ) -> list[Widths]:
     """The action wall of the released code, one variable after the other [he2018, fan2022].
@@ -177,45 +178,60 @@ def walled(
     return space.written_once([tuple(row) for row in rows.tolist()])
 
 
-def knapsack(
-    problem: Problem,
-    table: LatencyTable,
-    limits: dict[str, float],
-    harm: FloatArray,
-) -> Widths:
-    """Steps of least harm per time saved are taken until the limits are met.
+class Knapsack:
+    """Plans at the limits, by what harm their steps do for the time that they save.
 
-    Then those are taken back that were not needed after all, most harmful first.
-
-    Args:
-        problem: What is searched.
-        table: Expected times.
-        limits: Metric -> largest share.
-        harm: `(n_variables,)` of taking each variable to its least; steps of a width have equal
-            parts of it.
+    What does not depend on the harm is worked out once.
     """
-    space = problem.space
-    steps = [(i, choice) for i, c in enumerate(space.choices) for choice in reversed(c[:-1])]
-    metric = next(iter(limits))
-    alone = [(*space.original[:i], choice, *space.original[i + 1 :]) for i, choice in steps]
-    saved = 1 - problem.expected(metric, space.written_once(alone), table)
-    n_steps = np.array([len(space.choices[i]) - 1 for i, _ in steps])
-    depth = np.array([
-        len(space.choices[i]) - 1 - space.choices[i].index(choice) for i, choice in steps
-    ])  # fmt: skip
-    rates = harm[[i for i, _ in steps]] * depth / n_steps / np.maximum(saved, 1e-9)
-    rates[saved <= 0] = np.inf
-    plan, path = space.original, [space.original]
-    for at in np.argsort(rates, kind="stable"):
-        i, choice = steps[at]
-        if np.isfinite(rates[at]) and choice < plan[i]:
-            plan = (*plan[:i], choice, *plan[i + 1 :])
-            path.append(plan)
-    path = [*space.written_once(path), space.narrowest]
-    fits = np.flatnonzero(meets(problem, table, limits, path))
-    if not len(fits):
-        return space.narrowest
-    return widened(problem, table, limits, path[int(fits[0])], harm)
+
+    def __init__(self, problem: Problem, table: LatencyTable, limits: dict[str, float]) -> None:
+        """Looks at every step of every variable alone.
+
+        Args:
+            problem: What is searched.
+            table: Expected times.
+            limits: Metric -> largest share; the first one is what steps save.
+        """
+        self._problem, self._table, self._limits = problem, table, limits
+        space = problem.space
+        steps = [
+            (i, choice, depth, len(choices) - 1)
+            for i, choices in enumerate(space.choices)
+            for depth, choice in enumerate(reversed(choices[:-1]), start=1)
+        ]
+        whole = space.original
+        alone = [(*whole[:i], choice, *whole[i + 1 :]) for i, choice, _, _ in steps]
+        metric = next(iter(limits))
+        self._saved = 1 - problem.expected(metric, space.written_once(alone), table)
+        columns = np.array(steps, dtype=np.int64).reshape(-1, 4).T
+        self._variables, self._choices, self._depths, self._n_steps = columns
+
+    def plan(self, harm: FloatArray) -> Widths:
+        """Steps of least harm per time saved are taken until the limits are met.
+
+        Then those are taken back that were not needed after all, most harmful first.
+
+        Args:
+            harm: `(n_variables,)` of taking each variable to its least; steps of a width have
+                equal parts of it.
+        """
+        space = self._problem.space
+        shares = harm[self._variables] * self._depths / self._n_steps
+        rates = shares / np.maximum(self._saved, 1e-9)
+        rates[self._saved <= 0] = np.inf
+        plan = list(space.original)
+        path = [space.original]
+        for at in np.argsort(rates, kind="stable"):
+            i, choice = int(self._variables[at]), int(self._choices[at])
+            if np.isfinite(rates[at]) and choice < plan[i]:
+                plan[i] = choice
+                path.append(tuple(plan))
+        path = [*space.written_once(path), space.narrowest]
+        fits = np.flatnonzero(meets(self._problem, self._table, self._limits, path))
+        if not len(fits):
+            return space.narrowest
+        at_limit = path[int(fits[0])]
+        return widened(self._problem, self._table, self._limits, at_limit, harm)
 
 
 def widened(
@@ -229,10 +245,11 @@ def widened(
     space = problem.space
     per_share = harm / (1 - space.floors)
     while True:
-        wider = [p for p in space.neighbours(plan) if sum(p) > sum(plan)]
-        wider = [p for p in wider if np.all(np.array(p) >= np.array(plan))]
+        wider = space.wider(plan)
+        if not wider:
+            return plan
         fit = meets(problem, table, limits, wider)
         saved_harm = (space.ratios(wider) - space.ratios([plan])) @ per_share * fit
-        if not wider or saved_harm.max() <= 0:
+        if saved_harm.max() <= 0:
             return plan
         plan = wider[int(saved_harm.argmax())]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressor.running import in_small_steps
+from compressor.running import buffers_kept, in_small_steps
 from compressor.surgery.positions import removed_channels
 from compressor.values import Branch, ChannelGroup, Plan
 
@@ -53,7 +53,8 @@ class _Masked(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Operations are numbered as they were recorded: without gradients or inference mode.
         plain = torch.inference_mode(False)
-        with in_small_steps(self.model), plain, torch.no_grad(), _ZeroInputs(self.cuts):
+        kept, zeros = buffers_kept(self.model), _ZeroInputs(self.cuts)
+        with in_small_steps(self.model), plain, torch.no_grad(), kept, zeros:
             return self.model(*args, **kwargs)
 
 

@@ -1,5 +1,6 @@
 """A device over SSH: a real sshd on loopback, the real runner, the real ONNX Runtime."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -26,6 +27,8 @@ from compressor.errors import (
     UnreachableError,
 )
 from compressor.export import export_onnx
+from compressor.latency import host as hosts
+from compressor.latency import ssh
 from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.device import open_device, patiently
 from compressor.latency.ssh import Address, SshHost, devices_file, find_device, parse_address
@@ -153,6 +156,63 @@ def test_a_lock_outlives_no_process(named: Target, board: Board) -> None:
             os.kill(pid, signal.SIGKILL)
         with open_device(named) as second:
             second.describe()
+
+
+def test_what_killed_runners_left_is_swept(named: Target, exported: Path, board: Board) -> None:
+    """Under the lock, so nothing that is in use; uploads by their age."""
+    cache = board.home / ".cache" / "compressor"
+    with open_device(named) as device:
+        device.describe()
+        left = cache / "lock.tmp" / "onnx"
+        left.mkdir()  # as of a runner that is busy
+        with open_device(named) as second, pytest.raises(DeviceBusyError):
+            second.describe()
+        assert left.is_dir()
+        board.power_off()
+    board.boot()
+    (cache / "work" / "old-model.onnx").write_text("x")
+    (cache / "work" / "new-model.onnx").write_text("x")
+    (cache / "else").write_text("x")
+    for name in ("work/old-model.onnx", "else"):
+        os.utime(cache / name, (0, time.time() - 9 * 24 * 3600))
+    with open_device(named) as device:
+        device.describe()
+        assert not left.exists()
+        assert left.parent.is_dir()
+        names = {each.name for each in (cache / "work").iterdir()}
+        assert "new-model.onnx" in names
+        assert "old-model.onnx" not in names
+        assert (cache / "else").exists()
+        assert device.compare(exported, exported, effort=QUICK).original.n > 0
+
+
+def test_what_is_asked_for_again_is_as_good_as_new(host: SshHost) -> None:
+    path = host.put(b"content", "model.onnx")
+    os.utime(path, (0, time.time() - 9 * 24 * 3600))
+    assert host.put(b"content", "model.onnx") == path
+    host.reconnect()
+    SshHost(host._address).close()
+    assert Path(path).is_file()
+
+
+@pytest.mark.bad_input("a device that sends without end")
+@pytest.mark.parametrize("door", ["connect", "run", "complain", "get"])
+def test_endless_answers_are_refused(
+    door: str, board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "MAX_ANSWER_BYTES", 2**20)
+    with contextlib.closing(SshHost(board.address)) as host:
+        (tmp_path / "long").write_bytes(b"x" * (2**20 + 1))
+        does = {
+            "connect": host.reconnect,
+            "run": lambda: host.run(["yes"], limit_s=30),
+            "complain": lambda: host.run(["sh", "-c", "yes >&2"], limit_s=30),
+            "get": lambda: host.get(str(tmp_path / "long")),
+        }
+        if door == "connect":
+            monkeypatch.setattr(ssh, "FIND_CACHE", "yes")
+        with pytest.raises(ProtocolError, match="sent more than 1 MiB"):
+            does[door]()
 
 
 @pytest.mark.fault("sshd goes away in a search and comes back")

@@ -1,12 +1,20 @@
 """The real command where something is wrong with the machine: one line at most, and no hang."""
 
 import os
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from compressor.run_folder import RunFolder
+from tests.command import compress
+from tests.unit.test_html_report import full_result
 
 ROOT = Path(__file__).parents[2]
 MAIN = f"{sys.executable} -c 'from compressor.cli import main; main()'"
@@ -15,6 +23,7 @@ LIMIT_S = 100
 
 def sh(script: str, cwd: Path, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a shell script in which `$compress` is the command."""
+    script = script.replace("run_it", MAIN)
     done = subprocess.run(
         ["bash", "-c", f"compress() {{ {MAIN} \"$@\"; }}\n{script}"], cwd=cwd,
         capture_output=True, timeout=LIMIT_S,
@@ -33,7 +42,7 @@ def is_one_line(err: str) -> bool:
 RUN = "--target host-cpu --speedup 2 --data images"
 
 
-@pytest.mark.fault("command line on a machine in a bad state", n=15)
+@pytest.mark.fault("command line on a machine in a bad state")
 @pytest.mark.parametrize(
     ("script", "code", "said"),
     [
@@ -96,6 +105,144 @@ def test_a_pipe_that_nobody_reads_is_one_line(tmp_path: Path) -> None:
     assert code == 1
     assert is_one_line(err), err
     assert sh("compress --help 2>&1 | head -1", tmp_path)[0] == 0
+
+
+# A user whom nobody knows: a number without an entry, and no HOME. It may read what root may.
+NOBODY = (
+    "setpriv --reuid 12345 --regid 12345 --clear-groups --inh-caps=-all,+dac_read_search "
+    "--ambient-caps=-all,+dac_read_search env -u HOME"
+)
+NEEDS_ROOT = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv"
+)
+# What is said before the command; what `init` ends with, and what `targets nano`.
+STATES = {
+    f"{NOBODY}": (0, 2), f"TMPDIR=/proc {NOBODY}": (0, 2), "TMPDIR=/nonexistent": (0, 2),
+    "TMPDIR=/etc/passwd": (0, 2), "ulimit -n 16;": (0, 2), "ulimit -n 32;": (0, 2),
+    "ulimit -n 64;": (0, 2), "ulimit -d 60000;": (0, 2), "ulimit -d 20000;": (1, 1),
+    "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 PYTHONIOENCODING=ascii": (0, 2),
+    "TERM=dumb COLUMNS=1": (0, 2), "COLUMNS=-5 LINES=x": (0, 2), "NO_COLOR=1": (0, 2),
+    "HOME=/nonexistent": (0, 2), "HOME=": (0, 2), "XDG_CONFIG_HOME=/dev/null": (0, 2),
+    "XDG_CONFIG_HOME=/etc/passwd": (0, 2), "HOME=$'\\xff'": (0, 2), "ulimit -s 128;": (0, 2),
+    "PYTHONOPTIMIZE=2": (0, 2), "PYTHONWARNINGS=error": (0, 2), "PYTHONDEVMODE=1": (0, 2),
+    "PYTHONSAFEPATH=1": (0, 2), "TZ=nonsense LANG=tr_TR": (0, 2), "umask 777;": (0, 2),
+    f"ulimit -u 1; {NOBODY}": (0, 2),
+}  # fmt: skip
+
+
+@pytest.mark.fault("command line in a strange environment", n=2)
+@pytest.mark.parametrize(
+    "state", [pytest.param(s, marks=NEEDS_ROOT) if NOBODY in s else s for s in STATES]
+)
+def test_a_strange_environment_is_worked_in_or_one_line(state: str, tmp_path: Path) -> None:
+    """`compress init` and a name that is wrong: nothing heavy is imported."""
+    make_open(tmp_path)
+    for words, code in zip(("init .", "targets nano"), STATES[state], strict=True):
+        got, out, err = sh(f"{state} run_it {words}", tmp_path)
+        assert got == code, err
+        if code == 0:
+            assert "written" in out
+            assert (err, "speedup" in (tmp_path / "compress.toml").read_text()) == ("", True)
+        else:
+            assert (out, is_one_line(err)) == ("", True), err
+            assert code == 1 or "Unknown target 'nano'" in err
+
+
+def make_open(folder: Path) -> None:
+    """Any user may write there, and come there."""
+    folder.chmod(0o777)
+    for parent in folder.parents[:2]:
+        parent.chmod(0o755)
+
+
+@NEEDS_ROOT
+@pytest.mark.fault("a working folder that is read-only", n=6)
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    make_open(tmp_path)
+    tmp_path.chmod(0o755)
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    for words in (
+        "init .", "init /proc", "model.pt --target host-cpu --speedup 2 --data images",
+        "model.pt --target host-cpu --speedup 2 --data images --out run",
+        "model.pt --target host-cpu --speedup 2 --data images --out /proc/run",
+        "resume .",
+    ):  # fmt: skip
+        code, out, err = sh(f"{NOBODY} run_it {words}", tmp_path)
+        assert (words, code, out, is_one_line(err)) == (words, 2, "", True), err
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pt", "images"}
+
+
+@dataclass(frozen=True)
+class State:
+    """Of the process that runs the command, from before its first line on."""
+
+    limits: tuple[tuple[int, int], ...] = ()
+    closed: tuple[int, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self) -> None:
+        os.environ.update(self.environment)
+        tempfile.tempdir = None
+        for number in self.closed:
+            os.close(number)
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+        for limit, value in self.limits:
+            resource.setrlimit(limit, (value, value))
+
+
+MIB, DUMB = 2**20, "a dumb terminal of one column"
+# What `report` of a finished run comes to: 0, or 1 and one line.
+PROCESSES = {
+    "no temporary folder": (State(environment=(("TMPDIR", "/nonexistent"),)), 0),
+    "32 files": (State(limits=((resource.RLIMIT_NOFILE, 32),)), 0),
+    "64 files": (State(limits=((resource.RLIMIT_NOFILE, 64),)), 0),
+    "data of 100 MiB": (State(limits=((resource.RLIMIT_DATA, 100 * MIB),)), 1),
+    "files of 1 KiB": (State(limits=((resource.RLIMIT_FSIZE, 1024),)), 1),
+    "stdin closed": (State(closed=(0,)), 0),
+    "stdout closed": (State(closed=(1,)), 1),
+    "stderr closed": (State(closed=(2,)), 0),
+    "all closed": (State(closed=(0, 1, 2)), 1),
+    DUMB: (
+        State(environment=(("TERM", "dumb"), ("COLUMNS", "1"), ("FORCE_COLOR", "1"))), 0,
+    ),
+    "no colour": (State(environment=(("NO_COLOR", "1"), ("TTY_COMPATIBLE", "1"))), 0),
+}  # fmt: skip
+
+
+@pytest.mark.fault("commands that work in a process in a bad state", n=2)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_work_in_a_bad_state_is_done_or_one_line(name: str, tmp_path: Path) -> None:
+    """`report` of a finished run, which reads it and writes report.html; and the same as JSON."""
+    state, code = PROCESSES[name]
+    run = tmp_path / "run"
+    run.mkdir()
+    RunFolder(run).write_result(full_result(run))
+    for words in (("report", "run"), ("report", "run", "--json")):
+        done = compress(*words, cwd=tmp_path, prepare=state)
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("Loading")]
+        assert "Traceback" not in done.stderr
+        assert done.returncode == code, done.stderr
+        if 2 not in state.closed and name not in ("no colour", DUMB):
+            assert len(lines) == code, done.stderr
+        if code == 0:
+            assert done.stdout
+            assert (run / "report.html").stat().st_size > 10_000
+
+
+@NEEDS_ROOT
+@pytest.mark.slow  # a process that loads torch
+@pytest.mark.fault("work as a user without an entry, a home or a temporary folder")
+def test_nobody_can_read_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    RunFolder(run).write_result(full_result(run))
+    make_open(tmp_path)
+    run.chmod(0o777)
+    code, out, err = sh(f"TMPDIR=/proc {NOBODY} run_it report run", tmp_path)
+    assert (code, "speed-up" in out) == (0, True), err
+    assert all(line.startswith("Loading") for line in err.splitlines()), err
 
 
 def test_every_command_refuses_by_one_rule(tmp_path: Path) -> None:

@@ -50,8 +50,7 @@ from compressor.latency.by_runner import RunnerDevice
 from compressor.latency.machine import Model
 from compressor.latency.timing import FINAL, FINALIST, TRIAL, Effort
 from compressor.report import text_report
-from compressor.search import STRATEGIES
-from compressor.search.objective import TIME, Objective, Problem, corrected
+from compressor.search.objective import TIME, History, Objective, Problem, corrected
 from compressor.search.space import make_space
 from compressor.search.study import Study, read_before, read_corrections, read_trials
 from compressor.shipping import judge
@@ -123,7 +122,7 @@ def test_an_estimate_is_judged_by_its_ratio_and_labelled() -> None:
 
 def test_limits_look_at_the_figure_that_they_speak_of() -> None:
     """Of 2 ms and 1 ms medians, whatever the ratio says; of accuracy, MACs and parameters."""
-    pair = paired(2.5, 1.9, 2.1)
+    pair = paired(2.5, 2.45, 2.55)
     before = Side(0.90, Latency(2, 2, 9), 100, 1000, 1)
     after = Side(0.89, Latency(1, 1, 9), 50, 400, 1)
     for kind, met, missed in (
@@ -132,6 +131,22 @@ def test_limits_look_at_the_figure_that_they_speak_of() -> None:
     ):  # fmt: skip
         assert Constraint(kind, met).is_met(pair, before, after)
         assert not Constraint(kind, missed).is_met(pair, before, after)
+
+
+def test_a_limit_that_noise_alone_may_have_reached_is_not_met() -> None:
+    """Of a figure that is sure it counts; of one that is not, the end of its interval."""
+    sides = Side(0.9, Latency(2, 2, 9), 1, 1, 1), Side(0.9, Latency(1, 1, 9), 1, 1, 1)
+    limits = Constraint("speedup", 2.0), Constraint("max-latency", 1.0)
+    for pair, met in (
+        (paired(2.0, 1.95, 2.05), True), (paired(2.0, 1.7, 2.4), False),
+        (paired(2.4, 2.0, 2.9), True),
+    ):  # fmt: skip
+        assert limits[0].is_met(pair, *sides) is met
+        assert limits[0].is_met_in_time(pair)  # as a figure, by which finalists are chosen
+    assert limits[1].is_met(paired(2.0, 1.95, 2.05), *sides)
+    assert not limits[1].is_met(paired(2.0, 1.7, 2.4), *sides)
+    estimate = replace(paired(2.0, 1.0, 4.0), basis=Basis.ESTIMATE)
+    assert limits[0].is_met(estimate, *sides)
 
 
 class FakeBench:
@@ -249,7 +264,7 @@ def test_the_same_trials_follow_from_what_is_kept(make_config: Make, tmp_path: P
     taught = read_corrections(study)
     for n, trial in enumerate(trials):
         known = corrected(trials[:n], [each for each in taught if each.n_trials <= n])
-        proposal = STRATEGIES["bocr"].propose(problem, known)
+        proposal = job.strategy.propose(problem, History(known))
         assert proposal is not None
         assert problem.space.by_name(proposal.widths) == trial.widths
         assert proposal.phase == trial.phase
@@ -375,6 +390,9 @@ def test_a_time_budget_shorter_than_measuring_the_original_is_said_at_once(
 ) -> None:
     with pytest.raises(ConfigError, match=r"--time-budget 0.01s is spent: reading model and data"):
         compressor.compress(make_config(time_budget="10ms"))
+    hour_ago = time.monotonic() - 3600  # as where torch took long to load
+    with pytest.raises(ConfigError, match=r"--time-budget 1800s is spent: reading model and data"):
+        compressor.compress(make_config(time_budget="30m"), since=hour_ago)
     assert not (tmp_path / "run").exists()
 
 

@@ -208,7 +208,7 @@ def test_text_that_never_ends_is_not_read(tmp_path: Path) -> None:
     for name in ("compress.toml", "result.json", "model.onnx"):
         with (tmp_path / name).open("wb") as file:
             file.truncate(2**40)
-    with pytest.raises(ConfigError, match="larger than 64 MiB"):
+    with pytest.raises(ConfigError, match="larger than 256 KiB"):
         load_config(tmp_path / "model.pt", {})
     with pytest.raises(RunFolderError, match="larger than 64 MiB"):
         read_result(tmp_path)

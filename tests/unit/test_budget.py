@@ -2,11 +2,15 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from compressor.cli.time_left import TimeLeft
 
 from compressor.budget import CAUTION, LEAST_TRIALS, Budget
 from compressor.errors import ConfigError, RunFolderError
+from compressor.finalists import place_of
 from compressor.latency.timing import FINAL, TRIAL
 from compressor.search.objective import Correction, corrected
 from compressor.values import (
@@ -19,6 +23,7 @@ from compressor.values import (
     SEARCHING,
     TIMING_LAYERS,
     Accuracy,
+    Progress,
     Trial,
 )
 
@@ -52,6 +57,15 @@ def test_without_a_budget_there_is_time_for_everything() -> None:
     )
     assert budget.effort(FINAL, budget.of_s(MEASURING_FINALISTS)) == FINAL
     assert budget.within(EXPECTED) == EXPECTED
+
+
+def test_a_run_that_began_before_torch_was_loaded_has_spent_that_time() -> None:
+    clock = Clock()
+    began = clock()
+    clock.now += 97
+    assert Budget(150, since=began, clock=clock).left_s == 53
+    with pytest.raises(ConfigError, match="is spent: loading torch alone took 97 s"):
+        Budget(90, since=began, clock=clock).check("loading torch")
 
 
 @pytest.mark.parametrize("total_s", [60, 120, 300, 1000, 10_000])
@@ -192,3 +206,24 @@ def test_what_was_measured_again_moves_only_where_the_files_say_so() -> None:
     assert [t.speedup for t in again] == [1.7, 1.9]
     files = Correction(2, 0.5, {1: (1.9, 1.8, 2.0)}, is_by_files=True)
     assert [t.speedup for t in corrected(trials, [first, files])] == [0.85, 1.9]
+
+
+@pytest.mark.parametrize(("step_s", "is_trained"), [(0.1, True), (5.0, True), (20.0, False)])
+def test_training_that_there_is_no_time_for_is_not_waited_for(
+    step_s: float, is_trained: bool
+) -> None:
+    budget = divided(150)
+    left, told = TimeLeft(Clock()), list[Progress]()
+    left.tell(Progress(MEASURING_FINALISTS, 8, 8, expected=EXPECTED))
+    run: Any = SimpleNamespace(
+        job=SimpleNamespace(n_steps=100), budget=budget, step_s=step_s,
+        folder=SimpleNamespace(path=Path("run")), on_progress=told.append,
+    )  # fmt: skip
+    searched: Any = SimpleNamespace(
+        study=SimpleNamespace(number_once=lambda _key, measure: measure())
+    )
+    assert (place_of(run, searched, 0).n_steps > 0) is is_trained
+    for progress in told:
+        left.tell(progress)
+    rest = sum(EXPECTED.values()) - EXPECTED[MEASURING_FINALISTS]
+    assert left.of_run == pytest.approx(rest - (0 if is_trained else EXPECTED[FINE_TUNING]))

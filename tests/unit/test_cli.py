@@ -10,7 +10,6 @@ import pytest
 from compressor.cli import options
 
 from compressor.config import Config
-from compressor.importance import IMPORTANCES
 from compressor.training import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
@@ -19,12 +18,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("names", "field"),
     [
-        (options.SEARCHES, "search"),
         (options.CLUSTERINGS, "clustering"),
         (options.ROLLBACKS, "rollback"),
         (options.BOUNDS, "bounds"),
         (options.FITS, "fit_to_limit"),
-        (options.IMPORTANCES, "importance"),
         (options.SCHEDULES, "schedule"),
     ],
 )
@@ -33,7 +30,6 @@ def test_help_and_tab_know_the_names_that_are_taken(names: tuple[str, ...], fiel
 
 
 def test_names_are_those_of_what_they_choose() -> None:
-    assert set(options.IMPORTANCES) == set(IMPORTANCES)
     assert set(options.SCHEDULES) == set(SCHEDULES)
 
 

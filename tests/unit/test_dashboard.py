@@ -81,6 +81,27 @@ def test_silent_clients_keep_nobody_waiting(port: int, monkeypatch: pytest.Monke
         assert silent[1].recv(1) == b""  # it is left
 
 
+@pytest.mark.bad_input("clients that say nothing", n=300)
+def test_hundreds_of_silent_clients_are_not_kept(port: int) -> None:
+    """Nor those that ask and never read; a good client among them is answered."""
+    before = threading.active_count()
+    with contextlib.ExitStack() as stack:
+        for number in range(300):
+            client = socket.create_connection(("127.0.0.1", port), timeout=60)
+            stack.enter_context(client)
+            if number % 3 == 0:
+                client.sendall(b"GET /api/studies HTTP/1.0\r\nHost: localhost\r\nX: ")
+            if number % 50 == 49:
+                began = time.monotonic()
+                assert asked(port, "/api/studies", f"localhost:{port}")[0] == 200
+                assert time.monotonic() - began < 20
+                assert threading.active_count() - before <= dashboard.MAX_CLIENTS
+    until = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.1)
+    assert threading.active_count() == before
+
+
 @pytest.mark.slow
 def test_it_shows_trials_as_they_come(port: int, study: Study) -> None:
     def shown() -> bytes:

@@ -1,5 +1,6 @@
 """Every way that images and labels can be wrong, and the splits when they are right."""
 
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -467,6 +468,16 @@ def test_what_is_hidden_is_left_out_and_said(
     assert list(class_folders(tmp_path)) == ["a"]
     assert [path.name for path in image_files(tmp_path / "a")] == ["1.png"]
     assert "2 hidden files or folders are left out" in caplog.text
+
+
+def test_links_to_nothing_and_pipes_are_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image_at(tmp_path / "a" / "1.png", 0)
+    (tmp_path / "a" / "2.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(tmp_path / "a" / "3.png")
+    assert [path.name for path in image_files(tmp_path / "a")] == ["1.png"]
+    assert "2.png is no file (a link to nothing, or a pipe); 2 such are left out" in caplog.text
 
 
 def test_a_link_to_the_folder_around_it_ends(tmp_path: Path) -> None:

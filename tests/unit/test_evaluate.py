@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from compressor.errors import EquivalenceError, MeasurementError
 from compressor.evaluate import N_PARTS, accuracy, check_agree, drop_of, memory_format
@@ -55,13 +55,18 @@ class Viewing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.conv(x)
-        return answer.view(len(x), -1)
+        return answer.view(x.shape[0], -1)
 
 
-def test_channels_last_is_for_networks_that_can_run_in_it() -> None:
+def test_channels_last_is_for_networks_that_can_run_in_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And what cannot is asked in silence: fx prints a traceback of what fails in its graphs."""
     images = torch.rand(2, 3, 8, 8)
     assert memory_format(nn.Conv2d(3, 8, 3), images) is torch.channels_last
-    assert memory_format(Viewing(), images) is torch.contiguous_format
+    for network in (Viewing(), fx.symbolic_trace(Viewing())):
+        assert memory_format(network, images) is torch.contiguous_format
+    assert capsys.readouterr().err == ""
 
 
 def test_agreement_is_relative_to_the_outputs() -> None:

@@ -183,6 +183,9 @@ def test_words_say_where_the_time_went(change: Change, sentence: str, tmp_path: 
         (lambda r: replace(r, accuracy_drop_points=-0.4), "gains 0.40 points"),
         (lambda r: replace(r, accuracy_drop_points=0.0), "keeps its accuracy"),
         (lambda r: replace(r, constraints=[Constraint("max_drop", 1.0)]), "meets"),
+        (lambda r: replace(
+            r, original=replace(r.original, metric=0.4), search={**r.search, "task": "mAP"}
+        ), "% of its mAP and meets"),
         (lambda r: replace(r, compressed=None), "No network is handed back"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 
 from compressor.errors import ConfigError
 from compressor.graph import channel_groups
-from compressor.importance import IMPORTANCES, Importance
+from compressor.importance import Importance, Random
+from compressor.plugins import IMPORTANCES
 from compressor.values import ChannelGroup, Role
 from tests.conftest import ConvNet
 
-every_importance = pytest.mark.parametrize(
-    "importance", IMPORTANCES.values(), ids=IMPORTANCES.keys()
-)
-every_criterion = pytest.mark.parametrize("name", sorted(IMPORTANCES.keys() - {"random"}))
+BY_NAME = {name: cast(Importance, IMPORTANCES.load(name)) for name in IMPORTANCES}
+every_importance = pytest.mark.parametrize("importance", BY_NAME.values(), ids=BY_NAME.keys())
+every_criterion = pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {"random"}))
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,7 +71,7 @@ def test_a_channel_keeps_its_score_wherever_it_lies(
 ) -> None:
     """Scores belong to channels, not to positions; `last` is read behind a flatten."""
     model = ConvNet(use_flatten=True).eval()
-    importance = IMPORTANCES[name]
+    importance = BY_NAME[name]
     groups = channel_groups(model, example)
     group = next(g for g in groups if g.name == group_name)
     order = torch.randperm(group.n_channels, generator=torch.Generator().manual_seed(1)).tolist()
@@ -101,7 +102,7 @@ def test_l1_is_the_norm_of_the_readers(conv_net: ConvNet, example: Tensor) -> No
     groups = channel_groups(conv_net, example)
     readers = (conv_net.inner.weight, conv_net.last.weight)
     expected = sum(w.detach().double().abs().sum((0, 2, 3)) for w in readers)
-    torch.testing.assert_close(IMPORTANCES["l1"].scores(conv_net, groups, None)["stem"], expected)
+    torch.testing.assert_close(BY_NAME["l1"].scores(conv_net, groups, None)["stem"], expected)
 
 
 def test_geometric_median_is_the_sum_of_distances(conv_net: ConvNet, example: Tensor) -> None:
@@ -110,17 +111,15 @@ def test_geometric_median_is_the_sum_of_distances(conv_net: ConvNet, example: Te
     producers = (conv_net.stem.weight, conv_net.outer.weight)
     vectors = torch.cat([w.detach().double().flatten(1) for w in producers], dim=1)
     expected = [sum((a - b).norm().item() for b in vectors) for a in vectors]
-    scores = IMPORTANCES["geometric-median"].scores(conv_net, groups, None)["stem"]
+    scores = BY_NAME["geometric-median"].scores(conv_net, groups, None)["stem"]
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_bn_scale_is_gamma_and_l1_without_one(conv_net: ConvNet, example: Tensor) -> None:
     groups = channel_groups(conv_net, example)
-    scores = IMPORTANCES["bn-scale"].scores(conv_net, groups, None)
+    scores = BY_NAME["bn-scale"].scores(conv_net, groups, None)
     torch.testing.assert_close(scores["inner"], conv_net.inner_norm.weight.detach().double().abs())
-    assert torch.equal(
-        scores["hidden"], IMPORTANCES["l1"].scores(conv_net, groups, None)["hidden"]
-    )
+    assert torch.equal(scores["hidden"], BY_NAME["l1"].scores(conv_net, groups, None)["hidden"])
 
 
 def test_taylor_is_the_slope_of_the_loss(conv_net: ConvNet, example: Tensor) -> None:
@@ -133,7 +132,7 @@ def test_taylor_is_the_slope_of_the_loss(conv_net: ConvNet, example: Tensor) -> 
     def one_loss(network: nn.Module) -> Iterator[Tensor]:
         yield F.cross_entropy(network(images.double()), labels)
 
-    scores = IMPORTANCES["taylor"].scores(model, groups, one_loss)["inner"]
+    scores = BY_NAME["taylor"].scores(model, groups, one_loss)["inner"]
     for channel in (0, 7, 40):
         around = []
         for factor in (1 + 1e-5, 1 - 1e-5):
@@ -150,13 +149,13 @@ def test_taylor_is_the_slope_of_the_loss(conv_net: ConvNet, example: Tensor) -> 
 
 def test_taylor_without_images_says_so(conv_net: ConvNet, example: Tensor) -> None:
     with pytest.raises(ConfigError, match="taylor looks at gradients; give it labelled images"):
-        IMPORTANCES["taylor"].scores(conv_net, channel_groups(conv_net, example), None)
+        BY_NAME["taylor"].scores(conv_net, channel_groups(conv_net, example), None)
 
 
 def test_cpmc_weighs_weights_macs_and_parameters(conv_net: ConvNet, example: Tensor) -> None:
     """By hand for the stem: two producers and two readers, 64 pixels each."""
     groups = channel_groups(conv_net, example)
-    scores = IMPORTANCES["cpmc"].scores(conv_net, groups, None)
+    scores = BY_NAME["cpmc"].scores(conv_net, groups, None)
     named = {g.name: g for g in groups}
     macs = {n: g.cost.macs / g.n_channels for n, g in named.items()}
     params = {n: g.cost.params / g.n_channels for n, g in named.items()}
@@ -175,8 +174,5 @@ def test_cpmc_weighs_weights_macs_and_parameters(conv_net: ConvNet, example: Ten
 
 def test_random_differs_from_seed_to_seed(conv_net: ConvNet, example: Tensor) -> None:
     groups = channel_groups(conv_net, example)
-    one, other = (
-        type(IMPORTANCES["random"])(seed=seed).scores(conv_net, groups, None)  # type: ignore[call-arg]
-        for seed in (0, 1)
-    )
+    one, other = (Random(seed=seed).scores(conv_net, groups, None) for seed in (0, 1))
     assert not torch.equal(one["stem"], other["stem"])

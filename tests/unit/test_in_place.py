@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compressor.api import prune
+from compressor.errors import GraphError
 from compressor.export import export_onnx
 from compressor.graph.branches import traced
 from compressor.graph.in_place import functional, writing_nodes
 from compressor.latency.onnxruntime import predictor
 from compressor.program import export_program
+from compressor.prunable import make_prunable, with_branches
 from tests.conftest import randomised
 
 Code = Callable[[Tensor], Tensor]
@@ -327,3 +329,68 @@ def test_a_pruned_program_with_slices_is_exported_rightly(tmp_path: Path) -> Non
         want = small(IMAGE[1:2])
     torch.testing.assert_close(predictor(file, n_threads=1)(IMAGE[1:2]), want)
     small.train()(IMAGE).sum().backward()
+
+
+class Keeping(nn.Module):
+    """Keeps what it sees, as `forward` of users do: in a buffer, an attribute, a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.register_buffer("n_seen", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(1, 8, 1, 1))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.n_seen += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 2, 3), keepdim=True)
+        self.features = x
+        self.seen.append(x)
+        return self.second(x.relu())
+
+
+def test_what_a_network_keeps_stays_as_it_was(tmp_path: Path) -> None:
+    network, example = Keeping().eval(), torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        network(example)
+    before = copy.deepcopy(network.state_dict())
+    prunable = with_branches(make_prunable(network, example), example)
+    prune(network, example, 0.5)
+    export_onnx(network, example, tmp_path / "net.onnx")
+    assert {g.name for g in prunable.groups if g.locked_because is None} == {"first"}
+    assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
+    assert all(type(each) is Tensor for each in (network.features, *network.seen))
+
+
+def constants_of_odd_shapes(x: Tensor) -> Tensor:
+    """A traced graph keeps these tensors: one grows, three are one number."""
+    grown = torch.empty(0)
+    torch.add(x, 1.0, out=grown)
+    rows = torch.tensor([0]).expand(3)
+    return torch.index_put(grown, (rows, rows + 1, rows + 2, rows), torch.ones(3), accumulate=True)
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(constants_of_odd_shapes(self.first(x).relu()))
+
+
+def test_constants_of_any_shape_are_no_hindrance(tmp_path: Path) -> None:
+    network, example = Odd().eval(), torch.rand(1, 3, 8, 8)
+    with_branches(make_prunable(network, example), example)
+    file = export_onnx(network, example, tmp_path / "net.onnx")
+    other = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(predictor(file)(other), network(other), rtol=0, atol=1e-4)
+
+
+@pytest.mark.bad_input("lazy layers without weights")
+def test_lazy_layers_without_weights_are_a_sentence() -> None:
+    network = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()).eval()
+    with pytest.raises(GraphError, match=r"lazy layers whose weights do not exist yet; load"):
+        make_prunable(network, torch.rand(1, 3, 8, 8))

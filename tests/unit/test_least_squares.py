@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from compressor import least_squares
 from compressor.least_squares import gather, sampled_rows
 from compressor.prunable import make_prunable
 from compressor.values import Plan
@@ -65,7 +66,7 @@ def test_weights_are_those_of_the_direct_solve(net: Net, name: str) -> None:
     prunable = make_prunable(net, torch.randn(1, 3, 16, 16))
     pruned = prunable.without(PLAN)
     kept = prunable.kept_positions(PLAN)
-    gather(net, prunable.groups, batches()).repair(pruned, net, kept)
+    gather(net, prunable.groups, batches()).repair(pruned, kept)
     x, weight = rows_read(net, name), net.get_parameter(f"{name}.weight").detach().double()
     y = x @ weight.flatten(1).T
     inputs = torch.from_numpy(kept[f"{name}.weight", 1])
@@ -94,7 +95,7 @@ def test_the_repaired_network_is_nearer_to_the_original(net: Net) -> None:
     plain, repaired = prunable.without(PLAN), prunable.without(PLAN)
     before = copy.deepcopy(net.state_dict())
     fitted = gather(net, prunable.groups, batches())
-    fitted.repair(repaired, net, prunable.kept_positions(PLAN))
+    fitted.repair(repaired, prunable.kept_positions(PLAN))
     with torch.no_grad():
         errors = [float((m(x) - net(x)).norm()) for m in (plain, repaired)]
     assert errors[1] < 0.7 * errors[0]
@@ -104,5 +105,23 @@ def test_the_repaired_network_is_nearer_to_the_original(net: Net) -> None:
 def test_nothing_removed_changes_nothing(net: Net) -> None:
     prunable = make_prunable(net, torch.randn(1, 3, 16, 16))
     whole = prunable.without(Plan({}))
-    gather(net, prunable.groups, batches()[:1]).repair(whole, net, {})
+    gather(net, prunable.groups, batches()[:1]).repair(whole, {})
     assert all(torch.equal(net.state_dict()[k], v) for k, v in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("n_bytes", [2**28, 5000, 1])
+def test_what_was_solved_before_is_solved_alike(
+    net: Net, monkeypatch: pytest.MonkeyPatch, n_bytes: int
+) -> None:
+    """In any order of plans, with room for all solutions, for some and for one."""
+    monkeypatch.setattr(least_squares, "MAX_SOLVED_BYTES", n_bytes)
+    prunable = make_prunable(net, torch.randn(1, 3, 16, 16))
+    narrow, wide = ({"first": tuple(range(n)), "third": (0, 1, 2)} for n in (4, 9))
+    plans = [Plan({**PLAN.kept, **kept}) for kept in (narrow, wide, {}, narrow, {}, wide)]
+    one = gather(net, prunable.groups, batches())
+    for plan in plans:
+        kept = prunable.kept_positions(plan)
+        often, once = prunable.without(plan), prunable.without(plan)
+        one.repair(often, kept)
+        gather(net, prunable.groups, batches()).repair(once, kept)
+        assert all(torch.equal(once.state_dict()[k], v) for k, v in often.state_dict().items())

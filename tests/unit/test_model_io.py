@@ -427,6 +427,14 @@ ONE_SET: dict[str, Callable[[Any], Any]] = {
     },
     "net": lambda s: {"net": s, "acc": 91.2, "epoch": 4},
     "deep": lambda s: {"checkpoint": {"student": {"weights": s}}},
+    "a part compiled": lambda s: {n.replace(".", "._orig_mod.", 1): t for n, t in s.items()},
+    "parts of FSDP": lambda s: {
+        "model": {n.replace(".", "._fsdp_wrapped_module.", 1): t for n, t in s.items()}
+    },
+    "a part of DataParallel that keeps no activations": lambda s: wrapped(
+        "model.",
+        {n.replace(".", ".module._checkpoint_wrapped_module.", 1): t for n, t in s.items()},
+    ),
     "averaged": lambda s: {"n_averaged": torch.tensor(5), **wrapped("module.", s)},
     "compiled averaged": lambda s: {
         "_orig_mod.n_averaged": torch.tensor(5),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import compressor
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,3 +52,8 @@ def test_the_wheel_holds_one_package_and_the_command_starts(tmp_path: Path) -> N
     assert "--speedup" in text
     code = "import compressor, pathlib; print(pathlib.Path(compressor.__file__).parent)"
     assert run(python, "-c", code, cwd=tmp_path).strip() == str(site / "compressor")
+
+    (info,) = site.glob("compressor-*.dist-info")
+    assert f"compressor-{compressor.__version__}.dist-info" == info.name
+    assert run(home / "bin" / "compress", "--version", cwd=tmp_path).split()[1] in info.name
+    assert (info / "licenses" / "LICENSE").is_file()

@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from compressor.cli import progress, time_left
 from compressor.cli.time_left import TimeLeft
 from rich.console import Console
 
+from compressor.report import trials_report
 from compressor.values import GATHERING, SEARCHING, Accuracy, Progress, Trial
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +180,23 @@ def test_plain_lines(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
         "trial   1/3  layers    accuracy  90.00%   2.00x  1.500 ms",
         "trial   2/3  failed: no memory",
     ]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "agreement", "mAP kept"])
+def test_trials_say_what_they_are_ranked_by(
+    name: str, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = replace(trial(0), accuracy=Accuracy(0.9, 10, name=name))
+    assert progress.in_words(measured).endswith(f"{name}  90.00%   2.00x  1.500 ms")
+    assert progress.trial_json(measured)["measure"] == name
+    assert re.search(rf"trial +phase +{name} ", trials_report(Path("runs/net"), [measured]))
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    table = progress.LiveTable(console, clock)
+    table.on_trial(measured)
+    with console.capture() as seen:
+        console.print(table._shown())
+    table.close(is_done=True)
+    assert re.search(rf"phase +{name} ", re.sub(r"\x1b\[[0-9;]*m", "", seen.get()))
 
 
 def test_plain_lines_come_although_nothing_is_told(

@@ -12,21 +12,21 @@ from torch import nn
 from compressor.features import channel_maps, fisher_ratios
 from compressor.goals import MACS
 from compressor.graph import channel_groups
+from compressor.search.baselines import CmaEs
 from compressor.search.genetic import evolve, haar
-from compressor.search.objective import TIME, Objective, Problem, TimedPlan
-from compressor.search.rivals import CmaEs
+from compressor.search.objective import TIME, History, Objective, Problem, TimedPlan
 from compressor.search.space import SearchSpace
-from compressor.search.surrogate import log_expected_improvement, steadied
+from compressor.search.surrogate import denoised, log_expected_improvement
 from compressor.search.swarm import first_particle
 from compressor.search.warm_start import (
+    Knapsack,
+    clipped_to_limit,
     damages,
     fitted,
     global_importance,
-    knapsack,
     limits_of,
     scaled_to,
     uniform,
-    walled,
     warm_starts,
 )
 from compressor.values import (
@@ -82,7 +82,7 @@ def test_losses_steady_accuracies() -> None:
     n, losses = 500, np.linspace(0.2, 1.5, 40)
     truth = 1 - 0.35 * losses
     seen = generator.binomial(n, truth) / n
-    values, variances = steadied(
+    values, variances = denoised(
         [Accuracy(v, n, loss) for v, loss in zip(seen, losses, strict=True)]
     )
     before, after = np.abs(seen - truth).mean(), np.abs(np.array(values) - truth).mean()
@@ -95,11 +95,11 @@ def test_accuracies_that_do_not_follow_the_loss_stay_as_they_are() -> None:
     generator = np.random.default_rng(1)
     seen = generator.uniform(0.3, 0.9, 40)
     losses = generator.permutation(np.linspace(0.2, 1.5, 40))
-    values, _ = steadied([Accuracy(v, 2000, x) for v, x in zip(seen, losses, strict=True)])
+    values, _ = denoised([Accuracy(v, 2000, x) for v, x in zip(seen, losses, strict=True)])
     assert np.abs(np.array(values) - seen).max() < 0.02
     unknown = [Accuracy(v, 2000) for v in seen]
-    assert steadied(unknown)[0] == seen.tolist()
-    assert steadied(unknown)[1] == [a.standard_error**2 for a in unknown]
+    assert denoised(unknown)[0] == seen.tolist()
+    assert denoised(unknown)[1] == [a.standard_error**2 for a in unknown]
 
 
 def test_a_knapsack_is_nearly_the_best_by_its_own_figures() -> None:
@@ -118,7 +118,7 @@ def test_a_knapsack_is_nearly_the_best_by_its_own_figures() -> None:
         return ((1 - ratios) * there) @ per_share
 
     within = [p for p, m in zip(plans, problem.costs.macs(plans), strict=True) if m <= 0.5]
-    found = knapsack(problem, table, {MACS: 0.5}, harm)
+    found = Knapsack(problem, table, {MACS: 0.5}).plan(harm)
     assert found in within
     assert lost([found])[0] <= lost(within).min() + 0.03
     assert lost([found])[0] < np.median(lost(within)) / 2.5
@@ -136,7 +136,7 @@ def test_families_meet_the_limit_with_their_weakest_plan() -> None:
     assert fitted(problem, table, {MACS: 0.01}, uniform(problem)) is None
 
 
-@pytest.mark.parametrize("fit", [scaled_to, walled])
+@pytest.mark.parametrize("fit", [scaled_to, clipped_to_limit])
 def test_plans_are_brought_to_a_limit(fit: object) -> None:
     problem = make_problem()
     table = problem.table([])
@@ -156,7 +156,7 @@ def test_plans_are_brought_to_a_limit(fit: object) -> None:
 def test_the_wall_lets_late_layers_pay() -> None:
     """Asked for everything everywhere, the first group stays whole and the last ones starve."""
     problem = make_problem(n_branches=0)
-    (plan,) = walled(problem, problem.table([]), {MACS: 0.6}, np.ones((1, 4)))
+    (plan,) = clipped_to_limit(problem, problem.table([]), {MACS: 0.6}, np.ones((1, 4)))
     assert plan[0] == 64
     assert plan[-1] == 16
 
@@ -248,7 +248,7 @@ def test_cma_es_draws_nearer_to_what_was_good() -> None:
     problem = make_problem(limit=0.9, metric=TIME)
     trials: list[Trial] = []
     while len(trials) < 60:
-        proposal = CmaEs().propose(problem, trials)
+        proposal = CmaEs().propose(problem, History(trials))
         if proposal is None:
             break
         macs = float(problem.costs.macs([proposal.widths])[0])

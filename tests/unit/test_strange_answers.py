@@ -68,7 +68,7 @@ def pair_of(**more: object) -> str:
     return json.dumps(whole | more)
 
 
-@pytest.mark.bad_input("a runner's answers of another form", n=15)
+@pytest.mark.bad_input("a runner's answers of another form")
 @pytest.mark.parametrize(
     "answers",
     [
@@ -113,7 +113,7 @@ def conv_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_onnx(nn.Conv2d(3, 4, 3).eval(), torch.zeros(1, 3, 8, 8), path)
 
 
-@pytest.mark.bad_input("a runner that never ends its line, or its lines", n=3)
+@pytest.mark.bad_input("a runner that never ends its line, or its lines")
 @pytest.mark.parametrize(
     ("says", "match"),
     [

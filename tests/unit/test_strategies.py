@@ -4,14 +4,17 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from compressor.config import Config
 from compressor.errors import SearchError
 from compressor.goals import MACS
-from compressor.search import STRATEGIES, make_strategy
-from compressor.search.bocr import GRADUAL, NONE, PER_DIMENSION, WALL, Bocr, Schedule
+from compressor.plugins import STRATEGIES
+from compressor.search import make_strategy
+from compressor.search.bocr import GRADUAL, NONE, PER_DIMENSION, WALL, Bocr, PlainBo
 from compressor.search.clustering import JS, ST
 from compressor.search.objective import (
     ACCURACY,
@@ -19,6 +22,7 @@ from compressor.search.objective import (
     LAYERS,
     START,
     TIME,
+    History,
     Objective,
     Problem,
     Strategy,
@@ -28,10 +32,17 @@ from compressor.search.objective import (
     is_hopeless,
     penalised,
 )
+from compressor.search.schedule import Schedule
 from compressor.search.space import Widths, make_space
 from compressor.values import Accuracy, Branch, ChannelGroup, GroupFeatures, LayerCost, Trial
 
-every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+
+def asking(search: str, **settings: object) -> Config:
+    return Config(model=Path("model.pt"), target="host-cpu", search=search, **settings)  # type: ignore[arg-type]
+
+
+BY_NAME: Mapping[str, Strategy] = {name: make_strategy(asking(name)) for name in STRATEGIES}
+every_strategy = pytest.mark.parametrize("strategy", BY_NAME.values(), ids=BY_NAME.keys())
 VARIANTS: Mapping[str, Strategy] = {
     "js": Bocr(distance=JS),
     "st": Bocr(distance=ST),
@@ -120,7 +131,7 @@ def measured(problem: Problem, widths: Widths, number: int, phase: str) -> Trial
 def run(strategy: Strategy, problem: Problem, fail_every: int = 0) -> list[Trial]:
     trials: list[Trial] = []
     while len(trials) < problem.n_trials:
-        proposal = strategy.propose(problem, trials)
+        proposal = strategy.propose(problem, History(trials))
         if proposal is None:
             break
         trial = measured(problem, proposal.widths, len(trials), proposal.phase)
@@ -157,7 +168,8 @@ def test_the_same_trials_give_the_same_proposal(strategy: Strategy) -> None:
     problem = make_problem(n_trials=12, n_branches=1)
     trials = run(strategy, problem)
     for n in (0, 3, 8):
-        assert strategy.propose(problem, trials[:n]) == strategy.propose(problem, trials[:n])
+        known = History(trials[:n])
+        assert strategy.propose(problem, known) == strategy.propose(problem, known)
 
 
 @every_strategy
@@ -177,7 +189,7 @@ def test_a_small_space_is_searched_whole_and_then_ends(strategy: Strategy) -> No
     layers = tuple(LayerCost(g.name, 9, 9, (32,), ({g.name: 1.0},)) for g in groups)
     problem = replace(make_problem(), space=space, layers=layers, features={})
     trials: list[Trial] = []
-    while proposal := strategy.propose(problem, trials):
+    while proposal := strategy.propose(problem, History(trials)):
         speedup = 64 / sum(proposal.widths)
         trials.append(
             Trial(
@@ -198,7 +210,7 @@ def optimum(problem: Problem) -> float:
 
 def test_the_best_of_all_plans_is_nearly_found() -> None:
     """Of 16,384 plans; 30 trials end within 2 points of the best."""
-    check_nearly_best(STRATEGIES["bocr"], seed=0, n_branches=2)
+    check_nearly_best(BY_NAME["bocr"], seed=0, n_branches=2)
 
 
 @pytest.mark.slow
@@ -206,7 +218,7 @@ def test_the_best_of_all_plans_is_nearly_found() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("n_branches", [0, 2])
 def test_so_is_it_by_every_variant(name: str, seed: int, n_branches: int) -> None:
-    check_nearly_best({**STRATEGIES, **VARIANTS}[name], seed, n_branches)
+    check_nearly_best({**BY_NAME, **VARIANTS}[name], seed, n_branches)
 
 
 def check_nearly_best(strategy: Strategy, seed: int, n_branches: int) -> None:
@@ -219,7 +231,7 @@ def check_nearly_best(strategy: Strategy, seed: int, n_branches: int) -> None:
 @pytest.mark.parametrize("name", ["random", "tpe", "cma-es", "genetic", "swarm"])
 def test_rivals_find_something_feasible(name: str) -> None:
     problem = make_problem(n_trials=40, n_branches=2)
-    assert feasible_first(run(STRATEGIES[name], problem), problem)
+    assert feasible_first(run(BY_NAME[name], problem), problem)
 
 
 @every_strategy
@@ -347,15 +359,16 @@ def test_best_first_puts_feasible_trials_first_and_then_those_nearest_to_it() ->
 
 
 def test_options_reach_bocr_alone() -> None:
-    assert make_strategy("bocr", rollback=GRADUAL) == Bocr(rollback=GRADUAL)
-    assert make_strategy("random", rollback=GRADUAL) == STRATEGIES["random"]
+    assert make_strategy(asking("bocr", rollback=GRADUAL)) == Bocr(rollback=GRADUAL)
+    assert make_strategy(asking("bo", rollback=GRADUAL)) == PlainBo(rollback=GRADUAL)
+    assert make_strategy(asking("random", rollback=GRADUAL)) == BY_NAME["random"]
     assert issubclass(SearchError, Exception)
 
 
 def test_what_one_search_remembers_changes_no_other() -> None:
     """Two strategies ask for the same data in turn: each gets the processes of its own kind."""
     problem = make_problem(n_trials=12)
-    trials = run(STRATEGIES["random"], problem, fail_every=1)[:8]  # all that is known is alike
-    alone = {name: STRATEGIES[name].propose(problem, trials) for name in ("bocr", "bo")}
+    trials = run(BY_NAME["random"], problem, fail_every=1)[:8]  # all that is known is alike
+    alone = {name: BY_NAME[name].propose(problem, History(trials)) for name in ("bocr", "bo")}
     for names in (("bo", "bocr"), ("bocr", "bo")):
-        assert {name: STRATEGIES[name].propose(problem, trials) for name in names} == alone
+        assert {name: BY_NAME[name].propose(problem, History(trials)) for name in names} == alone

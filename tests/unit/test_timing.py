@@ -1,6 +1,7 @@
 """The statistics of a comparison, under a fake clock and with known answers."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -231,6 +232,21 @@ def test_times_that_spread_make_a_pair_doubtful() -> None:
     assert not compare(lambda _seed: wild, EFFORT).is_valid
 
 
+def test_an_interval_that_stays_wide_makes_a_pair_doubtful() -> None:
+    """Every session is steady, but no two are alike: no times spread, and nothing is known."""
+    sessions = iter((2.0, 3.0, 1.5, 2.8, 1.7, 2.4) * 20)
+
+    def pair_of(_seed: int) -> SessionPair:
+        return SessionPair((next(sessions),) * 5, (1.0,) * 5)
+
+    wide = compare(pair_of, replace(TRIAL, max_pairs=12))
+    assert [c.partition(":")[0] for c in wide.conditions] == ["unsure"]
+    assert wide.reached == wide.ci95[0] < wide.ratio
+    steady = compare(lambda _seed: SessionPair((2.0,) * 5, (1.0,) * 5), TRIAL)
+    assert steady.conditions == ()
+    assert steady.reached == steady.ratio
+
+
 def test_times_of_sessions_that_ran_by_themselves_are_not_paired() -> None:
     """As trtexec gives them: medians count, and the two need not be equally many."""
     pair = SessionPair((4.0, 4.0, 9.0), (2.0, 2.0), interleaved=False)
@@ -317,12 +333,24 @@ def test_summary_has_the_textbook_values() -> None:
 class BusyMachine:
     """A machine on which other work takes the core away, by a plan; its clocks are exact."""
 
-    def __init__(self, taken_ms: Callable[[int], float], *, has_thread_clock: bool = True) -> None:
-        self.wall_ns = self.thread_ns = self.n_runs = self.n_switches = 0
+    def __init__(
+        self,
+        taken_ms: Callable[[int], float],
+        *,
+        has_thread_clock: bool = True,
+        is_counted: bool = True,
+        in_thread: float = 1.0,
+    ) -> None:
+        """`is_counted`: as context switches; `in_thread`: share of the work."""
+        self.wall_ns = self.thread_ns = self.other_ns = self.n_runs = self.n_switches = 0
         self.taken_ms, self.has_thread_clock = taken_ms, has_thread_clock
+        self.is_counted, self.in_thread = is_counted, in_thread
 
     def cpu_ns(self) -> int:
         return self.thread_ns if self.has_thread_clock else 0
+
+    def others_ns(self) -> int:
+        return self.other_ns
 
     def n_interruptions(self) -> int | None:
         return self.n_switches
@@ -331,8 +359,9 @@ class BusyMachine:
         def run() -> int:
             self.n_runs += 1
             taken = self.taken_ms(self.n_runs)
-            self.n_switches += taken > 0
-            self.thread_ns += round(milliseconds * MS)
+            self.n_switches += taken > 0 and self.is_counted
+            self.thread_ns += round(self.in_thread * milliseconds * MS)
+            self.other_ns += round((1 - self.in_thread) * milliseconds * MS)
             took_ns = round((milliseconds + taken) * MS)
             self.wall_ns += took_ns
             return took_ns
@@ -425,13 +454,23 @@ def test_which_clocks_of_a_thread_are_believed(
     assert decided_by([pair]) == (Clock.THREAD_CPU if is_one else Clock.WALL, 0.5)
 
 
-@pytest.mark.parametrize(("n_alone", "is_one"), [(0, True), (1, True), (3, True), (4, False)])
-def test_a_threads_clock_that_misses_half_is_seen_where_enough_runs_were_left_alone(
-    n_alone: int, is_one: bool
-) -> None:
-    """A wait that nobody counts, in one run, says nothing of the clock."""
-    wall, cpu, counts = (2.0,) * 12, (1.0,) * 12, (0,) * n_alone + (1,) * (12 - n_alone)
-    assert has_thread_clock(SessionPair(wall, wall, True, cpu, cpu, counts, counts)) is is_one
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_a_process_that_is_stopped_is_timed_by_its_threads_clock(share: float) -> None:
+    """By SIGSTOP, a frozen container, or memory that has to come back: no switch is counted."""
+    pair = BusyMachine(at_random(share), is_counted=False).compared(6.0, 4.0)
+    assert pair.clock is Clock.THREAD_CPU
+    assert pair.interrupted == pytest.approx(share, abs=0.1)
+    assert pair.ratio == pytest.approx(1.5)
+    assert pair.is_valid
+
+
+def test_a_threads_clock_that_misses_what_others_did_is_left_out() -> None:
+    quiet = BusyMachine(at_random(0.0), in_thread=0.5).compared(6.0, 4.0)
+    assert (quiet.clock, quiet.interrupted) == (Clock.WALL, 0)
+    assert quiet.session_pairs[0].original_cpu_ms == ()
+    busy = BusyMachine(at_random(1.0), in_thread=0.5).compared(6.0, 4.0)
+    assert busy.clock is Clock.WALL
+    assert not busy.is_valid
 
 
 def test_a_system_that_counts_nothing_is_taken_at_its_walls_clock() -> None:
@@ -458,6 +497,20 @@ def test_the_meter_reads_this_threads_clock_and_its_interruptions() -> None:
     time.sleep(0.05)
     assert meter.cpu_ns() - slept < 20 * MS
     assert runner.Meter(one_thread=False).cpu_ns() == 0
+
+
+def test_the_meter_tells_what_other_threads_did() -> None:
+    meter = runner.Meter(one_thread=True)
+    if not meter.has_thread_clock:
+        pytest.skip("this system has no clock of a thread")
+    before = meter.others_ns()
+    sum(range(10**6))  # this thread's own work is none of theirs
+    alone = meter.others_ns() - before
+    worker = threading.Thread(target=lambda: sum(range(10**7)))
+    worker.start()
+    worker.join()
+    together = meter.others_ns() - before
+    assert alone < 20 * MS < together
 
 
 def test_a_busy_machine_changes_no_ratio(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from compressor.cli import looks, runs
-from compressor.cli.outcome import CODES, end_on_sigterm, ended_by, open_streams
+from compressor.cli.outcome import CODES, ended_by, open_streams
 from typer.core import TyperGroup
 
+from compressor import __version__
 from compressor.errors import unknown_name
 from compressor.printable import PrintableFormatter
 
@@ -44,6 +45,8 @@ compress report RUN         the result of a run, or what an unfinished one has
 
 compress dashboard RUN      its trials in a browser, also while it runs
 
+compress --version          which one this is
+
 compress --install-completion      TAB then knows commands, options and targets
 """
 
@@ -72,6 +75,23 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"compressor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command(epilog=EPILOG)(runs.run)
 for _command in (
     looks.inspect, looks.explain, looks.measure, looks.targets, looks.probe, looks.init,
@@ -81,7 +101,7 @@ for _command in (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the `compress` command."""
+    """Runs the command that `args`, or those of the process, say, and ends the process."""
     open_streams()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what libraries tell each other; ours are errors or logs
@@ -89,7 +109,6 @@ def main(args: Sequence[str] | None = None) -> None:
         logging.lastResort.setFormatter(PrintableFormatter())
     words = list(sys.argv[1:] if args is None else args)
     try:
-        end_on_sigterm()
         code = app(args=words, prog_name="compress", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001  the last line of defence
         code = ended_by(err, as_json="--json-progress" in words)

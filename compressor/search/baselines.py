@@ -7,14 +7,15 @@ than the trials so far, so every search can be repeated from its log.
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import cmaes
 import numpy as np
 import optuna
 
-from compressor.search.objective import Problem, Proposal, penalised
+from compressor.config import Config
+from compressor.search.objective import History, Problem, Proposal, penalised
 from compressor.search.space import Ratios, Widths
 from compressor.search.warm_start import scaled_to
 from compressor.values import Trial
@@ -27,11 +28,18 @@ N_WALKS = 2000  # random steps from a plan that was tried before none is taken f
 class RandomSearch:
     """Every variable uniform between its floor and whole."""
 
-    def propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """See `Strategy`; none of the settings is its own."""
+        return cls()
+
+    def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`."""
-        generator = np.random.default_rng([problem.seed, len(trials)])
+        generator = np.random.default_rng([problem.seed, history.n_proposed])
         points = generator.random(len(problem.space.choices))
-        return untried(problem, trials, points, "random", generator)
+        return untried(problem, history, points, "random", generator)
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,17 @@ class Tpe:
         NeurIPS 2011.
     """
 
-    def propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """See `Strategy`; none of the settings is its own."""
+        return cls()
+
+    def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`."""
         space = problem.space
-        seed = problem.seed + len(trials)
+        seed = problem.seed + history.n_proposed
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():  # before 5, Optuna called it experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -55,7 +70,7 @@ class Tpe:
             name: optuna.distributions.IntDistribution(0, len(choice) - 1)
             for name, choice in zip(space.names, space.choices, strict=True)
         }
-        for trial in trials:
+        for trial in history.trials:
             places = {
                 n: space.choices[i].index(trial.widths[n]) for i, n in enumerate(space.names)
             }
@@ -65,7 +80,7 @@ class Tpe:
         asked = study.ask(ranges).params
         widths = tuple(c[asked[n]] for n, c in zip(space.names, space.choices, strict=True))
         points = space.points_of(np.array(widths) / space.sizes)
-        return untried(problem, trials, points, "tpe", np.random.default_rng(seed))
+        return untried(problem, history, points, "tpe", np.random.default_rng(seed))
 
 
 @dataclass(frozen=True)
@@ -79,20 +94,26 @@ class CmaEs:
     """
 
     sigma: float = 0.3
+    needs: ClassVar[frozenset[str]] = frozenset()
 
-    def propose(self, problem: Problem, trials: Sequence[Trial]) -> Proposal | None:
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """See `Strategy`; none of the settings is its own."""
+        return cls()
+
+    def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`; generations so far are told again, in the same order."""
         n = len(problem.space.choices)
         box = np.stack([np.zeros(n), np.ones(n)], axis=1)
         optimizer = cmaes.CMA(np.full(n, 0.7), self.sigma, bounds=box, seed=problem.seed)
         asked: list[tuple[Ratios, float]] = []
-        for trial in trials:
+        for trial in history.trials:
             asked.append((optimizer.ask(), -worth(trial, problem)))
             if len(asked) == optimizer.population_size:
                 optimizer.tell(asked)
                 asked = []
-        generator = np.random.default_rng([problem.seed, len(trials)])
-        return untried(problem, trials, optimizer.ask(), "cma-es", generator)
+        generator = np.random.default_rng([problem.seed, history.n_proposed])
+        return untried(problem, history, optimizer.ask(), "cma-es", generator)
 
 
 def worth(trial: Trial, problem: Problem) -> float:
@@ -102,7 +123,7 @@ def worth(trial: Trial, problem: Problem) -> float:
 
 def untried(
     problem: Problem,
-    trials: Sequence[Trial],
+    history: History,
     points: Ratios,
     phase: str,
     generator: np.random.Generator,
@@ -111,13 +132,13 @@ def untried(
 
     Args:
         problem: What is searched.
-        trials: So far.
+        history: Plans so far.
         points: `(n_variables,)` in [0, 1], from each variable's floor to whole.
         phase: Of the proposal.
         generator: Decides which way is gone from a plan that was tried.
     """
     space = problem.space
-    tried = {space.from_names(trial.widths) for trial in trials} | {space.original}
+    tried = history.proposed(space)
     on_paper = problem.objective.limits_on_paper
     table = problem.table([])
 

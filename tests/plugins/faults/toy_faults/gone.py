@@ -1,0 +1,3 @@
+"""A strategy whose own needs are not installed."""
+
+raise ImportError("no module that anybody has")

@@ -1,0 +1,1 @@
+"""Methods of somebody else's: a strategy of search, and an importance."""
