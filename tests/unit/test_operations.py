@@ -16,8 +16,11 @@ from torch import Tensor, nn
 import compressor
 from compressor.errors import ExportError
 from compressor.export import candidate_writer, check_exportable, export_onnx
+from compressor.exporter import UnwritableError, Way, written
 from compressor.latency.targets import load_target
+from compressor.second_exporter import lacks
 from compressor.surgery import remove_channels
+from compressor.template import make_template
 from tests.conftest import random_plan, randomised
 
 Use = Callable[[Tensor], Tensor]
@@ -46,6 +49,18 @@ def answers_alike(network: nn.Module, file: Path, shape: tuple[int, ...]) -> onn
     return onnx.load(file)
 
 
+def attended(n_keys: int, **kwargs: Any) -> Use:
+    """Attention of six heads of a tensor to `n_keys` of them."""
+
+    def use(x: Tensor) -> Tensor:
+        heads = x.flatten(3).repeat(1, 2, 1, 1)
+        return F.scaled_dot_product_attention(
+            heads, heads[:, :n_keys] / 2, heads[:, -n_keys:] * 2, **kwargs
+        )
+
+    return use
+
+
 STATIC: dict[str, tuple[Use, tuple[int, ...]]] = {
     "avg 1-D": (lambda x: F.adaptive_avg_pool1d(x, 5), LINE),
     "avg 2-D": (lambda x: F.adaptive_avg_pool2d(x, (5, 7)), IMAGE),
@@ -61,6 +76,15 @@ STATIC: dict[str, tuple[Use, tuple[int, ...]]] = {
     "rms norm without weight": (lambda x: F.rms_norm(x, (12,), eps=0.1), IMAGE),
     "squeeze": (lambda x: F.max_pool2d(x[:, None], 2)[:, :, :1].squeeze(1).squeeze(1), LINE),
     "squeeze nothing": (lambda x: F.max_pool2d(x, 2).squeeze(1), IMAGE),
+    "causal attention": (attended(6, is_causal=True), IMAGE),
+    "causal attention, scaled": (attended(6, is_causal=True, scale=0.3), IMAGE),
+    "heads that share keys": (attended(2, enable_gqa=True), IMAGE),
+    "causal, sharing": (attended(3, is_causal=True, enable_gqa=True), IMAGE),
+    "divisor": (lambda x: F.avg_pool2d(x, (2, 3), padding=1, divisor_override=5), IMAGE),
+    "divisor 3-D": (lambda x: F.avg_pool3d(x, 2, stride=1, divisor_override=3), VOLUME),
+    "padding not counted": (
+        lambda x: F.avg_pool2d(x, 3, 2, (1, 0), ceil_mode=True, count_include_pad=False), IMAGE,
+    ),
     "even avg": (lambda x: F.adaptive_avg_pool2d(x, (13, 6)), IMAGE),
     "even max": (lambda x: F.adaptive_max_pool2d(x, (1, 6)), IMAGE),
     "nearest-exact 1-D": (lambda x: F.interpolate(x, 17, mode="nearest-exact"), LINE),
@@ -166,6 +190,54 @@ def test_what_opset_13_lacks_is_written_in_a_newer_one(name: str, tmp_path: Path
     assert sorted(each.name for each in tmp_path.glob("x*")) == ["x.onnx"]
 
 
+def test_an_operation_that_nobody_writes_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second exporter is not asked: it takes seconds to say so of a deep network."""
+
+    asked: list[Any] = []
+
+    def second(*given: Any) -> bytes:
+        asked.append(given)
+        raise RuntimeError("asked")
+
+    monkeypatch.setattr("compressor.exporter.by_second", second)
+    network = Used(lambda x: x + torch.histc(x, 4).sum()).eval()
+    with pytest.raises(ExportError, match=r"writes histc \(test_operations.py, line \d+\)"):
+        export_onnx(network, torch.rand(1, 3), tmp_path / "x.onnx")
+    assert not asked
+    with pytest.raises(ExportError, match="linalg_inv"):
+        export_onnx(Used(torch.linalg.inv).eval(), torch.eye(3)[None], tmp_path / "x.onnx")
+    assert asked
+
+
+def test_what_the_second_exporter_lacks_is_told_only_where_it_is_sure() -> None:
+    for operation in ("aten::histc", "aten::histc_"):
+        assert lacks(operation), operation
+    for operation in (  # a function; decomposed; made of others; of others; unknown; no name
+        "aten::relu", "aten::relu_", "aten::max_unpool2d", "aten::linalg_inv", "torchvision::nms",
+        "aten::no_such_thing", "nobody::knows", "onnx::If", "prim::If", "histc", "",
+    ):  # fmt: skip
+        assert not lacks(operation), operation
+
+
+@pytest.mark.slow
+def test_the_second_exporter_lacks_what_is_said(tmp_path: Path) -> None:
+    x = torch.rand(1, 3)
+    network = Used(lambda x: x + torch.histc(x, 4).sum()).eval()
+    with pytest.raises(UnwritableError) as told:
+        written(network, x, network(x), Way(18, is_second=True), fold=True)
+    assert "histc" in told.value.operation
+
+
+def test_a_failure_within_the_exporter_names_the_operation() -> None:
+    """Of folding with the padding of opset 18 torch says "'NoneType' object ..." alone."""
+    network, x = Used(NEWER["fold"][0]).eval(), torch.rand(2, 3, 12, 12)
+    with pytest.raises(UnwritableError) as told:
+        written(network, x, network(x), Way(18), fold=True)
+    assert told.value.operation == "aten::col2im"
+
+
 def profile(folder: Path, *, opset: int, max_opset: int) -> Any:
     path = folder / "board.toml"
     path.write_text(
@@ -229,6 +301,35 @@ def test_candidates_of_the_second_exporter_answer_like_torch(tmp_path: Path) -> 
         path = tmp_path / "x.onnx"
         path.write_bytes(write(each))
         answers_alike(each, path, tuple(example.shape))
+
+
+class Folded(nn.Module):
+    """A network of the second exporter without sizes that follow its widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.second, self.head = nn.Conv2d(16, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        x = self.second(F.fold(F.unfold(x, 3, padding=1), (8, 8), 3, padding=1))
+        answer: Tensor = self.head(x.mean((2, 3)))
+        return answer
+
+
+@pytest.mark.slow
+def test_templates_of_the_second_exporter_are_its_files_byte_for_byte() -> None:
+    network, example = randomised(Folded()), torch.rand(1, 3, 8, 8)
+    groups = compressor.channel_groups(network, example)
+    plans = [random_plan(groups, np.random.default_rng(seed)) for seed in range(2)]
+    pruned = [remove_channels(network, groups, plan) for plan in plans]
+    way = Way(18, is_second=True)
+    template = make_template(network, example, way=way)
+    for each in pruned:
+        assert template.fill(each) == make_template(each, example, way=way).fill(each)
+    write = candidate_writer(network, example, pruned[0])
+    assert [write(each) for each in pruned] == [template.fill(each) for each in pruned]
 
 
 class Pyramid(nn.Module):
