@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from compressor.api import prune
 from compressor.errors import GraphError
 from compressor.export import export_onnx
+from compressor.graph.alike import answers_alike
 from compressor.graph.branches import traced
 from compressor.graph.in_place import functional, writing_nodes
 from compressor.latency.onnxruntime import predictor
@@ -397,3 +398,10 @@ def test_lazy_layers_without_weights_are_a_sentence() -> None:
     network = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()).eval()
     with pytest.raises(GraphError, match=r"lazy layers whose weights do not exist yet; load"):
         make_prunable(network, torch.rand(1, 3, 8, 8))
+
+
+def test_answers_that_are_not_numbers_are_compared() -> None:
+    network = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).eval()
+    nn.init.constant_(network[0].bias, float("nan"))  # type: ignore[arg-type]
+    assert answers_alike(network, copy.deepcopy(network), IMAGE)
+    assert not answers_alike(network, nn.Identity(), IMAGE)
