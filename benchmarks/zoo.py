@@ -11,8 +11,8 @@ random; in a second plan, a fifth. Then three things are asked, each with an ora
    template made from that candidate gives?
 4. float32: does NNI's engine answer like our own surgery? If not, why not?
 
-Every network runs in a process of its own, under a time limit. With --rows, what was found is kept
-and not asked again, so that a sweep may be stopped and go on.
+Every network runs in a process of its own, under a limit of CPU time. With --rows, what was found
+is kept and not asked again, so that a sweep may be stopped and go on.
 
     python -m benchmarks.zoo torchvision --out benchmarks/results/zoo-torchvision.md
     python -m benchmarks.zoo video --out benchmarks/results/zoo-video.md
@@ -20,25 +20,27 @@ and not asked again, so that a sweep may be stopped and go on.
     python -m benchmarks.zoo families --out benchmarks/results/zoo-families.md
     python -m benchmarks.zoo own --out benchmarks/results/own-networks.md
     python -m benchmarks.zoo torchvision:resnet18 timm:res2net50_26w_4s own:crnn
-    python -m benchmarks.zoo torchvision timm --nni --out benchmarks/results/zoo-nni.md
 """
 
 import argparse
 import copy
 import json
 import logging
+import math
+import multiprocessing
 import os
 import re
+import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -67,7 +69,7 @@ from compressor.export import candidate_writer, export_onnx
 from compressor.exporter import DEFAULT_OPSET, Way, inputs_in
 from compressor.graph import channel_groups, outputs
 from compressor.latency.onnxruntime import answers_of
-from compressor.prunable import Prunable, make_prunable
+from compressor.prunable import PROGRAM, Prunable, in_form, make_prunable
 from compressor.surgery import masked, prune_with_nni, remove_channels
 from compressor.surgery.nni_engine import layers_for_nni, losses
 from compressor.template import OnnxTemplate, make_template
@@ -79,6 +81,8 @@ NEWER_OPSET = 17  # for networks with operations that the default one lacks
 BLIND = 1e-6  # a masked network that differs by less is no oracle
 HALF, MOST = 0.5, 0.8  # keep ratios of the two plans
 NNI_LIMIT_S = 60  # of CPU time, for one network
+PRELOADED = ["benchmarks.own_networks", "compressor", "nni.compression", "timm", "torch._dynamo"]
+WAIT = 20  # times the limit of CPU time, by the clock: other work takes turns with this
 AGREES = "agrees"
 LITTLE_PRUNED = 0.7  # with half of every free group gone, this share of parameters says why
 
@@ -140,25 +144,16 @@ def stages(name: str, n_pixels: int | None = None) -> Iterator[Row]:
     """What is known after each of the three questions; the last row has everything."""
     with _listening() as heard:
         model, example, n_pixels = build(name, n_pixels)
-        row = _pruned_against_masked(Row(name, n_pixels), copy.deepcopy(model), example)
+        proven, row = _pruned_against_masked(Row(name, n_pixels), copy.deepcopy(model), example)
         row = replace(row, notes=_unique(heard))
         yield row
-        single = make_prunable(model, example)
-        if (_form(single), _n_free(single)) != (row.form, row.n_free):
-            fault = f"in float32: {_form(single)}, {_n_free(single)} free"
-            row = replace(row, faults=[*row.faults, fault])
+        single = _in_float32(proven, model, example)
+        if _what_is_free(single) != _what_is_free(proven):
+            row = replace(row, faults=[*row.faults, f"in float32: {_n_free(single)} free"])
         yield replace(row, notes=_unique(heard))
         row = _with_onnx(row, single, example)
         yield replace(row, notes=_unique([*row.notes, *heard]))
         yield _with_nni(row, single, example)
-
-
-def nni_alone(name: str) -> Row:
-    """`check`'s last question alone."""
-    model, example, n_pixels = build(name)
-    prunable = make_prunable(model, example)
-    row = Row(name, n_pixels, len(prunable.groups), _n_free(prunable), _form(prunable))
-    return _with_nni(row, prunable, example)
 
 
 def _with_nni(row: Row, prunable: Prunable, example: Example) -> Row:
@@ -189,7 +184,22 @@ def _stop(*_: object) -> None:
     raise TooSlowError(f"too slow: not done within {NNI_LIMIT_S} s of CPU time")
 
 
-def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> Row:
+def _in_float32(proven: Prunable, model: nn.Module, example: Example) -> Prunable:
+    """What is proven of a network in float64, of `model` in float32; no second proof."""
+    module = in_form(model, PROGRAM, example) if proven.form == PROGRAM else model
+    reasons = {group.name: group.locked_because for group in proven.groups}
+    groups = tuple(
+        replace(group, locked_because=group.locked_because or reasons.get(group.name))
+        for group in channel_groups(module, example)
+    )
+    return replace(proven, module=module, groups=groups)
+
+
+def _what_is_free(prunable: Prunable) -> list[tuple[str, int, bool]]:
+    return [(g.name, g.n_channels, g.locked_because is None) for g in prunable.groups]
+
+
+def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> tuple[Prunable, Row]:
     example = map_tensors(lambda t: t.double() if t.is_floating_point() else t, example)
     prunable = make_prunable(model.double(), example)
     started = time.perf_counter()
@@ -212,7 +222,7 @@ def _pruned_against_masked(row: Row, model: nn.Module, example: Example) -> Row:
             faults.append(f"wrong: pruned and masked differ by {error:.1e}")
         if plan.kept and effect <= BLIND:
             faults.append(f"blind: masked and whole differ by {effect:.1e}")
-    return replace(
+    return prunable, replace(
         row, n_groups=len(prunable.groups), n_free=_n_free(prunable), form=_form(prunable),
         params_kept_ratio=n_parameters(pruned) / n_parameters(model), error=float(np.max(errors)),
         groups_s=analysed - started, surgery_s=cut - analysed, faults=faults,
@@ -420,32 +430,52 @@ def _listening() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-def in_own_process(name: str, limit_s: float, *options: str) -> Row:
-    """`check(name)`; a row that says so where it dies or takes too long."""
-    command = [sys.executable, "-m", "benchmarks.zoo", "--child", name, *options]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit_s, env=environment,
-            cwd=Path(__file__).parents[1],
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as err:
-        row = _last_row(name, (err.stdout or b"").decode())
-        return replace(row, faults=[*row.faults, f"not done within {limit_s:.0f} s"])
-    row = _last_row(name, done.stdout)
-    if done.returncode == 0:
+def in_own_process(name: str, limit_s: float) -> Row:
+    """`check(name)`; a row that says so where it dies or takes too long.
+
+    Args:
+        name: As for `check`.
+        limit_s: Of CPU time, which other work on the machine does not change; `WAIT` times as
+            long by the clock.
+    """
+    context = multiprocessing.get_context("forkserver")  # imports torch only once
+    context.set_forkserver_preload(PRELOADED)
+    ours, theirs = context.Pipe(duplex=False)
+    row, ends = Row(name, 0), time.monotonic() + WAIT * limit_s
+    with tempfile.NamedTemporaryFile("r", errors="replace") as said:
+        process = context.Process(target=_child, args=(name, limit_s, theirs, said.name))
+        process.start()
+        theirs.close()
+        with suppress(EOFError):
+            while ours.poll(max(0.0, ends - time.monotonic())):
+                row = Row(**ours.recv())
+            process.kill()
+        process.join()
+        ours.close()
+        complaints = said.read()
+    if process.exitcode == 0:
         return row
-    said = done.stderr.strip().splitlines() or ["no message"]
-    ours = re.findall(r'File ".*?(compressor/\S+)", line (\d+)', done.stderr)
-    where = f" ({ours[-1][0]}, line {ours[-1][1]})" if ours else ""
-    fault = f"exit {done.returncode}: {said[-1]}{where}"
+    fault = f"not done within {limit_s:.0f} s of CPU time"
+    if process.exitcode == -signal.SIGKILL:
+        fault = f"killed, or not done within {WAIT * limit_s:.0f} s"
+    elif process.exitcode != -signal.SIGXCPU:
+        last = (complaints.strip().splitlines() or ["no message"])[-1]
+        places = re.findall(r'File ".*?(compressor/\S+)", line (\d+)', complaints)
+        where = f" ({places[-1][0]}, line {places[-1][1]})" if places else ""
+        fault = f"exit {process.exitcode}: {last}{where}"
     return replace(row, faults=[*row.faults, fault])
 
 
-def _last_row(name: str, said: str) -> Row:
-    """What a child knew at the end."""
-    known = [line for line in said.splitlines() if line.startswith('{"name"') and line[-1] == "}"]
-    return Row(**json.loads(known[-1])) if known else Row(name, 0)
+def _child(name: str, limit_s: float, rows: Connection, said: str) -> None:
+    """Sends each row of `stages`; what is printed meanwhile goes to the file `said`."""
+    warnings.simplefilter("ignore")
+    with Path(said).open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    seconds = math.ceil(limit_s)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
+    for row in stages(name):
+        rows.send(asdict(row))
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -461,7 +491,7 @@ def report(rows: Sequence[Row]) -> str:
             f"| {row.params_kept_ratio:.2f} | {_short(row.error)} | {row.groups_s:.1f} "
             f"| {row.surgery_s:.2f} | {_short(row.onnx_error)} "
             f"| {'' if row.template is None else 'yes' if row.template else 'no'} "
-            f"| {row.nni or ''} |"
+            f"| {_told_of_nni(row)} |"
         )
     well = [row for row in rows if not row.faults]
     n_wrong = sum(any(re.match("wrong|ONNX", fault) for fault in row.faults) for row in rows)
@@ -485,27 +515,13 @@ def report(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def nni_report(rows: Sequence[Row]) -> str:
-    """Markdown: on which networks NNI agrees, and why not on the others."""
-    lines = [
-        f"`python benchmarks/zoo.py {' '.join(sys.argv[1:])}`",
-        "",
-        "| network | input | free groups | form | NNI's layers | NNI |",
-        "|---|--:|--:|---|--:|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.name} | {row.n_pixels} | {row.n_free} | {row.form} | {row.nni_layers} "
-            f"| {row.nni or '; '.join(row.faults)} |"
-        )
-    for source in dict.fromkeys(row.name.partition(":")[0] for row in rows):
-        theirs = [row for row in rows if row.name.startswith(f"{source}:")]
-        lines += ["", f"{source}: NNI agrees on {_n_agreeing(theirs)} of {len(theirs)}."]
-    return "\n".join(lines) + "\n"
-
-
 def _n_agreeing(rows: Sequence[Row]) -> int:
     return sum(row.nni == AGREES for row in rows)
+
+
+def _told_of_nni(row: Row) -> str:
+    """In words, with how many of the layers that lose channels NNI itself replaced."""
+    return row.nni or "" if row.nni != AGREES else f"{AGREES}, {row.nni_layers}"
 
 
 def _short(error: float | None) -> str:
@@ -515,41 +531,43 @@ def _short(error: float | None) -> str:
 def main() -> None:
     """Prints the table, and writes it after every network where --out is given."""
     parser = argparse.ArgumentParser(description="Does pruning stay exact?")
-    parser.add_argument("names", nargs="*", help=f"{', '.join(SETS)}, or SOURCE:ARCHITECTURE")
+    parser.add_argument("names", nargs="+", help=f"{', '.join(SETS)}, or SOURCE:ARCHITECTURE")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--nni", action="store_true", help="ask only whether NNI agrees")
     parser.add_argument("--rows", type=Path, help="lines of JSON, read and added to")
-    parser.add_argument("--limit-s", type=float, default=300)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--limit-s", type=float, default=300, help="of CPU time, for each network")
     given = parser.parse_args()
-    if given.child:
-        warnings.simplefilter("ignore")
-        for row in [nni_alone(given.child)] if given.nni else stages(given.child):
-            print(json.dumps(asdict(row)), flush=True)
-        return
     names = [name for each in given.names for name in SETS.get(each, [each])]
     known: dict[str, Row] = {}
     if given.rows and given.rows.is_file():
         lines = given.rows.read_text().splitlines()
         known = {row.name: row for row in (Row(**json.loads(line)) for line in lines)}
-    options, told_as = (["--nni"], nni_report) if given.nni else ([], report)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for i, name in enumerate(names):
         if name in known:
             continue
         started = time.perf_counter()
-        row = known[name] = in_own_process(name, given.limit_s, *options)
+        row = known[name] = in_own_process(name, given.limit_s)
         seconds = time.perf_counter() - started
-        told = (row.nni if given.nni else "") or "; ".join(row.faults)
-        told = told or f"{row.params_kept_ratio:.2f} of parameters"
+        told = "; ".join(row.faults) or f"{row.params_kept_ratio:.2f} of parameters"
         print(f"{i + 1}/{len(names)} {name} {seconds:.0f} s: {told}", file=sys.stderr)
         if given.rows:
             with given.rows.open("a") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
-    command = " ".join(["python -m benchmarks.zoo", *given.names, *options])
-    text = f"`{command}`\n\n{told_as([known[n] for n in names])}"
+        if given.out:
+            given.out.write_text(_page(given.names, names, known))
+    text = _page(given.names, names, known)
     if given.out:
         given.out.write_text(text)
     print(text)
+
+
+def _page(asked: Sequence[str], names: Sequence[str], known: Mapping[str, Row]) -> str:
+    """The command, the report, and which networks have not been asked yet."""
+    missing = [name for name in names if name not in known]
+    text = f"`python -m benchmarks.zoo {' '.join(asked)}`\n\n"
+    if missing:
+        text += f"Stopped; {len(missing)} not asked yet: {', '.join(missing)}.\n\n"
+    return text + report([known[name] for name in names if name in known])
 
 
 SETS = {

@@ -62,14 +62,25 @@ FAMILIES = (
     "twins_svt_small", "twins_pcpvt_small", "vit_tiny_r_s16_p8_224", "test_vit_relpos",
     "samvit_base_patch16_224", "vitamin_small_224", "volo_d1_224", "xcit_nano_12_p8_224",
 )  # fmt: skip
+# Built for images of this height and width, so that a sweep takes minutes.
+_BUILT_FOR = {
+    "beit_base_patch16_224": 112, "convit_tiny": 112, "crossvit_tiny_240": 120,
+    "deepseek_vit_412m": 112, "deit_tiny_patch16_224": 112, "eva02_tiny_patch14_224": 112,
+    "gcvit_xxtiny": 128, "hiera_tiny_224": 128, "mvitv2_tiny": 128, "nest_tiny": 112,
+    "pit_ti_224": 112, "samvit_base_patch16_224": 112, "sequencer2d_s": 112,
+    "swinv2_cr_tiny_224": 128, "swinv2_tiny_window8_256": 128, "tnt_s_patch16_224": 112,
+    "twins_pcpvt_small": 128, "twins_svt_small": 128, "vitamin_small_224": 112,
+    "volo_d1_224": 112, "xcit_nano_12_p8_224": 112,
+}  # fmt: skip
 N_PIXELS = {
+    **_BUILT_FOR,
     "alexnet": 224, "vgg16_bn": 224, "vgg11_bn": 224, "inception_v3": 128,
     "vit_b_16": 224, "swin_t": 224, "maxvit_t": 224,
     "halonet26t": 256, "sehalonet33ts": 256, "haloregnetz_b": 224, "lambda_resnet26t": 256,
     "lamhalobotnet50ts_256": 256, "bat_resnext26ts": 256,
-    "csatv2": 256, "sam2_hiera_tiny": 256, "test_vit_relpos": 160,
+    "csatv2": 128, "sam2_hiera_tiny": 128, "test_vit_relpos": 160,
     "naflexvit_so150m2_patch16_reg1_gap": 96,
-    "deepseek_vit_412m": 112, "gemma4_vit_167m": 96, "qwen3_vit_88m": 96, "cpubone_nano": 224,
+    "gemma4_vit_167m": 96, "qwen3_vit_88m": 96, "cpubone_nano": 128,
     "r3d_18": 32, "mc3_18": 32, "r2plus1d_18": 32, "s3d": 224, "mvit": 64,
     "swin3d_t": 64,
 }  # fmt: skip
@@ -79,11 +90,12 @@ _SMALL_IMAGES = {
 }  # fmt: skip
 _NO_AUXILIARY = {"init_weights": False, "aux_logits": False}  # as with trained weights
 _THREE_BLOCKS = {"depth": 3, "embed_dim": 192, "num_heads": 3}
+_THREE_OF_MANY = ("beit_base_patch16_224", "samvit_base_patch16_224", "deepseek_vit_412m")
 OPTIONS: dict[str, dict[str, Any]] = {
-    "beit_base_patch16_224": _THREE_BLOCKS, "samvit_base_patch16_224": _THREE_BLOCKS,
+    **{name: {"img_size": n} for name, n in _BUILT_FOR.items()},
+    **{name: {"img_size": _BUILT_FOR[name], **_THREE_BLOCKS} for name in _THREE_OF_MANY},
     "gemma4_vit_167m": _THREE_BLOCKS, "qwen3_vit_88m": _THREE_BLOCKS,
     "naflexvit_so150m2_patch16_reg1_gap": _THREE_BLOCKS,
-    "deepseek_vit_412m": {**_THREE_BLOCKS, "img_size": 112},
     "googlenet": _NO_AUXILIARY, "inception_v3": _NO_AUXILIARY,
     **{name: _SMALL_IMAGES for name in DETECTION if "rcnn" in name},
     "ssd300_vgg16": {"score_thresh": 0.0}, "ssdlite320_mobilenet_v3_large": {"score_thresh": 0.0},

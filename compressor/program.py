@@ -205,7 +205,7 @@ def _without_batch(program: fx.GraphModule, n_static: int) -> fx.GraphModule:
 def _same_answer(program: nn.Module, model: nn.Module, example: Example) -> bool:
     """Whether both give the same tensors, to rounding."""
     try:
-        with torch.no_grad(), buffers_kept(model):
+        with torch.no_grad(), buffers_kept(program), buffers_kept(model):
             return _alike(_leaves(call(program, example)), _leaves(call(model, example)))
     except FORWARD_FAILURES:
         return False

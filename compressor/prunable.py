@@ -59,7 +59,7 @@ class Prunable:
     Attributes:
         module: The very network that was given, or an fx graph of it.
         groups: In graph order.
-        form: `MODULE`; `TRACED`, an fx graph of its own modules; or `PROGRAM`, of torch.export.
+        form: `MODULE`; `TRACED`, an fx graph with its modules; or `PROGRAM`, of torch.export.
         branches: Residual branches that can be left out; only fx graphs have any.
     """
 

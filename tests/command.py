@@ -88,7 +88,7 @@ def _run(
         main(words)
     except SystemExit as end:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a disk that is full
+            with contextlib.suppress(OSError, AttributeError):  # a disk that is full; closed
                 stream.flush()
         os._exit(int(end.code or 0))
 

@@ -207,6 +207,8 @@ def elementwise(call: Call) -> Outcome:
                 return None
             if size == 1 or dim - shift in axes_of(state):
                 continue
+            if call.follows(tensor, dim - shift, axis.labels):
+                continue
             if isinstance(state, Weight):
                 call.place(state, dim - shift, axis.labels, Role.PER_CHANNEL)
             else:

@@ -43,28 +43,31 @@ def elementwise(call: Call) -> Outcome:
     dim = dims.pop() if dims else channels[0][0].dim + channels[0][1]
     n = out.shape[dim]
     tied: IndexArray | None = None
+    for _, state, shift in operands:
+        if not isinstance(state, Channels):
+            continue
+        if len(state.labels) != n:  # one channel for all: it cannot go
+            call.lock(state.labels, f"{call.where} spreads it over all channels")
+        elif state.dim + shift != dim:
+            return call.unknown(f"{call.where} mixes two kinds of channels")
+        else:
+            tied = state.labels if tied is None else tied
+            call.labels.join(tied, state.labels)
+    if tied is None:
+        return call.fixed("it has a single channel")
     obstacle: str | None = None
     for tensor, state, shift in operands:
         size = tensor.shape[dim - shift] if dim >= shift else 1
-        if isinstance(state, Channels):
-            if len(state.labels) != n:  # one channel for all: it cannot go
-                call.lock(state.labels, f"{call.where} spreads it over all channels")
-            elif state.dim + shift != dim:
-                return call.unknown(f"{call.where} mixes two kinds of channels")
-            else:
-                tied = state.labels if tied is None else tied
-                call.labels.join(tied, state.labels)
-        elif size != n or n == 1:
+        if isinstance(state, Channels) or size != n or n == 1:
             continue  # the same for all channels
+        if call.follows(tensor, dim - shift, tied):
+            continue
+        if isinstance(state, Weight):
+            call.place(state, dim - shift, tied, Role.PER_CHANNEL)
         elif isinstance(state, Fixed):
             obstacle = f"{call.where} ties it to something that cannot be pruned: {state.because}"
         elif state is None:
             obstacle = f"{call.where} ties it to a constant"
-    if tied is None:
-        return call.fixed("it has a single channel")
-    for tensor, state, shift in operands:
-        if isinstance(state, Weight) and dim >= shift and tensor.shape[dim - shift] == n > 1:
-            call.place(state, dim - shift, tied, Role.PER_CHANNEL)
     if obstacle:
         call.lock(tied, obstacle)
     return Channels(dim, tied)

@@ -104,6 +104,23 @@ class Call:
         """No channel with one of `labels` may be removed."""
         self.labels.lock(labels, because)
 
+    def spread(self) -> None:
+        """Notes along which dimensions `expand` repeats its numbers."""
+        source = next(self.tensors())
+        shift = self.out.ndim - source.ndim
+        self.record.spread[self.out] = {
+            dim: self.labels.fresh(n)
+            for dim, n in enumerate(self.out.shape)
+            if n > 1 and (dim < shift or source.shape[dim - shift] == 1)
+        }
+
+    def follows(self, tensor: Tensor, dim: int, labels: IndexArray) -> bool:
+        """Whether `tensor` repeats one number along `dim`: it then has as many as there are."""
+        spread = self.record.spread.get(tensor, {}).get(dim)
+        if spread is not None:
+            self.labels.join(spread, labels)
+        return spread is not None
+
     def fixed(self, because: str) -> Fixed:
         """State of an output in which nothing can be removed."""
         states = [self.state(tensor) for tensor in self.tensors()]
@@ -139,6 +156,8 @@ class Record(TorchDispatchMode):
         rules: From a call to the states of its outputs.
         labels: Filled as operations run.
         states: Tensor -> state, while the tensor lives.
+        spread: What `expand` made -> dimension along which it repeats its numbers -> labels of
+            their own, for the size that is written there.
         shapes: Of the parameters and buffers.
         parameters: Names of those that are parameters.
         locked_tensors: Parameter -> why it must stay whole.
@@ -150,6 +169,7 @@ class Record(TorchDispatchMode):
         self.rules = rules
         self.labels = Labels()
         self.states: Any = WeakTensorKeyDictionary()
+        self.spread: Any = WeakTensorKeyDictionary()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.parameters = {name for name, _ in model.named_parameters()}
         self.locked_tensors: dict[str, str] = {}
@@ -250,7 +270,8 @@ class Record(TorchDispatchMode):
                 for dim, own_dim in enumerate(dims)
                 if own_dim is not None
             ]
-        for dim, labels in places_of(state):
+        spread = self.spread.get(value, {}) if isinstance(value, Tensor) else {}
+        for dim, labels in (*places_of(state), *spread.items()):
             self.labels.nodes.append((node.name, dim, labels))
 
     def innermost_module(self) -> str:

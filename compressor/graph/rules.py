@@ -61,6 +61,8 @@ def outcome(call: Call, is_pointwise: bool) -> Outcome:
         if any(depends_on_input(call.state(tensor)) for tensor in call.tensors()):
             call.record.look_at_value()
         return call.unknown()
+    if call.name == "expand":
+        call.spread()
     found = _of_heads(call, is_pointwise=is_pointwise) if call.name not in METADATA else None
     if found is not None:
         return found

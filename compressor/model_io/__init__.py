@@ -99,13 +99,7 @@ def load_model(
     if input_shape is None and example is None and own is None:
         input_shape = own_input_shape(module, arch)
     if input_shape is not None:
-        n_bytes = 4 * math.prod(input_shape)
-        if n_bytes > memory_bytes():
-            raise ModelError(
-                f"One input of --input-shape {','.join(map(str, input_shape))} has "
-                f"{n_bytes / 2**30:.0f} GiB, and this machine {memory_bytes() / 2**30:.0f}."
-            )
-        own = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
+        own = _drawn(input_shape)
     example = own if example is None else example
     if example is None:
         raise ModelError("The shape of one input is not known; give --input-shape C,H,W or data.")
@@ -116,6 +110,21 @@ def load_model(
         "arch_args": dict(arch_args or {}),
     }
     return LoadedModel(module, example, provenance)
+
+
+def _drawn(input_shape: Sequence[int]) -> Tensor:
+    """An input of that shape.
+
+    Raises:
+        ModelError: It needs more memory than there is.
+    """
+    n_bytes = 4 * math.prod(input_shape)
+    if n_bytes > memory_bytes():
+        raise ModelError(
+            f"One input of --input-shape {','.join(map(str, input_shape))} has "
+            f"{n_bytes / 2**30:.0f} GiB, and this machine {memory_bytes() / 2**30:.0f}."
+        )
+    return torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
 
 
 def _one_of(

@@ -55,7 +55,8 @@ def _example(program: torch.export.ExportedProgram) -> Example:
         kwargs if kwargs else args,
     )
     is_one_tensor = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
-    return single[0] if is_one_tensor else single
+    example: Example = single[0] if is_one_tensor else single
+    return example
 
 
 @contextlib.contextmanager

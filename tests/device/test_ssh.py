@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,7 +203,7 @@ def test_endless_answers_are_refused(
     monkeypatch.setattr(hosts, "MAX_ANSWER_BYTES", 2**20)
     with contextlib.closing(SshHost(board.address)) as host:
         (tmp_path / "long").write_bytes(b"x" * (2**20 + 1))
-        does = {
+        does: dict[str, Callable[[], object]] = {
             "connect": host.reconnect,
             "run": lambda: host.run(["yes"], limit_s=30),
             "complain": lambda: host.run(["sh", "-c", "yes >&2"], limit_s=30),

@@ -122,7 +122,7 @@ def of_pickle(good: bytes, drawn: random.Random) -> bytes:
     """One operand of one operation changed; the others stand where they stood."""
     operations = list(pickletools.genops(good))
     ends = [position for *_, position in operations[1:]] + [len(good)]
-    written = {
+    written: dict[str, Callable[[Any], bytes]] = {
         "BININT1": lambda _: b"K" + bytes([drawn.randrange(256)]),
         "BININT2": lambda _: b"J" + struct.pack("<i", drawn.choice((-1, -5, 0, 2**31 - 1, 10**6))),
         "BININT": lambda _: b"J" + struct.pack("<i", drawn.choice((-1, 0, 3, -(2**31)))),

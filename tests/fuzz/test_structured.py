@@ -90,7 +90,8 @@ def write_run(path: Path) -> None:
 
 def read_run(path: Path) -> None:
     """By report, replay, resume and the dashboard."""
-    study, doors = path.with_name("study.db"), []
+    study = path.with_name("study.db")
+    doors: list[Callable[[], object]] = []
     doors.append(lambda: test_borders.read_study(study))
     doors.append(lambda: read_trials(study))
     doors.append(lambda: read_corrections(study))

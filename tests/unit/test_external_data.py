@@ -1,6 +1,7 @@
 """ONNX files whose tensors lie beside them: read as ONNX Runtime reads them, from their folder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,7 +70,7 @@ def test_what_is_too_large_for_one_file_is_refused(
         content_of(split)
 
 
-def one_node(kind: str, domain: str, **attributes: object) -> onnx.ModelProto:
+def one_node(kind: str, domain: str, **attributes: Any) -> onnx.ModelProto:
     """A model of one node, of an image as it is."""
     value = onnx.helper.make_tensor_value_info
     node = onnx.helper.make_node(kind, ["input"], ["output"], domain=domain, **attributes)
@@ -133,7 +134,7 @@ def test_no_tensor_is_left_in_another_file(where: str, location: str, tmp_path: 
     """ONNX Runtime gets the content alone, and would look in the current folder."""
     (tmp_path / "secret.bin").write_bytes(bytes(16))
     model = one_node("Relu", "")
-    tensor = onnx.TensorProto(name="t", data_type=1, dims=[4], data_location=1)
+    tensor = onnx.TensorProto(name="t", data_type=1, dims=[4], data_location="EXTERNAL")
     for key, value in (("location", location), ("offset", "0"), ("length", "16")):
         tensor.external_data.add(key=key, value=value)
     graph = onnx.GraphProto(initializer=[tensor])

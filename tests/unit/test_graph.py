@@ -191,6 +191,12 @@ FREE: dict[str, Around] = {
         lambda net, x: F.conv2d(x, net.conv.weight), conv=nn.Conv2d(16, 16, 1, bias=False)
     ),
     "expanded": Around(lambda _, x: x * x.mean((2, 3), keepdim=True).expand_as(x)),
+    "unit length": Around(lambda _, x: F.normalize(x)),
+    "unit length of all pixels": Around(lambda _, x: F.normalize(x.flatten(2), dim=2).view_as(x)),
+    "a learned number for all": Around(
+        lambda net, x: x * net.gate.weight.view(1, 1, 1, 1).expand_as(x),
+        gate=nn.Conv2d(1, 1, 1, bias=False),
+    ),
     "stacked": Around(lambda _, x: torch.stack([x, -x], 1).sum(1)),
     "repeated": Around(lambda _, x: x.repeat(1, 2, 1, 1), 32),
     "rows of a stacked parameter": Around(

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from compressor.api import prune
 from compressor.errors import GraphError
 from compressor.export import export_onnx
+from compressor.graph.alike import answers_alike
 from compressor.graph.branches import traced
 from compressor.graph.in_place import functional, writing_nodes
 from compressor.latency.onnxruntime import predictor
@@ -262,7 +263,7 @@ def test_modules_are_switched_off_in_the_graph_alone() -> None:
     made = functional(graph, IMAGE)
     assert [m.inplace for m in made.modules() if hasattr(m, "inplace")] == [False, False]
     assert relu.inplace
-    assert made.get_submodule("0") is net[0]
+    assert made.get_submodule("0") is graph.get_submodule("0")
     assert torch.equal(made(IMAGE), net(IMAGE))
 
 
@@ -334,6 +335,9 @@ def test_a_pruned_program_with_slices_is_exported_rightly(tmp_path: Path) -> Non
 class Keeping(nn.Module):
     """Keeps what it sees, as `forward` of users do: in a buffer, an attribute, a list."""
 
+    n_seen: Tensor
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
@@ -394,3 +398,10 @@ def test_lazy_layers_without_weights_are_a_sentence() -> None:
     network = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()).eval()
     with pytest.raises(GraphError, match=r"lazy layers whose weights do not exist yet; load"):
         make_prunable(network, torch.rand(1, 3, 8, 8))
+
+
+def test_answers_that_are_not_numbers_are_compared() -> None:
+    network = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).eval()
+    nn.init.constant_(network[0].bias, float("nan"))  # type: ignore[arg-type]
+    assert answers_alike(network, copy.deepcopy(network), IMAGE)
+    assert not answers_alike(network, nn.Identity(), IMAGE)

@@ -87,6 +87,22 @@ class Deformed(nn.Module):
         return self.last(self.conv(x, self.where(x), self.mask(x).sigmoid()).relu())
 
 
+class CosineAttention(nn.Module):
+    """Attention of heads whose queries and keys have unit length, as in Swin V2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(x.flatten(2).transpose(1, 2)).reshape(-1, 64, 3, 2, 8)
+        q, k, v = y.permute(2, 0, 3, 1, 4).unbind(0)
+        k = k / k.norm(dim=-1, keepdim=True).expand(-1, 2, 64, 8)
+        scores = F.normalize(q, dim=-1) @ k.transpose(-2, -1)
+        y = (5 * scores).softmax(-1) @ v
+        return x + self.proj(y.transpose(1, 2).reshape(-1, 64, 16)).transpose(1, 2).view_as(x)
+
+
 def between(block: nn.Module, width: int = 16) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.Tanh(), block,
@@ -100,6 +116,7 @@ FREED: dict[str, tuple[Callable[[], nn.Module], str, float]] = {  # form, share 
     "global response norm": (lambda: between(ConvNextBlock(16)), PROGRAM, 0.60),
     "cbam": (lambda: between(Attended(16)), PROGRAM, 0.31),
     "deformable": (lambda: between(Deformed(16)), MODULE, 0.34),
+    "cosine attention": (lambda: between(CosineAttention(16)), PROGRAM, 0.36),
 }
 
 

@@ -394,12 +394,3 @@ def test_cells_of_another_kind_are_one_error(sql: str, study: Path) -> None:
             READERS[name](study)
             reading_storage(study).get_all_trials(1)
     assert content_of(study.parent) == before
-
-
-@pytest.mark.bad_input("links to where nobody may look, among images")
-def test_a_link_to_processes_is_an_error(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "a" / "link").symlink_to("/proc/self/task")
-    with pytest.raises(DataError):
-        load_data(tmp_path)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import sys
 import warnings
 import zipfile
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ConfigError, ModelError, UntrustedModelError
-from compressor.latency import runner
 from compressor.latency.profiles import user_profiles
 from compressor.latency.targets import load_target
 from compressor.model_io import load_model
-from compressor.model_io.architectures import build
 from compressor.model_io.program_text import checked_program
 
 Edit = Callable[[dict[str, Any]], None]
@@ -370,37 +367,3 @@ def test_only_installed_profiles_name_programs(
     assert load_target("board").trtexec == ("./harm",)
     (tmp_path / "usual.toml").write_text(profile.replace("./harm", "trtexec"))
     assert load_target(str(tmp_path / "usual.toml")).trtexec == ("trtexec",)
-
-
-@pytest.mark.bad_input("arguments of networks that load other files")
-@pytest.mark.parametrize(
-    "argument",
-    [{"checkpoint_path": "evil.pth"}, {"pretrained": True}, {"pretrained_cfg": {"url": "x"}},
-     {"pretrained_cfg_overlay": {"file": "evil.pth"}}, {"weights": "DEFAULT"},
-     {"weights_backbone": "DEFAULT"}],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("arch", ["timm:resnet18", "torchvision:resnet18"])
-def test_no_argument_loads_another_file(arch: str, argument: dict[str, object]) -> None:
-    """Nor downloads one: an argument may stand in a file, and the network is a library's own."""
-    pytest.importorskip(arch.partition(":")[0])
-    with pytest.raises(ModelError, match="would load other weights"):
-        build(arch, argument, beside=Path())
-
-
-@pytest.mark.bad_input("an input larger than memory")
-def test_an_input_larger_than_memory_is_refused(tmp_path: Path) -> None:
-    torch.save(Small().state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ModelError, match=r"One input of --input-shape 1,1048576,1048576 has"):
-        load_model(
-            tmp_path / "model.pt",
-            arch="tests.unit.test_trust:Small",
-            input_shape=(1, 2**20, 2**20),
-        )
-
-
-def test_nobody_is_told_of_models() -> None:
-    """ONNX Runtime reads this before it is imported."""
-    assert os.environ["ORT_DISABLE_TELEMETRY"]
-    source = Path(runner.__file__).read_text(encoding="utf-8")
-    assert source.index("ORT_DISABLE_TELEMETRY") < source.index("import onnxruntime")
