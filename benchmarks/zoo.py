@@ -77,7 +77,7 @@ from compressor.values import ChannelGroup, Example, Plan
 
 EXACT = 1e-9  # of the largest output, float64: rounding is at 1e-13, a wrong channel at 1e-2
 ONNX_TOLERANCE = 1e-3  # of the largest output, float32
-NEWER_OPSET = 17  # for networks with operations that the default one lacks
+NEWER_OPSET = 18  # for networks with operations that the default one lacks
 BLIND = 1e-6  # a masked network that differs by less is no oracle
 HALF, MOST = 0.5, 0.8  # keep ratios of the two plans
 NNI_LIMIT_S = 60  # of CPU time, for one network

@@ -96,6 +96,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"img_size": _BUILT_FOR[name], **_THREE_BLOCKS} for name in _THREE_OF_MANY},
     "gemma4_vit_167m": _THREE_BLOCKS, "qwen3_vit_88m": _THREE_BLOCKS,
     "naflexvit_so150m2_patch16_reg1_gap": _THREE_BLOCKS,
+    "tiny_vit_5m_224": {"num_classes": 1000},  # else 0.58 of its parameters are 21,841 classes
     "googlenet": _NO_AUXILIARY, "inception_v3": _NO_AUXILIARY,
     **{name: _SMALL_IMAGES for name in DETECTION if "rcnn" in name},
     "ssd300_vgg16": {"score_thresh": 0.0}, "ssdlite320_mobilenet_v3_large": {"score_thresh": 0.0},
