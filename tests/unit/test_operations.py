@@ -269,7 +269,7 @@ def test_candidates_of_the_second_exporter_answer_like_torch(tmp_path: Path) -> 
 
 
 class Folded(nn.Module):
-    """A network of the second exporter without sizes that follow its widths."""
+    """No sizes in its graph follow its widths, by whichever exporter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,8 +293,6 @@ def test_templates_of_the_second_exporter_are_its_files_byte_for_byte() -> None:
     template = make_template(network, example, way=way)
     for each in pruned:
         assert template.fill(each) == make_template(each, example, way=way).fill(each)
-    write = candidate_writer(network, example, pruned[0])
-    assert [write(each) for each in pruned] == [template.fill(each) for each in pruned]
 
 
 class Pyramid(nn.Module):
