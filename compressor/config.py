@@ -34,7 +34,7 @@ from compressor.goals import (
     SPEEDUP,
     Constraint,
 )
-from compressor.plugins import IMPORTANCES, STRATEGIES
+from compressor.plugins import IMPORTANCES, LOOKING_AT_CLASSES, STRATEGIES
 from compressor.printable import checked_text
 from compressor.ranges import InputShape, Mean, Milliseconds, OneOf, Seconds, Std, Whole
 
@@ -225,6 +225,8 @@ class Config(BaseModel):
         given += [k for k in ("augment", "labels") if getattr(self, k) not in (AUTO, ())]
         if given:
             raise ValueError(f"a task brings its own data; leave {', '.join(given)} away")
+        if self.search in LOOKING_AT_CLASSES:
+            raise ValueError(f"--search {self.search} looks at classes; a task has none")
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:

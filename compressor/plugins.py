@@ -109,6 +109,9 @@ STRATEGIES = Registry(
     },
     needs=("needs", "from_config", "propose"),
 )
+# Those of ours that look at classes, which is refused early where there are none; packages say it
+# by their `needs`.
+LOOKING_AT_CLASSES = frozenset({"genetic", "swarm"})
 IMPORTANCES = Registry(
     kind="importance",
     group="compressor.importances",

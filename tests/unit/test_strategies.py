@@ -12,13 +12,14 @@ import pytest
 from compressor.config import Config
 from compressor.errors import SearchError
 from compressor.goals import MACS
-from compressor.plugins import STRATEGIES
+from compressor.plugins import LOOKING_AT_CLASSES, STRATEGIES
 from compressor.search import make_strategy
 from compressor.search.bocr import GRADUAL, NONE, PER_DIMENSION, WALL, Bocr, PlainBo
 from compressor.search.clustering import JS, ST
 from compressor.search.objective import (
     ACCURACY,
     CLUSTERS,
+    FEATURES,
     LAYERS,
     START,
     TIME,
@@ -356,6 +357,11 @@ def test_best_first_puts_feasible_trials_first_and_then_those_nearest_to_it() ->
     assert [t.number for t in feasible_first(trials, problem)] == [2, 1]
     ranked = sorted((t for t in trials if t.accuracy), key=lambda t: -penalised(t, problem))
     assert [t.number for t in ranked] == [2, 1, 3, 0]
+
+
+def test_what_looks_at_classes_is_known_before_it_is_loaded() -> None:
+    looking = {name for name in STRATEGIES.built_in if FEATURES in BY_NAME[name].needs}
+    assert looking == LOOKING_AT_CLASSES
 
 
 def test_options_reach_bocr_alone() -> None:
