@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from compressor.graph import channel_groups
 from compressor.values import ChannelGroup, LabelledImages, Plan, Result, Split, Trained
 
+collect_ignore = ["plugins"]  # packages of others, as the tests install them
+
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """`model` in eval mode with every parameter and batch-norm statistic random and different.
