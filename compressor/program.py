@@ -173,7 +173,7 @@ def free_batch(program: fx.GraphModule, example: Example) -> fx.GraphModule:
     """A copy that takes any batch size, where sizes were written out for one.
 
     Raises:
-        ModelError: It takes only the batch size that it was exported with.
+        ModelError: It takes only the batch size that it was exported with, or not its example.
     """
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     n_static = int(inputs[0].meta["val"].shape[0])
@@ -182,6 +182,8 @@ def free_batch(program: fx.GraphModule, example: Example) -> fx.GraphModule:
         with torch.no_grad():
             once, twice = call(freed, example), call(freed, _doubled(example))
         fits = _alike([torch.cat([leaf, leaf]) for leaf in _leaves(once)], _leaves(twice))
+    except TypeError as err:  # its signature is not that of its graph
+        raise ModelError(f"The program does not take its own example of an input: {err}.") from err
     except RuntimeError:
         fits = False
     if not fits:
