@@ -25,9 +25,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError, ConfigError, PluginError
+from compressor.errors import ConfigError
 from compressor.plugins import IMPORTANCES
-from compressor.user_code import USER_CODE_FAILURES, told
 from compressor.values import BATCH_NORMS, ChannelGroup, ChannelSlice, Role
 
 Scores = dict[str, Tensor]  # group name -> (n_channels,) float64, non-negative and finite
@@ -269,16 +268,9 @@ def scores_by(
         PluginError: It is of a package that cannot be used, or gives no scores.
     """
     importance = cast(Importance, IMPORTANCES.load(name))
-    try:
+    with IMPORTANCES.running(name):
         found = importance.scores(model, groups, losses)
         return {group.name: _checked(found[group.name], group) for group in groups}
-    except CompressorError:
-        raise
-    except USER_CODE_FAILURES as err:
-        if name in IMPORTANCES.built_in:
-            raise
-        package = IMPORTANCES.package_of(name)
-        raise PluginError(f"--importance {name} of the package {package}: {told(err)}.") from err
 
 
 def _checked(scores: Tensor, group: ChannelGroup) -> npt.NDArray[np.float64]:

@@ -12,12 +12,13 @@ error when it is asked for, and only then.
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
-from compressor.errors import PluginError, unknown_name
+from compressor.errors import CompressorError, PluginError, unknown_name
 from compressor.user_code import USER_CODE_FAILURES, told
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,27 @@ class Registry:
             )
         return found
 
-    def package_of(self, name: str) -> str:
-        """Who brings it, for messages."""
-        return "compressor" if name in self.built_in else _package(self._found[name])
+    def flag(self, name: str) -> str:
+        """What asks for the one of that name, and who brings it, for messages."""
+        flag = f"--{self.kind} {name}"
+        brought = self._found.get(name)
+        return f"{flag} of the package {_package(brought)}" if brought else flag
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Within, code of the one of that name runs; a package's may raise what it likes.
+
+        Raises:
+            PluginError: In place of what a package's code raised, but for errors of ours.
+        """
+        try:
+            yield
+        except CompressorError:
+            raise
+        except USER_CODE_FAILURES as err:
+            if name in self.built_in:
+                raise
+            raise PluginError(f"{self.flag(name)}: {told(err)}.") from err
 
     @cached_property
     def _found(self) -> dict[str, EntryPoint]:
@@ -82,10 +101,8 @@ class Registry:
             first = found.get(entry.name)
             if entry.name in self.built_in or first is not None:
                 owner = f"the package {_package(first)}" if first else "compressor"
-                logger.warning(
-                    "the package %s brings a %s %r, a name that %s has: it is left out",
-                    _package(entry), self.kind, entry.name, owner,
-                )  # fmt: skip
+                what = f"the package {_package(entry)} brings a {self.kind} {entry.name!r}"
+                logger.warning("%s, a name that %s has: it is left out", what, owner)
             else:
                 found[entry.name] = entry
         return found

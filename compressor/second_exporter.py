@@ -14,9 +14,16 @@ def by_second(
 ) -> bytes:
     """The file; see `compressor.exporter.written`."""
     program = torch.onnx.export(
-        model, args, kwargs=kwargs, dynamo=True, opset_version=opset, input_names=names,
-        output_names=[OUTPUT], optimize=fold, verbose=False,
-    )  # fmt: skip
+        model,
+        args,
+        kwargs=kwargs,
+        dynamo=True,
+        opset_version=opset,
+        input_names=names,
+        output_names=[OUTPUT],
+        optimize=fold,
+        verbose=False,
+    )
     assert program is not None
     file = onnx.inliner.inline_local_functions(program.model_proto)
     used = {node.domain for node in file.graph.node}

@@ -118,10 +118,14 @@ def _avg_pool(n_dims: int, g: Any, images: Any, *given: Any) -> Any:
     window, padding = ([*n, *n * (n_dims - len(n))] for n in (window, padding))
     kwargs = {"ceil_mode_i": int(ceil_mode[0])} if g.opset >= CEIL_MODE_OPSET else {}
     means = g.op(
-        "AveragePool", images, kernel_shape_i=window, pads_i=padding * 2,
+        "AveragePool",
+        images,
+        kernel_shape_i=window,
+        pads_i=padding * 2,
         strides_i=[*strides, *strides * (n_dims - len(strides))] or window,
-        count_include_pad_i=int(bool(divisor) or counts_padding[0]), **kwargs,
-    )  # fmt: skip
+        count_include_pad_i=int(bool(divisor) or counts_padding[0]),
+        **kwargs,
+    )
     if not divisor:
         return means
     factor = torch.tensor(math.prod(window) / divisor[0], dtype=images.type().dtype())

@@ -22,9 +22,16 @@ _T = TypeVar("_T", bound=Message)
 MAX_ONNX_BYTES = 2 * 2**30  # of one message of protobuf
 # Domains of operators that ONNX Runtime and TensorRT have built in.
 DOMAINS = frozenset(
-    {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc",
-     "trt.plugins"}
-)  # fmt: skip
+    {
+        "",
+        "ai.onnx",
+        "ai.onnx.ml",
+        "com.microsoft",
+        "com.microsoft.nchwc",
+        "com.ms.internal.nhwc",
+        "trt.plugins",
+    }
+)
 # Of them, what loads another file, or a function of Python.
 LOADING = frozenset({"EPContext", "PythonOp", "PythonOpGrad"})
 

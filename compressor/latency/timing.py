@@ -153,8 +153,9 @@ def has_thread_clock(pair: SessionPair) -> bool:
     them out where other threads did part of the work.
     """
     for wall, cpu in (
-        (pair.original_ms, pair.original_cpu_ms), (pair.candidate_ms, pair.candidate_cpu_ms),
-    ):  # fmt: skip
+        (pair.original_ms, pair.original_cpu_ms),
+        (pair.candidate_ms, pair.candidate_cpu_ms),
+    ):
         if len(cpu) != len(wall) or not all(ms > 0 for ms in cpu):
             return False
         wall_ms, cpu_ms = np.array(wall), np.array(cpu)

@@ -14,9 +14,15 @@ from compressor.user_code import USER_CODE_FAILURES, find, importable, told
 
 # Arguments of a library's networks that download, or unpickle another file.
 LOADING = (
-    "weights", "weights_backbone", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
-    "pretrained_strict", "checkpoint_path", "cache_dir",
-)  # fmt: skip
+    "weights",
+    "weights_backbone",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+)
 
 
 def build(arch: str, arch_args: Mapping[str, object], *, beside: Path) -> nn.Module:

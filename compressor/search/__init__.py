@@ -16,4 +16,6 @@ def make_strategy(config: Config) -> Strategy:
     Raises:
         PluginError: It is of a package that cannot be used.
     """
-    return cast(type[Strategy], STRATEGIES.load(config.search)).from_config(config)
+    strategy = cast(type[Strategy], STRATEGIES.load(config.search))
+    with STRATEGIES.running(config.search):
+        return strategy.from_config(config)

@@ -8,14 +8,12 @@ than the trials so far, so every search can be repeated from its log.
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar, Self
 
 import cmaes
 import numpy as np
 import optuna
 
-from compressor.config import Config
-from compressor.search.objective import History, Problem, Proposal, penalised
+from compressor.search.objective import History, Problem, Proposal, WithoutSettings, penalised
 from compressor.search.space import Ratios, Widths
 from compressor.search.warm_start import scaled_to
 from compressor.values import Trial
@@ -25,15 +23,8 @@ N_WALKS = 2000  # random steps from a plan that was tried before none is taken f
 
 
 @dataclass(frozen=True)
-class RandomSearch:
+class RandomSearch(WithoutSettings):
     """Every variable uniform between its floor and whole."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """See `Strategy`; none of the settings is its own."""
-        return cls()
 
     def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`."""
@@ -43,19 +34,12 @@ class RandomSearch:
 
 
 @dataclass(frozen=True)
-class Tpe:
+class Tpe(WithoutSettings):
     """Optuna's tree-structured Parzen estimator [bergstra2011], multivariate.
 
     [bergstra2011] Bergstra, Bardenet, Bengio, Kegl, Algorithms for Hyper-Parameter Optimization,
         NeurIPS 2011.
     """
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """See `Strategy`; none of the settings is its own."""
-        return cls()
 
     def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`."""
@@ -84,7 +68,7 @@ class Tpe:
 
 
 @dataclass(frozen=True)
-class CmaEs:
+class CmaEs(WithoutSettings):
     """Covariance matrix adaptation [hansen2016], in the box of all ratios.
 
     [hansen2016] Hansen, The CMA Evolution Strategy: A Tutorial, arXiv 1604.00772.
@@ -94,12 +78,6 @@ class CmaEs:
     """
 
     sigma: float = 0.3
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """See `Strategy`; none of the settings is its own."""
-        return cls()
 
     def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`; generations so far are told again, in the same order."""

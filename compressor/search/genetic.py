@@ -19,14 +19,20 @@ trials, with their worth as fitness.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from compressor.config import Config
 from compressor.search.baselines import untried
-from compressor.search.objective import FEATURES, History, Problem, Proposal, best_first
+from compressor.search.objective import (
+    FEATURES,
+    History,
+    Problem,
+    Proposal,
+    WithoutSettings,
+    best_first,
+)
 from compressor.search.space import Ratios
 from compressor.values import GroupFeatures, Trial
 
@@ -41,15 +47,10 @@ Bits = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Genetic:
+class Genetic(WithoutSettings):
     """See the module."""
 
     needs: ClassVar[frozenset[str]] = frozenset({FEATURES})
-
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """See `Strategy`; none of the settings is its own."""
-        return cls()
 
     def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`."""

@@ -291,6 +291,17 @@ class Strategy(Protocol):
         """
 
 
+class WithoutSettings:
+    """What a strategy has that needs nothing and that no setting changes."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """See `Strategy`."""
+        return cls()
+
+
 def log_error(interval: tuple[float, float]) -> float:
     """Standard error of the logarithm of a ratio with that 95 % interval."""
     low, high = np.log(interval)

@@ -1,6 +1,6 @@
 """What a strategy is asked, and whether a package's answer can be measured."""
 
-from compressor.errors import CompressorError, PluginError
+from compressor.errors import PluginError
 from compressor.plugins import STRATEGIES
 from compressor.search.objective import (
     START,
@@ -10,7 +10,6 @@ from compressor.search.objective import (
     Strategy,
     is_hopeless,
 )
-from compressor.user_code import USER_CODE_FAILURES, told
 
 
 def proposed(name: str, strategy: Strategy, problem: Problem, history: History) -> Proposal | None:
@@ -27,17 +26,10 @@ def proposed(name: str, strategy: Strategy, problem: Problem, history: History) 
     """
     if is_hopeless(problem):
         return Proposal(problem.space.narrowest, START)
-    if name in STRATEGIES.built_in:
-        return strategy.propose(problem, history)
-    package = f"--search {name} of the package {STRATEGIES.package_of(name)}"
-    try:
+    with STRATEGIES.running(name):
         proposal = strategy.propose(problem, history)
-    except CompressorError:
-        raise
-    except USER_CODE_FAILURES as err:
-        raise PluginError(f"{package}: {told(err)}.") from err
-    if proposal is not None:
-        _check_new(package, proposal, problem, history)
+    if proposal is not None and name not in STRATEGIES.built_in:
+        _check_new(STRATEGIES.flag(name), proposal, problem, history)
     return proposal
 
 

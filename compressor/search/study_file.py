@@ -31,9 +31,15 @@ STATES = {
 }
 # What Optuna and SQLAlchemy raise where a cell holds something else than its column is for.
 NOT_READ = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError,
-    OptunaError, SQLAlchemyError,
-)  # fmt: skip
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    OptunaError,
+    SQLAlchemyError,
+)
 MAX_SHOWN = 60  # characters of what a stranger wrote
 
 Objects = dict[tuple[str, str], str]

@@ -22,13 +22,19 @@ Where we deviate, and why:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
-from compressor.config import Config
 from compressor.search.baselines import untried, worth
-from compressor.search.objective import FEATURES, TIME, History, Problem, Proposal
+from compressor.search.objective import (
+    FEATURES,
+    TIME,
+    History,
+    Problem,
+    Proposal,
+    WithoutSettings,
+)
 from compressor.search.space import Ratios
 
 N_CYCLES = 8  # of the inertia's fall; it stays at its last value
@@ -39,7 +45,7 @@ STEP = 0.05  # of a unit of velocity, as a share of the range
 
 
 @dataclass(frozen=True)
-class Swarm:
+class Swarm(WithoutSettings):
     """See the module.
 
     Attributes:
@@ -50,11 +56,6 @@ class Swarm:
     n_particles: int = 10
     n_moved: int = 8
     needs: ClassVar[frozenset[str]] = frozenset({FEATURES})
-
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """See `Strategy`; none of the settings is its own."""
-        return cls()
 
     def propose(self, problem: Problem, history: History) -> Proposal | None:
         """See `Strategy.propose`; the swarm's way so far is gone again."""
